@@ -1,0 +1,7 @@
+"""Linear probes on every layer of a network, while it trains."""
+
+from lightning_probes.callback import LinearProbeCallback
+from lightning_probes.report import ProbeReport
+
+__all__ = ["LinearProbeCallback", "ProbeReport"]
+__version__ = "0.1.0"

@@ -1,0 +1,153 @@
+"""Forward hooks: a layer's output -> detached float features ``(samples, features)``, reduced inside the hook."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_LENGTH_MODULES = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d)
+_POOLS: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+
+
+def first_float_tensor(output: Any) -> Tensor | None:
+    """The first floating-point tensor with a batch dimension in a tensor, sequence, mapping or dataclass."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() and output.dim() else None
+    if isinstance(output, Mapping):
+        parts = list(output.values())
+    elif isinstance(output, (list, tuple)):
+        parts = list(output)
+    elif is_dataclass(output) and not isinstance(output, type):
+        parts = [getattr(output, field.name) for field in fields(output)]
+    else:
+        return None
+    return next((found for part in parts if (found := first_float_tensor(part)) is not None), None)
+
+
+def is_channels_first(module: nn.Module, siblings: Mapping[nn.Module, nn.Module]) -> bool:
+    """Whether three dimensions out of ``module`` mean ``(batch, channels, length)`` and not ``(batch, tokens, width)``.
+
+    They do if the module is or holds a Conv1d or BatchNorm1d, or is an element without parameters (an activation, a
+    pooling) directly beside one. ``siblings`` maps a module to its parent.
+    """
+    if any(isinstance(below, _LENGTH_MODULES) for below in module.modules()):
+        return True
+    parent = siblings.get(module)
+    is_element = next(module.parameters(), None) is None
+    return is_element and parent is not None and any(isinstance(child, _LENGTH_MODULES) for child in parent.children())
+
+
+def reduce(activation: Tensor, max_features: int, *, channels_first: bool = False) -> Tensor:
+    """A layer's activation as features of each sample, in float32 (float64 stays), in memory of its own.
+
+    Args:
+        activation: ``(samples, ...)``, any floating type. ``(samples,)`` and ``(samples, width)`` keep their width.
+            ``(samples, tokens, width)`` is averaged over tokens.
+        max_features: a map with more values is average-pooled over space to the largest grid (``s`` per spatial
+            dimension, never more than its size) with at most this many values, at least ``s = 1``.
+        channels_first: three dimensions are ``(samples, channels, length)``, a map as in two and three dimensions.
+
+    Returns:
+        ``(samples, features)``, detached.
+    """
+    activation = activation.detach()
+    dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
+    if activation.dim() == 3 and not channels_first:
+        return activation.mean(dim=1, dtype=dtype)
+    if activation.dim() in (3, 4, 5) and activation[0].numel() > max_features:
+        size = activation.shape[2:]
+        grid = _grid(activation.shape[1], tuple(size), max_features)
+        if grid != tuple(size):
+            pooled: Tensor = _POOLS[len(size)](activation, grid)
+            return pooled.flatten(1).to(dtype)
+    # A later in-place operation of the network must not reach what was taken here.
+    return activation.reshape(len(activation), -1).to(dtype, copy=True)
+
+
+def _grid(channels: int, size: tuple[int, ...], max_features: int) -> tuple[int, ...]:
+    """The largest ``(min(s, size), ...)`` with at most ``max_features`` values over all channels; at least ones."""
+    side = 1
+    while side < max(size) and channels * math.prod(min(side + 1, n) for n in size) <= max_features:
+        side += 1
+    return tuple(min(side, n) for n in size)
+
+
+class ActivationRecorder:
+    """Hooks on the selected layers that, while recording, keep each layer's reduced features of one step.
+
+    Attributes:
+        features: ``{layer: (samples, features)}`` of the step being recorded, in the order of the calls. Of several
+            calls of a layer the last one whose first dimension is a multiple of the batch counts.
+        misfits: ``{layer: what was wrong}`` of the calls that could not be used, in the step being recorded.
+        totals: ``{layer: values per sample before reduction}`` of every layer seen so far.
+    """
+
+    def __init__(self, max_features: int) -> None:
+        self.max_features = max_features
+        self.features: dict[str, Tensor] = {}
+        self.misfits: dict[str, str] = {}
+        self.totals: dict[str, int] = {}
+        self._samples: int | None = None
+        self._widths: dict[str, int] = {}
+        self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
+
+    def attach(self, layers: Mapping[str, nn.Module], channels_first: Mapping[str, bool]) -> None:
+        """Register one hook a layer; the modules stay as they are but for it."""
+        self.detach()
+        for layer, module in layers.items():
+            self._hooks[layer] = module.register_forward_hook(self._hook(layer, channels_first[layer]))
+
+    def detach(self, layer: str | None = None) -> None:
+        """Remove the hook of ``layer``, or all of them, and what was recorded."""
+        for name in [layer] if layer is not None else list(self._hooks):
+            if name in self._hooks:
+                self._hooks.pop(name).remove()
+            self.features.pop(name, None)
+            self.misfits.pop(name, None)
+        if layer is None:
+            self._samples = None
+
+    def start(self, samples: int) -> None:
+        """Record from now on; ``samples`` is the number of labels of the batch."""
+        self.features, self.misfits, self._samples = {}, {}, samples
+
+    def stop(self) -> dict[str, Tensor]:
+        """End the step; returns its features and lets go of them."""
+        features, self.features, self._samples = self.features, {}, None
+        return features
+
+    def record(self, layer: str, output: Any, *, channels_first: bool = False) -> None:
+        """Reduce and keep one output of a layer; what does not fit the batch is noted in ``misfits``."""
+        if self._samples is None:
+            return
+        activation = first_float_tensor(output)
+        if activation is None:
+            self.misfits[layer] = f"its output holds no floating-point tensor but {type(output).__name__}"
+        elif not len(activation) or not activation.numel() or len(activation) % self._samples:
+            self.misfits[layer] = (
+                f"its activation has shape {tuple(activation.shape)}, whose first dimension is no multiple "
+                f"of the {self._samples} labels of the batch"
+            )
+        else:
+            features = reduce(activation, self.max_features, channels_first=channels_first)
+            width = self._widths.setdefault(layer, features.shape[1])
+            if features.shape[1] == width:
+                self.totals[layer] = activation[0].numel()
+                self.features[layer] = features
+            else:
+                self.misfits[layer] = f"it has {features.shape[1]} features where it had {width} before"
+
+    def _hook(self, layer: str, channels_first: bool) -> Any:
+        @torch.no_grad()
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            # Activation checkpointing runs a layer again inside backward: the same samples a second time.
+            if self._samples is not None and torch._C._current_graph_task_id() == -1:
+                self.record(layer, output, channels_first=channels_first)
+
+        return hook

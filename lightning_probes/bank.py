@@ -1,0 +1,238 @@
+"""All probes of a model as stacked tensors, one update for all of them, the gradient written out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from lightning_probes.scores import no_tally, tally
+from lightning_probes.standardise import moved_statistics, standardise_
+from lightning_probes.targets import repeat_views
+
+_SHORTEST_MEMORY = 0.01
+"""Weight of a batch in the running mean and variance once the first hundred have been averaged evenly."""
+
+_CHUNKS = 16
+
+
+class _Stack:
+    """The probes of all layers of one width: tensors whose first dimension is the layer."""
+
+    def __init__(self, num_classes: int, width: int, like: Tensor) -> None:
+        self.layers: list[str] = []
+        self.updates: list[int] = []
+        self.tensors: dict[str, Tensor] = {}
+        self._blank = {
+            "weight": like.new_zeros(1, num_classes, width),
+            "bias": like.new_zeros(1, num_classes, 1),
+            "mean": like.new_zeros(1, 1, width),
+            "variance": like.new_zeros(1, 1, width),
+            "alive": torch.ones(1, 1, 1, dtype=torch.bool, device=like.device),
+        }
+        for moment in ("mean_gradient", "mean_square"):
+            for name in ("weight", "bias"):
+                self._blank[f"{name}_{moment}"] = self._blank[name]
+
+    def add(self, layers: Sequence[str]) -> None:
+        """Probes that start at zero (the problem is convex: nothing is drawn)."""
+        self.layers += layers
+        self.updates += [0] * len(layers)
+        for name, blank in self._blank.items():
+            new = blank.repeat(len(layers), 1, 1)
+            self.tensors[name] = torch.cat([self.tensors[name], new]) if name in self.tensors else new
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbours in a stack that saw the same samples and have been updated equally often."""
+
+    stack: _Stack
+    rows: slice
+    features: list[Tensor]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.stack.layers[self.rows])
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stack.tensors[name][self.rows]
+
+    def track(self, x: Tensor) -> Tensor:
+        """Move the running statistics by a batch ``(layers, samples, width)``; it is standardised in place by them."""
+        weight = max(1 / (self.stack.updates[self.rows.start] + 1), _SHORTEST_MEMORY)
+        mean, variance = moved_statistics(x, self["mean"], self["variance"], weight)
+        alive = self["alive"].logical_and_(torch.isfinite(variance).all(dim=2, keepdim=True))
+        self["mean"].copy_(torch.where(alive, mean, self["mean"]))
+        self["variance"].copy_(torch.where(alive, variance, self["variance"]))
+        return standardise_(x, self["mean"], self["variance"])
+
+
+class ProbeBank:
+    """A softmax regression on the standardised features of each layer.
+
+    The features are standardised by a running mean and variance without an affine part, so that a probe stays linear.
+    A layer joins with its first features; its width is that of those. Layers of one width are stacked.
+
+    Args:
+        layers: the names of all layers; their order is that of every vector over layers.
+        num_classes: K.
+        learning_rate: of Adam (Kingma and Ba 2015, with its usual moments .9 and .999).
+    """
+
+    def __init__(self, layers: Sequence[str], num_classes: int, learning_rate: float = 3e-3) -> None:
+        self.layers = list(layers)
+        self.num_classes = num_classes
+        self.learning_rate = learning_rate
+        self._index = {layer: i for i, layer in enumerate(self.layers)}
+        self._stacks: dict[int, _Stack] = {}
+        self._width: dict[str, int] = {}
+        # Where the sums of layers in the order of the stacks belong; kept, since making one waits for the device.
+        self._places: dict[tuple[str, ...], Tensor] = {}
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """``{layer: features}`` of the layers that have been seen."""
+        return dict(self._width)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the probes, their statistics and their optimiser state."""
+        return sum(t.numel() * t.element_size() for s in self._stacks.values() for t in s.tensors.values())
+
+    @torch.no_grad()
+    def update(self, features: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+        """One Adam step on the mean cross-entropy of every layer in ``features``; the other probes stay untouched.
+
+        With standardised features ``x``, probabilities ``p`` and targets ``y`` of ``n`` samples the gradient is
+        ``(p - y)^T x / n``. A layer whose features are not finite is never updated again.
+
+        Args:
+            features: ``{layer: (samples, width)}``, samples a multiple of the targets' (several views).
+            targets: ``(batch, num_classes)``, distributions; zero rows are left out.
+
+        Returns:
+            The ``(3, layers)`` sums of :func:`~lightning_probes.scores.tally` *before* the step.
+        """
+        parts: dict[tuple[str, ...], Tensor] = {}
+        self._admit(features)
+        for run in self._runs(features):
+            rows = repeat_views(targets, len(run.features[0])).to(run["weight"].dtype)
+            x = run.track(torch.stack(run.features))
+            log_p = torch.baddbmm(run["bias"], run["weight"], x.transpose(1, 2)).log_softmax(dim=1)
+            parts[run.names] = tally(log_p, rows)
+            # Zero rows of left-out samples have no gradient: p - y is weighted by the row's total.
+            counted = rows.sum(dim=1)
+            residual = log_p.exp_().mul_(counted).sub_(rows.T).div_(counted.sum().clamp(min=1))
+            gradients = [torch.bmm(residual, x), residual.sum(dim=2, keepdim=True)]
+            # Without a gradient Adam would still coast on its momentum.
+            for moment in ("weight_mean_gradient", "bias_mean_gradient"):
+                run[moment].mul_(run["alive"])
+            _adam(run, [torch.where(run["alive"], g, 0.0) for g in gradients], self.learning_rate)
+        return self._gather(parts, targets.device)
+
+    @torch.no_grad()
+    def score(self, features: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+        """The ``(3, layers)`` sums of :func:`~lightning_probes.scores.tally`; nothing is updated."""
+        parts: dict[tuple[str, ...], Tensor] = {}
+        for run in self._runs({layer: x for layer, x in features.items() if layer in self._width}):
+            rows = repeat_views(targets, len(run.features[0])).to(run["weight"].dtype)
+            x = standardise_(torch.stack(run.features), run["mean"], run["variance"])
+            log_p = torch.baddbmm(run["bias"], run["weight"], x.transpose(1, 2)).log_softmax(dim=1)
+            parts[run.names] = tally(log_p, rows)
+        return self._gather(parts, targets.device)
+
+    def finite(self) -> dict[str, bool]:
+        """Whether all features that a layer was updated on were finite (host sync)."""
+        return {
+            layer: ok
+            for stack in self._stacks.values()
+            for layer, ok in zip(stack.layers, stack.tensors["alive"].flatten().tolist(), strict=True)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Probes, statistics and optimiser state: tensors and plain types only."""
+        return {
+            str(width): {"layers": list(s.layers), "updates": list(s.updates), "tensors": dict(s.tensors)}
+            for width, s in self._stacks.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], device: torch.device | str) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self._stacks, self._width = {}, {}
+        for width, saved in state.items():
+            tensors: dict[str, Tensor] = {name: t.to(device, copy=True) for name, t in saved["tensors"].items()}
+            stack = self._stacks[int(width)] = _Stack(self.num_classes, int(width), tensors["weight"])
+            stack.layers, stack.updates, stack.tensors = list(saved["layers"]), list(saved["updates"]), tensors
+            self._width.update(dict.fromkeys(stack.layers, int(width)))
+
+    def _admit(self, features: Mapping[str, Tensor]) -> None:
+        new: dict[int, list[str]] = {}
+        for layer, x in features.items():
+            if layer not in self._width:
+                self._width[layer] = x.shape[1]
+                new.setdefault(x.shape[1], []).append(layer)
+        for width, layers in new.items():
+            if width not in self._stacks:
+                self._stacks[width] = _Stack(self.num_classes, width, features[layers[0]])
+            self._stacks[width].add(layers)
+
+    def _runs(self, features: Mapping[str, Tensor]) -> Iterator[_Run]:
+        """The layers in ``features`` as slices of their stacks.
+
+        On the host a sixteenth of the layers at a time, so that copies stay small beside the features themselves and in
+        the cache; elsewhere all at once, since there each further kernel costs more than memory does.
+        """
+        present = len(features)
+        for stack in self._stacks.values():
+            longest = math.ceil(present / _CHUNKS) if stack.tensors["weight"].device.type == "cpu" else present
+            start = 0
+            while start < len(stack.layers):
+                stop = start
+                while (
+                    stop < len(stack.layers)
+                    and stop - start < longest
+                    and (x := features.get(stack.layers[stop])) is not None
+                    and len(x) == len(features[stack.layers[start]])
+                    and stack.updates[stop] == stack.updates[start]
+                ):
+                    stop += 1
+                if stop > start:
+                    yield _Run(stack, slice(start, stop), [features[layer] for layer in stack.layers[start:stop]])
+                start = max(stop, start + 1)
+
+    def _gather(self, parts: Mapping[tuple[str, ...], Tensor], device: torch.device) -> Tensor:
+        """``(3, layers)`` out of the sums of the runs, zero for the layers in none."""
+        order = tuple(layer for run in parts for layer in run)
+        if order not in self._places:
+            self._places[order] = torch.tensor([self._index[layer] for layer in order], dtype=torch.long, device=device)
+        found = torch.cat([*parts.values()], dim=1) if parts else no_tally(device)
+        return found.new_zeros(3, len(self.layers)).index_copy_(1, self._places[order], found)
+
+
+def _adam(run: _Run, gradients: list[Tensor], learning_rate: float) -> None:
+    done = run.stack.updates[run.rows.start]
+    # Filled on the device: a tensor made from a number on the host would wait for the copy.
+    steps = [torch.full((), float(done), device=g.device) for g in gradients]
+    adam(
+        [run["weight"], run["bias"]],
+        gradients,
+        [run["weight_mean_gradient"], run["bias_mean_gradient"]],
+        [run["weight_mean_square"], run["bias_mean_square"]],
+        [],
+        steps,
+        fused=True,
+        amsgrad=False,
+        beta1=0.9,
+        beta2=0.999,
+        lr=learning_rate,
+        weight_decay=0.0,
+        eps=1e-8,
+        maximize=False,
+    )
+    run.stack.updates[run.rows] = [done + 1] * len(run.features)

@@ -1,0 +1,209 @@
+"""One network under probes: a batch goes in, the labels and every layer's features of that batch come out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from lightning_probes.activations import ActivationRecorder, is_channels_first
+from lightning_probes.layers import select_layers
+from lightning_probes.targets import Where, check_labels, distributions, find_num_classes, pick
+
+INPUT = "input"
+"""The name of the raw input among the layers: the probe at depth 0."""
+
+Patterns = str | Sequence[str]
+Layout = Literal["tokens", "channels"]
+
+
+class ProbedNetwork:
+    """The layers of a network, their hooks, and what a batch says about them.
+
+    The arguments are those of :class:`~lightning_probes.LinearProbeCallback`; :meth:`attach` begins, :meth:`open` and
+    :meth:`close` stand around each batch, :meth:`detach` ends.
+
+    Attributes:
+        layers: the names of all layers, ``input`` first, in tree order until the first batch, then in order of calls.
+        notes: what a user should know about how the layers were chosen.
+    """
+
+    def __init__(
+        self,
+        layers: Patterns | None = None,
+        exclude: Patterns | None = None,
+        *,
+        num_classes: int | None = None,
+        input: Where | None = 0,
+        target: Where = 1,
+        max_features: int = 1024,
+        layout: Mapping[str, Layout] | None = None,
+    ) -> None:
+        self._patterns = _patterns("layers", layers)
+        self._exclude = _patterns("exclude", exclude)
+        self._layout = dict(layout or {})
+        if bad := {kind for kind in self._layout.values() if kind not in ("tokens", "channels")}:
+            raise ValueError(f"layout: {sorted(map(str, bad))} given; expected 'tokens' or 'channels'")
+        self._given_classes = None if num_classes is None else positive_int("num_classes", num_classes)
+        self._input = None if input is None else _where("input", input)
+        self._target = _where("target", target)
+        self.recorder = ActivationRecorder(positive_int("max_features", max_features))
+        self.num_classes = self._given_classes or 0
+        self.layers: list[str] = []
+        self.notes: list[str] = []
+        self._is_checked = False
+        self._targets: Tensor | None = None
+
+    def attach(self, model: nn.Module, *owners: Any, is_settled: bool = False) -> None:
+        """Select the layers of ``model`` and hook them.
+
+        Args:
+            model: the network.
+            owners: who else may know the number of classes, asked before the model (a datamodule).
+            is_settled: probed before: nothing is checked or left out, and nothing raises any more.
+
+        Raises:
+            ValueError: the patterns or the number of classes cannot be resolved.
+        """
+        self.num_classes = self._given_classes or find_num_classes(*owners, model)
+        modules, note = select_layers(model, self._patterns, self._exclude)
+        self.notes = [note] if note else []
+        parents = {child: parent for parent in model.modules() for child in parent.children()}
+        channels = {layer: is_channels_first(module, parents) for layer, module in modules.items()}
+        for pattern, kind in self._layout.items():
+            named = [INPUT] if pattern == INPUT else select_layers(model, pattern)[0]
+            channels |= dict.fromkeys(named, kind == "channels")
+        self._input_channels_first = channels.get(INPUT, False)
+        if self._input is not None and INPUT in modules:
+            self.notes.append("raw input skipped: a module has the name 'input'")
+        self._has_input = self._input is not None and INPUT not in modules
+        self.layers = [INPUT] * self._has_input + list(modules)
+        self._is_checked = is_settled
+        self.recorder.attach(modules, channels)
+
+    def detach(self) -> None:
+        """Remove all hooks."""
+        self.recorder.detach()
+        self._targets = None
+
+    def drop(self, layer: str) -> None:
+        """Stop looking at one layer."""
+        self.recorder.detach(layer)
+        self._has_input &= layer != INPUT
+
+    def open(self, batch: Any) -> None:
+        """Take the labels and the raw input of ``batch``, before the step can change them, and begin to record.
+
+        Raises:
+            LookupError, TypeError, ValueError: the first batch has no usable labels. Later ones are passed over.
+        """
+        self._targets = None
+        try:
+            labels = pick(batch, self._target, "target")
+            if not self._is_checked:
+                check_labels(labels, self.num_classes)
+            self._targets = distributions(labels, self.num_classes)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
+            if not self._is_checked:
+                raise
+            return
+        self.recorder.start(len(self._targets))
+        if self._has_input:
+            self._record_input(batch)
+
+    def check(self) -> None:
+        """In the first step, once its activations are there: raise if a layer asked for by name cannot be probed.
+
+        Raises:
+            ValueError: naming layer, shape and number of labels.
+        """
+        if not self._is_checked and self._patterns is not None:
+            for layer, reason in self.recorder.misfits.items():
+                if layer != INPUT and layer not in self.recorder.features:
+                    raise ValueError(f"layers: {layer!r} cannot be probed: {reason}")
+
+    def close(self) -> tuple[dict[str, Tensor], Tensor] | None:
+        """What the batch showed, if anything: ``{layer: (samples, features)}`` and targets ``(batch, classes)``."""
+        if self._targets is None:
+            return None
+        targets, self._targets = self._targets, None
+        self.check()
+        misfits = dict(self.recorder.misfits)
+        features = self.recorder.stop()
+        if not self._is_checked:
+            self._settle(features, misfits)
+        return features, targets
+
+    def _record_input(self, batch: Any) -> None:
+        assert self._input is not None
+        try:
+            value = pick(batch, self._input, "input")
+        except (LookupError, TypeError, ValueError, AttributeError):
+            value = None
+        if isinstance(value, Tensor):
+            self.recorder.record(INPUT, value, channels_first=self._input_channels_first)
+
+    def _settle(self, features: Mapping[str, Tensor], misfits: Mapping[str, str]) -> None:
+        """After the first batch: the order of the calls, and no layer that nobody asked for and that does not fit."""
+        self._is_checked = True
+        if self._has_input and INPUT not in features:
+            self.notes.append("raw input skipped: the batch has no such float tensor")
+            self.layers.remove(INPUT)
+            self._has_input = False
+        if self._patterns is None:
+            unfit = [layer for layer in self.layers if layer not in features]
+            for layer in unfit:
+                self.recorder.detach(layer)
+            if unfit:
+                reason = (
+                    "did not run or do not fit the batch" if len(unfit) > 1 else misfits.get(unfit[0], "did not run")
+                )
+                self.notes.append(f"left out: {', '.join(unfit)} ({reason})")
+            self.layers = [layer for layer in self.layers if layer not in unfit]
+        calls = {layer: order for order, layer in enumerate(features)}
+        self.layers.sort(key=lambda layer: calls.get(layer, len(calls)))
+
+
+def positive_int(argument: str, value: Any) -> int:
+    """``value`` if it is a positive integer.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was given.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{argument}: expected a positive integer, found {value!r}")
+    if value <= 0:
+        raise ValueError(f"{argument}: expected a positive integer, found {value}")
+    return value
+
+
+def positive_float(argument: str, value: Any) -> float:
+    """``value`` if it is a positive finite number.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was given.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{argument}: expected a positive number, found {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{argument}: expected a positive number, found {value}")
+    return float(value)
+
+
+def _patterns(argument: str, value: Patterns | None) -> list[str] | None:
+    if value is None:
+        return None
+    patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else None
+    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{argument}: expected a pattern or a list of patterns, found {value!r}")
+    if not patterns and argument == "layers":
+        raise ValueError("layers: an empty list selects nothing; None selects a sensible few")
+    return patterns
+
+
+def _where(argument: str, value: Any) -> Where:
+    if isinstance(value, bool) or not (isinstance(value, (int, str)) or callable(value)):
+        raise TypeError(f"{argument}: expected an index, a key or a callable, found {value!r}")
+    return value  # type: ignore[no-any-return]

@@ -1,0 +1,43 @@
+"""Means and variances of features, and features brought to mean 0 and variance 1 by them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def moved_statistics(x: Tensor, mean: Tensor, variance: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Running mean and variance after a batch.
+
+    The update is the weighted form of Chan, Golub and LeVeque (1983): it never subtracts two large squares.
+
+    Args:
+        x: ``(layers, samples, width)``.
+        mean: ``(layers, 1, width)``, before the batch.
+        variance: likewise, of the population (divided by n).
+        weight: of the batch, in (0, 1].
+
+    Returns:
+        Mean and variance, in which the batch has ``weight`` and what was before the rest.
+    """
+    batch_mean = x.mean(dim=1, keepdim=True)
+    centred = x - batch_mean
+    batch_variance = centred.square_().mean(dim=1, keepdim=True)
+    shift = batch_mean - mean
+    spread = batch_variance + (1 - weight) * shift * shift
+    return torch.lerp(mean, batch_mean, weight), torch.lerp(variance, spread, weight)
+
+
+def standardise_(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """``(x - mean) / deviation`` in place; a feature that is constant to rounding becomes 0.
+
+    A feature that hardly ever moves would explode when it does: the deviation is at least a thousandth of the layer's.
+
+    Args:
+        x: ``(layers, samples, width)``.
+        mean: ``(layers, 1, width)``.
+        variance: likewise.
+    """
+    rounding = 4 * torch.finfo(mean.dtype).eps * mean.abs()
+    softened = variance + 1e-6 * variance.mean(dim=2, keepdim=True)
+    return x.sub_(mean).mul_(torch.where(variance > rounding * rounding, softened.rsqrt(), 0.0))

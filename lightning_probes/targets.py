@@ -1,0 +1,157 @@
+"""A batch -> its input and its labels, the labels as one distribution over the classes per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+Where = int | Callable[[Any], Any] | str
+"""Where in a batch something is: an index, a key (one level of nesting is searched) or a function of the batch."""
+
+IGNORED = -100
+"""The label of samples to leave out, as in :func:`torch.nn.functional.cross_entropy`."""
+
+
+def pick(batch: Any, where: Where, argument: str) -> Any:
+    """What ``where`` names in ``batch``.
+
+    Args:
+        batch: a tuple, list, mapping, dataclass or named tuple; mappings and dataclasses inside it are searched too.
+        where: index, key or callable.
+        argument: the name of the argument that ``where`` was given as, for the message.
+
+    Raises:
+        LookupError: ``batch`` has no such index or key; the message lists what it has.
+    """
+    if callable(where):
+        return where(batch)
+    for part in (batch, *_parts(batch).values()):
+        parts = _parts(part)
+        if where in parts:
+            return parts[where]
+        if isinstance(where, int) and part is batch and is_dataclass(batch) and -len(parts) <= where < len(parts):
+            return list(parts.values())[where]
+        if isinstance(where, int):
+            if isinstance(part, (list, tuple)) and -len(part) <= where < len(part):
+                return part[where]
+            break
+    kind = "index" if isinstance(where, int) else "key"
+    raise LookupError(f"{argument}={where!r}: the batch has no such {kind}; it is {describe(batch)}")
+
+
+def describe(batch: Any, depth: int = 2) -> str:
+    """A batch in words: its keys or indices with types and shapes."""
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')}{list(batch.shape)}"
+    parts = _parts(batch)
+    if not parts or not depth:
+        return type(batch).__name__
+    inside = ", ".join(f"{key!r}: {describe(part, depth - 1)}" for key, part in parts.items())
+    return f"{type(batch).__name__} {{{inside}}}"
+
+
+def distributions(labels: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Labels as rows of class probabilities.
+
+    Args:
+        labels: integers ``(samples,)`` or ``(samples, 1)``, or one-hot or soft ``(samples, num_classes)``.
+        num_classes: K >= 1.
+        dtype: of the result.
+
+    Returns:
+        ``(samples, num_classes)``. A row is a distribution, or zero for a sample to leave out: labelled ``-100``, or
+        (never an error, which would end a long run) outside ``[0, K)`` or no distribution. Nothing is synchronised
+        with the host.
+    """
+    labels = labels.detach()
+    if labels.dim() == 2 and labels.shape[1] == num_classes and (num_classes > 1 or labels.is_floating_point()):
+        rows = labels.to(dtype)
+        return torch.where(_is_distribution(rows).unsqueeze(1), rows, 0.0)
+    classes = torch.arange(num_classes, device=labels.device)
+    return (labels.reshape(-1, 1) == classes).to(dtype)
+
+
+def check_labels(labels: Any, num_classes: int) -> None:
+    """Raise if ``labels`` are nothing that :func:`distributions` understands; looks at the values (host sync).
+
+    Raises:
+        TypeError: no tensor, or no integers where classes are expected.
+        ValueError: a shape other than those, a label outside ``[0, num_classes)``, rows that are no distribution.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"target: expected a tensor of labels, found {type(labels).__name__}")
+    shape = tuple(labels.shape)
+    if labels.dim() == 2 and labels.shape[1] == num_classes and (num_classes > 1 or labels.is_floating_point()):
+        bad = (~_is_distribution(labels.double())).nonzero()
+        if len(bad):
+            row = labels[int(bad[0])].tolist()
+            raise ValueError(f"target: row {int(bad[0])} of the labels {list(shape)} is no distribution: {row[:8]}")
+        return
+    if labels.dim() == 0 or labels.dim() > 2 or (labels.dim() == 2 and labels.shape[1] != 1):
+        raise ValueError(
+            f"target: labels have shape {shape}; expected (batch,), (batch, 1) or (batch, num_classes={num_classes})"
+        )
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(
+            f"target: labels of shape {shape} are {labels.dtype}; expected integers, or rows of probabilities"
+        )
+    labels = labels.long()  # int8 cannot be compared with 200, nor uint8 with -100
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= num_classes))]
+    if len(wrong):
+        raise ValueError(f"target: label {int(wrong.flatten()[0])} is outside [0, num_classes={num_classes})")
+
+
+def repeat_views(targets: Tensor, samples: int) -> Tensor:
+    """``targets`` of a batch for activations of ``samples`` = k times the batch, view by view."""
+    return targets if len(targets) == samples else targets.repeat(samples // len(targets), 1)
+
+
+def _classes_of(holder: Any) -> Any:
+    return holder.get("num_classes") if isinstance(holder, Mapping) else getattr(holder, "num_classes", None)
+
+
+def _is_distribution(rows: Tensor) -> Tensor:
+    return (rows >= 0).all(dim=1) & ((rows.sum(dim=1) - 1).abs() < 1e-2)
+
+
+def _parts(batch: Any) -> dict[Any, Any]:
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    if isinstance(batch, tuple) and hasattr(batch, "_asdict"):
+        return dict(batch._asdict())
+    if isinstance(batch, (list, tuple)):
+        return dict(enumerate(batch))
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {}
+
+
+def find_num_classes(*owners: Any) -> int:
+    """The number of classes of the first owner that knows it.
+
+    Looks for an integer ``num_classes`` on each owner (a datamodule, a module), in its ``hparams``, then in the
+    torchmetrics metrics among its submodules.
+
+    Raises:
+        ValueError: nobody knows.
+    """
+    for owner in owners:
+        for holder in (owner, getattr(owner, "hparams", None)):
+            found = _classes_of(holder)
+            if isinstance(found, int) and found > 0:
+                return found
+    modules = [module for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()]
+    in_metrics = {found for m in modules if isinstance(m, Metric) and isinstance(found := _classes_of(m), int)}
+    if len(in_metrics) == 1:
+        return in_metrics.pop()
+    names = ", ".join(type(owner).__name__ for owner in owners if owner is not None)
+    several = f" (its metrics disagree: {sorted(in_metrics)})" if in_metrics else ""
+    raise ValueError(
+        f"num_classes is not given and {names} has no `num_classes`, as attribute, hyperparameter or in a metric"
+        f"{several}; pass num_classes=..."
+    )

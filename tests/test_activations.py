@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import product
+from math import ceil, floor, prod
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import BasicBlock
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_probes.activations import ActivationRecorder, first_float_tensor, is_channels_first, reduce
+
+
+def pooled(activation: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Means over the cells of a grid: cell i of s over n places is [floor(i n / s), ceil((i + 1) n / s))."""
+    x = activation.double().numpy()
+    edges = [
+        [slice(floor(i * n / s), ceil((i + 1) * n / s)) for i in range(s)]
+        for n, s in zip(x.shape[2:], grid, strict=True)
+    ]
+    cells = [x[(slice(None), slice(None), *cell)].reshape(*x.shape[:2], -1).mean(axis=2) for cell in product(*edges)]
+    return torch.from_numpy(np.stack(cells, axis=2).reshape(len(x), -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "channels_first", "grid"),
+    [
+        ((6,), False, None),
+        ((6, 1), False, None),
+        ((6, 50), False, None),
+        ((6, 7, 5), False, "tokens"),
+        ((6, 70, 50), False, "tokens"),
+        ((6, 4, 8), True, (8,)),
+        ((6, 4, 30), True, (8,)),
+        ((6, 3, 3, 3), False, (3, 3)),
+        ((6, 8, 7, 5), False, (2, 2)),
+        ((6, 2, 3, 9), False, (3, 5)),
+        ((6, 2, 1, 40), False, (1, 16)),
+        ((6, 64, 5, 5), False, (1, 1)),
+        ((6, 4, 6, 6, 6), False, (2, 2, 2)),
+        ((6, 2, 2, 5, 7), False, (2, 2, 2)),
+        ((6, 2, 2, 2, 2, 3), False, None),
+    ],
+)
+def test_reduce_gives_the_means_of_the_reference(
+    shape: tuple[int, ...], channels_first: bool, grid: tuple[int, ...] | str | None, dtype: torch.dtype
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = reduce(x, 32, channels_first=channels_first)
+    if isinstance(grid, tuple):
+        expected = pooled(x, grid)
+    else:
+        expected = x.double().mean(dim=1) if grid == "tokens" else x.double().reshape(6, -1)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    # Rounding alone: pooling stays in the activation's type, means over tokens are taken in float32 at least.
+    unit = torch.finfo(dtype if isinstance(grid, tuple) else found.dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=4 * unit, atol=4 * unit)
+
+
+def test_vectors_wider_than_max_features_keep_their_width() -> None:
+    assert reduce(torch.randn(2, 5000), 10).shape == (2, 5000)
+    assert reduce(torch.randn(2, 3, 5000), 10).shape == (2, 5000)
+
+
+@given(channels=st.integers(1, 40), size=st.lists(st.integers(1, 9), min_size=1, max_size=3), most=st.integers(1, 1200))
+@settings(deadline=None)
+def test_maps_are_pooled_to_the_largest_grid_that_fits(channels: int, size: list[int], most: int) -> None:
+    width = reduce(torch.zeros(1, channels, *size), most, channels_first=True).shape[1]
+    grids = [tuple(min(s, n) for n in size) for s in range(1, max(size) + 1)]
+    fitting = [channels * prod(grid) for grid in grids if channels * prod(grid) <= most]
+    assert width == max(fitting, default=channels)
+
+
+@given(channels=st.integers(1, 6), size=st.lists(st.integers(1, 7), min_size=1, max_size=3), most=st.integers(1, 200))
+@settings(deadline=None)
+def test_every_pooled_grid_has_the_right_values(channels: int, size: list[int], most: int) -> None:
+    x = torch.randn(2, channels, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(most))
+    side = max([s for s in range(1, max(size) + 1) if channels * prod(min(s, n) for n in size) <= most], default=1)
+    expected = pooled(x, tuple(min(side, n) for n in size))
+    torch.testing.assert_close(reduce(x, most, channels_first=True), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(4,), (4, 5), (4, 1, 5), (4, 5, 1), (4, 2, 3, 3), (4, 9, 9, 9), (4, 32, 1, 1)])
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_reduce_never_shares_memory_with_the_activation(
+    shape: tuple[int, ...], dtype: torch.dtype, channels_first: bool
+) -> None:
+    x = torch.randn(shape).to(dtype)
+    found = reduce(x, 32, channels_first=channels_first)
+    before = found.clone()
+    x.zero_()
+    assert torch.equal(found, before)
+    assert found.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+@dataclass
+class Output:
+    indices: Tensor
+    hidden: Tensor
+
+
+class ModelOutput(OrderedDict[str, Any]):
+    """As Hugging Face's: a mapping with its values as attributes too."""
+
+
+INDICES, HIDDEN = torch.arange(3), torch.randn(3, 2)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        HIDDEN,
+        (INDICES, HIDDEN),
+        [INDICES, [None, "x", (HIDDEN,)]],
+        {"ids": INDICES, "hidden": HIDDEN, "later": torch.randn(3, 4)},
+        Output(INDICES, HIDDEN),
+        ModelOutput(loss=torch.tensor(0.5), last_hidden_state=HIDDEN, hidden_states=(torch.randn(3, 2),)),
+        (torch.tensor(1.5), {"deep": Output(INDICES, HIDDEN)}),
+    ],
+)
+def test_first_float_tensor_is_found_wherever_it_is(output: Any) -> None:
+    assert first_float_tensor(output) is HIDDEN
+
+
+@pytest.mark.parametrize("output", [None, 3.0, "text", INDICES, torch.tensor(0.5), (), {}, [INDICES, None], Output])
+def test_outputs_without_a_float_tensor_give_none(output: Any) -> None:
+    assert first_float_tensor(output) is None
+
+
+class Conformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "expected"),
+    [
+        (nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU()), "0", True),
+        (nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU()), "1", True),
+        (nn.Sequential(nn.BatchNorm1d(3), nn.MaxPool1d(2)), "1", True),
+        (nn.Sequential(nn.Conv1d(2, 3, 3), nn.Linear(3, 3)), "1", False),
+        (nn.Sequential(nn.Sequential(nn.Conv1d(2, 3, 3)), nn.ReLU()), "0", True),
+        (nn.Sequential(nn.Sequential(nn.Conv1d(2, 3, 3)), nn.ReLU()), "1", False),
+        (nn.Sequential(Conformer(), nn.Linear(4, 4)), "0", True),
+        (nn.Sequential(nn.Linear(2, 3), nn.ReLU()), "1", False),
+        (nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU()), "1", False),
+    ],
+)
+def test_three_dimensions_are_channels_first_with_or_beside_a_conv1d(
+    model: nn.Module, path: str, expected: bool
+) -> None:
+    parents = {child: parent for parent in model.modules() for child in parent.children()}
+    assert is_channels_first(model.get_submodule(path), parents) is expected
+
+
+def recorder(model: nn.Module, *layers: str, max_features: int = 64) -> ActivationRecorder:
+    made = ActivationRecorder(max_features)
+    made.attach({layer: model.get_submodule(layer) for layer in layers}, dict.fromkeys(layers, False))
+    return made
+
+
+def test_only_what_runs_between_start_and_stop_is_recorded() -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    found = recorder(model, "0")
+    before, during, after = torch.randn(3, 5, 3)
+    model(before)
+    assert found.features == {}
+    found.start(5)
+    expected = model(during)
+    features = found.stop()
+    model(after)
+    assert list(features) == ["0"]
+    assert torch.equal(features["0"], expected)
+    assert found.features == {}
+    assert found.stop() == {}
+
+
+def test_features_come_in_the_order_of_the_calls() -> None:
+    model = nn.ModuleDict({"late": nn.Linear(2, 2), "early": nn.Linear(2, 2)})
+    found = recorder(model, "late", "early")
+    found.start(3)
+    model["late"](model["early"](torch.randn(3, 2)))
+    assert list(found.stop()) == ["early", "late"]
+
+
+def test_operation_in_place_after_a_layer_does_not_change_its_features() -> None:
+    model = nn.Sequential(nn.Linear(3, 64), nn.ReLU(inplace=True))
+    x = torch.randn(5, 3)
+    found = recorder(model, "0")
+    found.start(5)
+    model(x)
+    assert torch.equal(found.stop()["0"], model[0](x))
+    assert (model[0](x) < 0).any()
+
+
+def test_no_graph_is_kept() -> None:
+    model = nn.Sequential(BasicBlock(2, 2), nn.Flatten(), nn.Linear(32, 2))
+    found = recorder(model, "0", "2", max_features=8)
+    found.start(5)
+    out = model(torch.randn(5, 2, 4, 4))
+    graph = weakref.ref(out)
+    del out
+    gc.collect()
+    assert graph() is None
+    features = found.stop()
+    assert {x.shape[1] for x in features.values()} == {2, 8}
+    assert not any(x.requires_grad or x.grad_fn for x in features.values())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputation_of_activation_checkpointing_is_ignored(use_reentrant: bool) -> None:
+    layer = nn.Linear(3, 3)
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(3, 3), nn.Tanh())
+    found = recorder(model, "0")
+    x = torch.randn(5, 3, requires_grad=True)
+    expected = layer(x).detach()
+    calls: list[int] = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    found.start(5)
+    out = checkpoint(model, x, use_reentrant=use_reentrant)
+    with torch.no_grad():
+        layer.weight.mul_(2)  # so that the second time cannot be taken for the first
+    out.sum().backward()
+    assert len(calls) == 2
+    assert torch.equal(found.stop()["0"], expected)
+
+
+def test_of_several_calls_the_last_that_fits_the_batch_counts() -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    found = recorder(model, "0")
+    found.start(4)
+    _, expected, _ = (model(torch.randn(samples, 3)) for samples in (4, 8, 7))
+    assert torch.equal(found.stop()["0"], expected)
+
+
+@pytest.mark.parametrize("views", [1, 2, 5])
+def test_activations_of_several_views_of_a_batch_are_kept_whole(views: int) -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    found = recorder(model, "0")
+    found.start(4)
+    out = model(torch.randn(4 * views, 3))
+    assert torch.equal(found.stop()["0"], out)
+
+
+def test_call_that_does_not_fit_is_noted_with_its_shape() -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    found = recorder(model, "0")
+    found.start(4)
+    model(torch.randn(6, 3))
+    expected = "its activation has shape (6, 4), whose first dimension is no multiple of the 4 labels of the batch"
+    assert found.misfits == {"0": expected}
+    assert found.stop() == {}
+
+
+def test_output_without_floats_is_noted_with_its_type() -> None:
+    class Ids(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"ids": x.argmax(dim=1)}
+
+    model = nn.Sequential(Ids())
+    found = recorder(model, "0")
+    found.start(4)
+    model(torch.randn(4, 3))
+    assert found.misfits == {"0": "its output holds no floating-point tensor but dict"}
+
+
+def test_layer_that_changes_its_width_is_noted_and_passed_over() -> None:
+    model = nn.Sequential(nn.ReLU())
+    found = recorder(model, "0")
+    found.start(4)
+    model(torch.randn(4, 3))
+    found.stop()
+    found.start(4)
+    model(torch.randn(4, 5))
+    assert found.misfits == {"0": "it has 5 features where it had 3 before"}
+    assert found.stop() == {}
+
+
+def test_totals_are_the_values_before_reduction() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Flatten())
+    found = recorder(model, "0", "1", max_features=16)
+    found.start(4)
+    model(torch.randn(4, 2, 6, 6))
+    assert found.totals == {"0": 144, "1": 144}
+    assert [x.shape[1] for x in found.stop().values()] == [16, 144]
+
+
+def test_hooks_are_gone_after_detach() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    found = recorder(model, "0", "1")
+    assert [len(module._forward_hooks) for module in model] == [1, 1]
+    found.start(4)
+    model(torch.randn(4, 3))
+    found.detach("0")
+    assert [len(module._forward_hooks) for module in model] == [0, 1]
+    assert list(found.features) == ["1"]
+    found.detach()
+    assert [len(module._forward_hooks) for module in model] == [0, 0]
+    assert found.features == {}
+
+
+def test_attaching_again_leaves_one_hook() -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    found = recorder(model, "0")
+    found.attach({"0": model[0]}, {"0": False})
+    assert len(model[0]._forward_hooks) == 1

@@ -1,0 +1,604 @@
+"""What a user sees of the callback: names, numbers, loggers, checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch
+import lightning_utilities.core.rank_zero
+import pytest
+import pytorch_lightning
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from networks import GAN, Classifier, convnet, images, loader, mlp
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_probes import LinearProbeCallback
+
+LAYERS = ["input", "net.1", "net.2", "net.3"]
+"""Of ``Classifier(mlp(depth=1))``."""
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def small() -> Classifier:
+    seed_everything(3, verbose=False)
+    return Classifier(mlp(depth=1))
+
+
+def make_trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
+    return Trainer(**{"max_epochs": 1, "default_root_dir": folder, **QUIET, "callbacks": list(callbacks), **options})
+
+
+def values(probes: LinearProbeCallback, stage: str = "val", **conditions: Any) -> dict[Any, float]:
+    rows = probes.report.select(stage=stage, metric="error", **conditions)
+    return {(row["epoch"], row["layer"]): row["value"] for row in rows}
+
+
+def probe_keys(trainer: Trainer) -> set[str]:
+    return {key for key in trainer.callback_metrics if "probe_" in key}
+
+
+# Names
+
+
+@pytest.mark.parametrize("loaders", [1, 2])
+def test_validation_names_end_as_lightning_ends_the_users_own(loaders: int, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, probes := LinearProbeCallback())
+    trainer.fit(small(), loader(), [loader(32, seed=i + 1) for i in range(loaders)])
+    ends = [key.removeprefix("val_loss") for key in trainer.callback_metrics if key.startswith("val_loss")]
+    assert len(ends) == loaders
+    train = {f"probe_error_train/{layer}" for layer in LAYERS}
+    assert probe_keys(trainer) == train | {f"probe_error_val/{layer}{end}" for layer in LAYERS for end in ends}
+    assert {row["dataloader"] for row in probes.report.select(stage="val")} == set(range(loaders))
+    for i, end in enumerate(ends):
+        logged = {(1, layer): trainer.callback_metrics[f"probe_error_val/{layer}{end}"].item() for layer in LAYERS}
+        assert logged == pytest.approx(values(probes, dataloader=i))
+
+
+@pytest.mark.parametrize("loaders", [1, 2])
+def test_test_names_end_as_lightning_ends_the_users_own(loaders: int, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, LinearProbeCallback())
+    trainer.fit(model := small(), loader())
+    trainer.test(model, [loader(32, seed=i + 1) for i in range(loaders)], verbose=False)
+    ends = [key.removeprefix("test_loss") for key in trainer.callback_metrics if key.startswith("test_loss")]
+    assert len(ends) == loaders
+    assert probe_keys(trainer) == {f"probe_error_test/{layer}{end}" for layer in LAYERS for end in ends}
+
+
+@pytest.mark.parametrize("asked", [None, ["error"], ["cross_entropy"], ["error", "cross_entropy"]])
+def test_cross_entropy_is_logged_when_asked_for_and_always_in_the_report(
+    asked: list[str] | None, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, probes := LinearProbeCallback("net.1", log_metrics=asked))
+    trainer.fit(small(), loader(), loader(32))
+    metrics = ["error", "cross_entropy"] if asked and "cross_entropy" in asked else ["error"]
+    names = {
+        f"probe_{m}_{stage}/{layer}" for m in metrics for stage in ("train", "val") for layer in ("input", "net.1")
+    }
+    assert probe_keys(trainer) == names
+    assert {(row["stage"], row["metric"]) for row in probes.report.rows} == {
+        (stage, metric) for stage in ("train", "val") for metric in ("error", "cross_entropy")
+    }
+
+
+def test_two_callbacks_with_names_are_told_apart(tmp_path: Path) -> None:
+    digit = LinearProbeCallback("net.1", name="digit")
+    parity = LinearProbeCallback("net.3", name="parity", num_classes=2, target=lambda batch: batch[1] % 2)
+    trainer = make_trainer(tmp_path, digit, parity)
+    trainer.fit(small(), loader(), loader(32))
+    assert probe_keys(trainer) == {
+        f"{name}_probe_error_{stage}/{layer}"
+        for name, named in (("digit", "net.1"), ("parity", "net.3"))
+        for stage in ("train", "val")
+        for layer in ("input", named)
+    }
+    assert digit.state_key != parity.state_key
+    assert digit.report.baseline["val"] > 0.5 >= parity.report.baseline["val"]
+
+
+def test_model_checkpoint_can_monitor_a_probe(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="probe_error_val/net.1")
+    make_trainer(
+        tmp_path, probes := LinearProbeCallback(), best, max_epochs=3, enable_checkpointing=True
+    ).fit(small(), loader(), loader(64, seed=1))  # fmt: skip
+    assert best.best_model_score is not None
+    errors = values(probes, layer="net.1").values()
+    assert best.best_model_score.item() == pytest.approx(min(errors))
+    assert len(set(errors)) > 1
+
+
+def test_early_stopping_can_monitor_a_probe(tmp_path: Path) -> None:
+    stop = EarlyStopping("probe_error_val/net.1", min_delta=1.0, patience=1)
+    make_trainer(tmp_path, stop, probes := LinearProbeCallback(), max_epochs=5).fit(small(), loader(), loader(32))
+    assert stop.stopped_epoch == 1
+    assert [epoch for epoch, _ in values(probes, layer="net.1")] == [1, 2]
+
+
+# When
+
+
+class Watch(Callback):
+    """What can be seen of the probes at the end of each epoch and of the sanity check."""
+
+    def __init__(self, probes: LinearProbeCallback) -> None:
+        self.probes = probes
+        self.sanity: list[Any] = []
+        self.epochs: list[set[str]] = []
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.sanity.append((list(self.probes.report.rows), probe_keys(trainer)))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.epochs.append(probe_keys(trainer))
+
+
+def test_training_without_validation_publishes_at_the_end_of_each_epoch(tmp_path: Path) -> None:
+    watch = Watch(probes := LinearProbeCallback())
+    make_trainer(tmp_path, probes, watch, max_epochs=2).fit(small(), loader())
+    assert watch.epochs == [{f"probe_error_train/{layer}" for layer in LAYERS}] * 2
+    assert sorted(values(probes, "train")) == [(epoch, layer) for epoch in (1, 2) for layer in LAYERS]
+    assert values(probes, "val") == {}
+
+
+def test_epochs_between_two_validations_publish_train(tmp_path: Path) -> None:
+    probes = LinearProbeCallback("net.1", input=None)
+    make_trainer(tmp_path, probes, max_epochs=4, check_val_every_n_epoch=2).fit(small(), loader(), loader(32))
+    assert [epoch for epoch, _ in values(probes, "train")] == [1, 2, 3, 4]
+    assert [epoch for epoch, _ in values(probes, "val")] == [2, 4]
+
+
+def test_validation_in_the_middle_of_an_epoch_publishes_what_was_trained_on_since(tmp_path: Path) -> None:
+    probes = LinearProbeCallback("net.1", input=None)
+    make_trainer(tmp_path, probes, val_check_interval=4).fit(small(), loader(), loader(32))
+    train, val = (probes.report.select(stage=stage, metric="error") for stage in ("train", "val"))
+    assert [(row["epoch"], row["step"], row["samples"]) for row in train] == [(0, 4, 64), (1, 6, 32)]
+    assert [(row["epoch"], row["step"], row["samples"]) for row in val] == [(0, 4, 32)]
+    assert "start" not in probes.report.table("train")
+
+
+def test_sanity_check_neither_fits_nor_publishes(tmp_path: Path) -> None:
+    watch = Watch(probes := LinearProbeCallback())
+    make_trainer(tmp_path, probes, watch, num_sanity_val_steps=2).fit(small(), loader(), loader(40))
+    assert watch.sanity == [([], set())]
+    assert {row["samples"] for row in probes.report.select(stage="val")} == {40}
+
+
+def test_report_is_empty_when_fit_ends_before_anything_is_published(tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            raise RuntimeError("enough")
+
+    trainer = make_trainer(tmp_path, probes := LinearProbeCallback(), Stop(), num_sanity_val_steps=2)
+    with pytest.raises(RuntimeError, match="enough"):
+        trainer.fit(small(), loader(), loader(40))
+    assert probes.report.rows == []
+
+
+def test_second_fit_begins_a_new_report(tmp_path: Path) -> None:
+    probes = LinearProbeCallback()
+    for _ in range(2):
+        make_trainer(tmp_path, probes).fit(small(), loader(), loader(32))
+    assert sorted(values(probes)) == [(1, layer) for layer in LAYERS]
+
+
+# Numbers
+
+
+def test_published_errors_are_exactly_those_of_the_probes_on_the_network_as_it_is(tmp_path: Path) -> None:
+    seed_everything(5, verbose=False)
+    model = Classifier(convnet())
+    held_out = loader(50, seed=1)
+    make_trainer(tmp_path, probes := LinearProbeCallback("net.*")).fit(model, loader(), held_out)
+    assert probes._session is not None
+    assert probes._session.bank is not None
+    linear = {
+        layer: {name: tensor[i] for name, tensor in stack["tensors"].items()}
+        for stack in probes._session.bank.state_dict().values()
+        for i, layer in enumerate(stack["layers"])
+    }
+    wrong = dict.fromkeys(linear, 0)
+    model.eval()
+    for x, y in held_out:
+        for name, module in [("input", nn.Identity()), *model.net.named_children()]:
+            x = module(x)
+            layer = name if name == "input" else f"net.{name}"
+            if layer in linear:
+                probe = linear[layer]
+                deviation = (probe["variance"] + 1e-6 * probe["variance"].mean()).sqrt()
+                z = torch.where(probe["variance"] > 0, (x.detach().flatten(1) - probe["mean"]) / deviation, 0.0)
+                wrong[layer] += int(((z @ probe["weight"].T + probe["bias"].T).argmax(dim=1) != y).sum())
+    assert len(wrong) == 11
+    assert values(probes) == {(1, layer): count / 50 for layer, count in wrong.items()}
+
+
+def test_train_error_is_the_mean_over_the_epoch_of_each_batch_before_its_update(tmp_path: Path) -> None:
+    # A learning rate of almost nothing: the probes answer the first class throughout, whatever they see.
+    make_trainer(tmp_path, probes := LinearProbeCallback("net.1", learning_rate=1e-30)).fit(small(), loader(88))
+    first = probes.report.select(stage="train", metric="cross_entropy", layer="net.1")
+    assert [(row["samples"], row["value"]) for row in first] == [(88, pytest.approx(math.log(10)))]
+
+
+def test_depth_counts_the_calls_from_the_raw_input_on(tmp_path: Path) -> None:
+    for input, offset in ((0, 0), (None, 1)):
+        make_trainer(tmp_path, probes := LinearProbeCallback(input=input)).fit(small(), loader())
+        depths = {row["layer"]: row["depth"] for row in probes.report.rows}
+        assert depths == {layer: i + offset for i, layer in enumerate(LAYERS[offset:])}
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_every_batch_counts_under_accumulation_and_step_is_the_global_step(accumulate: int, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, probes := LinearProbeCallback(), accumulate_grad_batches=accumulate)
+    trainer.fit(small(), loader(96))
+    assert {row["samples"] for row in probes.report.rows} == {96}
+    assert {row["step"] for row in probes.report.rows} == {trainer.global_step} == {math.ceil(6 / accumulate)}
+
+
+def test_every_batch_counts_under_manual_optimisation(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, probes := LinearProbeCallback("discriminator.*"), max_epochs=2)
+    trainer.fit(GAN(), loader(96))
+    found = {(row["epoch"], row["step"], row["samples"]) for row in probes.report.rows}
+    assert found == {(1, 12, 96), (2, 24, 96)}
+
+
+# Batches
+
+
+class Unpacking(Classifier):
+    """Any form of batch."""
+
+    def __init__(self, unpack: Callable[[Any], Any]) -> None:
+        super().__init__(mlp(depth=1))
+        self.unpack = unpack
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(self.unpack(batch), batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step(self.unpack(batch), batch_idx)
+
+
+def fit_samples(
+    folder: Path, sample: Callable[[Tensor, Tensor], Any], unpack: Callable[[Any], Any], **arguments: Any
+) -> LinearProbeCallback:
+    seed_everything(3, verbose=False)
+    loaders = [
+        DataLoader([sample(*pair) for pair in images(n, seed=n)], batch_size=16)  # type: ignore[arg-type]
+        for n in (88, 40)
+    ]
+    make_trainer(folder, probes := LinearProbeCallback(**arguments), max_epochs=2).fit(Unpacking(unpack), *loaders)
+    return probes
+
+
+def pair_of(batch: Any) -> Any:
+    return batch["image"], batch["label"]
+
+
+FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Any], dict[str, Any]]] = {
+    "keys": (lambda x, y: {"image": x, "label": y}, pair_of, {"input": "image", "target": "label"}),
+    "keys one level down": (
+        lambda x, y: {"data": {"image": x}, "about": {"label": y}},
+        lambda batch: (batch["data"]["image"], batch["about"]["label"]),
+        {"input": "image", "target": "label"},
+    ),
+    "functions": (
+        lambda x, y: {"image": x, "label": y},
+        pair_of,
+        {"input": lambda batch: batch["image"], "target": lambda batch: batch["label"]},
+    ),
+    "label first": (lambda x, y: (y, x), lambda batch: (batch[1], batch[0]), {"input": 1, "target": 0}),
+    "negative indices": (lambda x, y: (x, y), lambda batch: batch, {"input": -2, "target": -1}),
+    "(batch, 1)": (lambda x, y: (x, y.view(1)), lambda batch: (batch[0], batch[1][:, 0]), {}),
+    "one-hot integers": (lambda x, y: (x, F.one_hot(y, 10)), lambda batch: (batch[0], batch[1].argmax(dim=1)), {}),
+    "one-hot floats": (lambda x, y: (x, F.one_hot(y, 10).float()), lambda batch: (batch[0], batch[1].argmax(1)), {}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_batches_of_any_form_give_the_same_report(form: str, tmp_path: Path) -> None:
+    sample, unpack, arguments = FORMS[form]
+    plain = fit_samples(tmp_path, lambda x, y: (x, y), lambda batch: batch)
+    assert fit_samples(tmp_path, sample, unpack, **arguments).report == plain.report
+    assert len(plain.report.rows) == 2 * 2 * 2 * len(LAYERS)
+
+
+def test_soft_labels_are_learnt_from(tmp_path: Path) -> None:
+    def soften(x: Tensor, y: Tensor) -> Any:
+        return x, 0.9 * F.one_hot(y, 10) + 0.01
+
+    probes = fit_samples(tmp_path, soften, lambda batch: (batch[0], batch[1].argmax(dim=1)))
+    assert {row["samples"] for row in probes.report.rows} == {88, 40}
+    assert values(probes, epoch=2, layer="input")[2, "input"] < probes.report.baseline["val"] - 0.2
+
+
+def test_label_minus_100_is_left_out_of_the_samples(tmp_path: Path) -> None:
+    def hide_threes(batch: Any) -> Tensor:
+        return torch.where(batch[1] == 3, -100, batch[1])
+
+    make_trainer(tmp_path, probes := LinearProbeCallback(target=hide_threes)).fit(small(), loader(88), loader(40))
+    for stage, samples in (("train", 88), ("val", 40)):
+        kept = int((images(samples).tensors[1] != 3).sum())
+        assert 0 < kept < samples
+        assert {row["samples"] for row in probes.report.select(stage=stage)} == {kept}
+
+
+def test_two_views_in_one_forward_are_scored_view_by_view(tmp_path: Path) -> None:
+    class TwoViews(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(torch.cat([batch[0], batch[0] + 0.1])), batch[1].repeat(2))
+
+    seed_everything(3, verbose=False)
+    make_trainer(tmp_path, probes := LinearProbeCallback(), max_epochs=5).fit(
+        TwoViews(mlp(depth=1)), loader(), loader(40, seed=1)
+    )
+    samples = {row["layer"]: row["samples"] for row in probes.report.select(stage="train")}
+    assert samples == {"input": 96, "net.1": 192, "net.2": 192, "net.3": 192}
+    # Labels that did not belong to their views would leave the probes at chance.
+    assert values(probes, "train", epoch=5, layer="net.1")[5, "net.1"] < 0.2
+
+
+# What is said
+
+
+@contextmanager
+def listening() -> Iterator[list[str]]:
+    """Info lines and warnings while it lasts."""
+    said: list[str] = []
+    log = lightning_utilities.core.rank_zero.log
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    level = log.level
+    log.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield said
+            said += [str(warning.message) for warning in caught]
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def test_one_line_is_said_at_the_start_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {}
+    for callbacks in ((), (LinearProbeCallback(),)):
+        with listening() as said[len(callbacks)]:
+            make_trainer(tmp_path, *callbacks, max_epochs=2).fit(small(), loader(), loader(32))
+    new = [line for line in said[1] if line not in said[0]]
+    assert len(said[1]) == len(said[0]) + 1
+    # 64 pixels, 32 + 32 hidden units, 10 logits.
+    assert re.fullmatch(r"LinearProbeCallback: 4 layers, 138 features, \d+\.\d MiB", *new)
+    assert "robe" not in "".join(capsys.readouterr())
+
+
+class Words(Classifier):
+    """Classifies batches ``{"image": ..., "label": ...}`` by what is dark and what is light: token ids."""
+
+    def __init__(self, embedding: str = "embedding") -> None:
+        super().__init__(nn.Linear(16, 10))
+        self.add_module(embedding, nn.Embedding(2, 16))
+        self.embedding_name = embedding
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        embedded = self.get_submodule(self.embedding_name)(ids_of(batch))
+        return F.cross_entropy(self.net(embedded.mean(dim=1)), batch["label"])
+
+
+def ids_of(batch: Any) -> Tensor:
+    return (batch["image"].flatten(1) > 0).long()
+
+
+@pytest.mark.parametrize(
+    ("embedding", "input", "note"),
+    [
+        ("embedding", 0, "the batch has no such float tensor"),
+        ("embedding", "pixels", "the batch has no such float tensor"),
+        ("embedding", ids_of, "the batch has no such float tensor"),
+        ("input", "image", "a module has the name 'input'"),
+    ],
+)
+def test_input_that_cannot_be_probed_is_skipped_and_the_line_says_so(
+    embedding: str, input: Any, note: str, tmp_path: Path
+) -> None:
+    samples: Any = [{"image": x, "label": y} for x, y in images(48)]
+    with listening() as said:
+        make_trainer(tmp_path, probes := LinearProbeCallback(input=input, target="label")).fit(
+            Words(embedding), DataLoader(samples, batch_size=16)
+        )
+    (line,) = (line for line in said if line.startswith("LinearProbeCallback"))
+    assert line.endswith(f"; raw input skipped: {note}")
+    assert {row["layer"]: row["depth"] for row in probes.report.rows} == {embedding: 1, "net": 2}
+
+
+# Loggers
+
+
+def read_scalars(folder: str) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(folder).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if "probe_" in tag
+    }
+
+
+def test_csv_and_tensorboard_hold_one_point_for_each_epoch_layer_and_stage(tmp_path: Path) -> None:
+    loggers = [TensorBoardLogger(tmp_path, name="board"), CSVLogger(tmp_path, name="csv")]
+    make_trainer(tmp_path, probes := LinearProbeCallback(), logger=loggers, max_epochs=3).fit(
+        small(), loader(), loader(32)
+    )
+    expected: dict[str, list[tuple[int, Any]]] = {}
+    for row in probes.report.select(metric="error"):
+        point = row["step"] - 1, pytest.approx(row["value"])  # Lightning counts the steps of what it logs from 0.
+        expected.setdefault(f"probe_error_{row['stage']}/{row['layer']}", []).append(point)
+    assert read_scalars(loggers[0].log_dir) == expected
+    assert set(map(len, expected.values())) == {3}
+    with (Path(loggers[1].log_dir) / "metrics.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    in_csv = {
+        name: [(int(line["step"]), float(line[name])) for line in lines if line[name]]
+        for name in lines[0]
+        if "probe_" in name
+    }
+    assert in_csv == expected
+
+
+def test_without_a_logger_values_are_in_the_callback_metrics_and_no_file_is_written(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, LinearProbeCallback("net.1"), logger=False)
+    trainer.fit(small(), loader())
+    assert probe_keys(trainer) == {"probe_error_train/input", "probe_error_train/net.1"}
+    assert list(tmp_path.iterdir()) == []
+
+
+class OwnLayout(Callback):
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(trainer.logger, TensorBoardLogger)
+        trainer.logger.experiment.add_custom_scalars({"mine": {"loss": ["Multiline", ["train_loss"]]}})
+
+
+def read_layout(folder: Path) -> layout_pb2.Layout:
+    (event,) = EventAccumulator(str(folder)).Reload().Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(event.tensor_proto.string_val[0])
+    return layout
+
+
+def test_charts_are_in_a_sub_run_and_leave_the_users_layout_alone(tmp_path: Path) -> None:
+    probes = LinearProbeCallback(name="digit", log_metrics=["cross_entropy"])
+    logger = TensorBoardLogger(tmp_path)
+    make_trainer(tmp_path, probes, OwnLayout(), logger=logger).fit(small(), loader(), loader(32))
+    assert [category.title for category in read_layout(Path(logger.log_dir)).category] == ["mine"]
+    (category,) = read_layout(Path(logger.log_dir) / "digit_probes").category
+    tags = read_scalars(logger.log_dir)
+    drawn = {}
+    for chart in category.chart:
+        (pattern,) = chart.multiline.tag
+        drawn[chart.title] = {tag for tag in tags if re.match(pattern, tag)}
+    assert drawn == {
+        f"{metric}, {stage}": {f"digit_probe_{metric}_{stage}/{layer}" for layer in LAYERS}
+        for metric in ("error", "cross_entropy")
+        for stage in ("train", "val")
+    }
+
+
+def test_every_run_of_a_callback_has_its_charts(tmp_path: Path) -> None:
+    probes = LinearProbeCallback()
+    for run in ("one", "other"):
+        logger = TensorBoardLogger(tmp_path, name=run)
+        make_trainer(tmp_path, probes, logger=logger).fit(small(), loader())
+        assert len(read_layout(Path(logger.log_dir) / "probes").category) == 1
+
+
+# Checkpoints, and outside fit
+
+
+def fit_with_checkpoints(folder: Path, epochs: int) -> tuple[Trainer, Classifier, LinearProbeCallback]:
+    keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    trainer = make_trainer(
+        folder, probes := LinearProbeCallback(), keep, max_epochs=epochs, enable_checkpointing=True
+    )  # fmt: skip
+    trainer.fit(model := small(), loader(), loader(40, seed=1))
+    return trainer, model, probes
+
+
+def test_checkpoint_loads_with_weights_only(tmp_path: Path) -> None:
+    _, _, probes = fit_with_checkpoints(tmp_path, 1)
+    saved = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["callbacks"][probes.state_key]
+    assert saved["probes"]["layers"] == LAYERS
+    assert saved["report"]["rows"] == probes.report.rows
+
+
+def test_testing_a_checkpoint_scores_its_probes_and_keeps_the_report(tmp_path: Path) -> None:
+    held_out = loader(500, seed=2)
+    trainer, model, probes = fit_with_checkpoints(tmp_path / "one", 1)
+    trainer.test(model, held_out, verbose=False)
+    expected = [row["value"] for row in probes.report.select(stage="test")]
+
+    trainer, model, probes = fit_with_checkpoints(tmp_path / "two", 2)
+    rows = list(probes.report.rows)
+    trainer.test(model, held_out, ckpt_path=str(tmp_path / "two" / "epoch=0.ckpt"), verbose=False)
+    assert [row["value"] for row in probes.report.select(stage="test")] == expected
+    assert probes.report.select(stage="val") == [row for row in rows if row["stage"] == "val"]
+    trainer.test(model, held_out, ckpt_path=str(tmp_path / "two" / "epoch=1.ckpt"), verbose=False)
+    assert [row["value"] for row in probes.report.select(stage="test")] != expected
+
+    trainer = make_trainer(tmp_path, fresh := LinearProbeCallback())
+    trainer.test(small(), held_out, ckpt_path=str(tmp_path / "two" / "epoch=0.ckpt"), verbose=False)
+    assert [row["value"] for row in fresh.report.select(stage="test")] == expected
+
+
+def test_validating_after_fit_finds_what_the_last_validation_of_fit_found(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, probes := LinearProbeCallback())
+    trainer.fit(model := small(), loader(), held_out := loader(40, seed=1))
+    before = values(probes)
+    probes.report.rows.clear()
+    trainer.validate(model, held_out, verbose=False)
+    assert values(probes) == before
+    assert probe_keys(trainer) == {f"probe_error_val/{layer}" for layer in LAYERS}
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+@pytest.mark.parametrize("num_classes", [None, 10])
+def test_evaluation_without_probes_warns_and_goes_on(stage: str, num_classes: int | None, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, probes := LinearProbeCallback(num_classes=num_classes))
+    with pytest.warns(UserWarning, match="nothing to score: no probes were fitted"):
+        getattr(trainer, stage)(small(), loader(32), verbose=False)
+    assert probes.report.rows == []
+
+
+# Both names of Lightning
+
+
+def test_same_class_works_in_lightning_and_in_pytorch_lightning(tmp_path: Path) -> None:
+    found = []
+    for package in (lightning.pytorch, pytorch_lightning):
+
+        class Model(package.LightningModule):  # type: ignore[name-defined, misc]
+            num_classes = 10
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.net = mlp(depth=1)
+
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                return F.cross_entropy(self.net(batch[0]), batch[1])
+
+            def validation_step(self, batch: Any, batch_idx: int) -> None:
+                self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.SGD(self.parameters(), 0.1)
+
+        seed_everything(3, verbose=False)
+        probes = LinearProbeCallback()
+        trainer = package.Trainer(max_epochs=2, default_root_dir=tmp_path, callbacks=[probes], **QUIET)
+        trainer.fit(model := Model(), loader(), loader(32))
+        assert not any(module._forward_hooks for module in model.modules())
+        assert set(trainer.callback_metrics) - {"val_loss"} == {
+            f"probe_error_{stage}/{layer}" for stage in ("train", "val") for layer in LAYERS
+        }
+        found.append(probes.report)
+    assert found[0] == found[1]
+    assert len(found[0].rows) == 2 * 2 * 2 * len(LAYERS)

@@ -43,7 +43,7 @@ def is_channels_first(module: nn.Module, siblings: Mapping[nn.Module, nn.Module]
     return is_element and parent is not None and any(isinstance(child, _LENGTH_MODULES) for child in parent.children())
 
 
-def reduce(activation: Tensor, max_features: int, *, channels_first: bool = False) -> Tensor:
+def reduce(activation: Tensor, max_features: int, *, channels_first: bool = False, out: Tensor | None = None) -> Tensor:
     """A layer's activation as features of each sample, in float32 (float64 stays), in memory of its own.
 
     Args:
@@ -52,6 +52,7 @@ def reduce(activation: Tensor, max_features: int, *, channels_first: bool = Fals
         max_features: a map with more values is average-pooled over space to the largest grid (``s`` per spatial
             dimension, never more than its size) with at most this many values, at least ``s = 1``.
         channels_first: three dimensions are ``(samples, channels, length)``, a map as in two and three dimensions.
+        out: memory that may be written over and returned, if it fits.
 
     Returns:
         ``(samples, features)``, detached.
@@ -67,7 +68,10 @@ def reduce(activation: Tensor, max_features: int, *, channels_first: bool = Fals
             pooled: Tensor = _POOLS[len(size)](activation, grid)
             return pooled.flatten(1).to(dtype)
     # A later in-place operation of the network must not reach what was taken here.
-    return activation.reshape(len(activation), -1).to(dtype, copy=True)
+    flat = activation.reshape(len(activation), -1)
+    if out is not None and (out.shape, out.dtype, out.device) == (flat.shape, dtype, flat.device):
+        return out.copy_(flat)
+    return flat.to(dtype, copy=True)
 
 
 def _grid(channels: int, size: tuple[int, ...], max_features: int) -> tuple[int, ...]:
@@ -95,6 +99,8 @@ class ActivationRecorder:
         self.totals: dict[str, int] = {}
         self._samples: int | None = None
         self._widths: dict[str, int] = {}
+        # Written over step by step: fresh pages from the system cost more than the copy into them.
+        self._memory: dict[str, Tensor] = {}
         self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
 
     def attach(self, layers: Mapping[str, nn.Module], channels_first: Mapping[str, bool]) -> None:
@@ -110,15 +116,17 @@ class ActivationRecorder:
                 self._hooks.pop(name).remove()
             self.features.pop(name, None)
             self.misfits.pop(name, None)
+            self._memory.pop(name, None)
         if layer is None:
             self._samples = None
+            self._memory.clear()
 
     def start(self, samples: int) -> None:
         """Record from now on; ``samples`` is the number of labels of the batch."""
         self.features, self.misfits, self._samples = {}, {}, samples
 
     def stop(self) -> dict[str, Tensor]:
-        """End the step; returns its features and lets go of them."""
+        """End the step; returns its features, which the next step may write over."""
         features, self.features, self._samples = self.features, {}, None
         return features
 
@@ -135,7 +143,9 @@ class ActivationRecorder:
                 f"of the {self._samples} labels of the batch"
             )
         else:
-            features = reduce(activation, self.max_features, channels_first=channels_first)
+            memory = self._memory.get(layer)
+            features = reduce(activation, self.max_features, channels_first=channels_first, out=memory)
+            self._memory[layer] = features
             width = self._widths.setdefault(layer, features.shape[1])
             if features.shape[1] == width:
                 self.totals[layer] = activation[0].numel()

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from lightning_probes.scores import no_tally, tally
+from lightning_probes.scores import BatchLabels, no_tally, tally
 from lightning_probes.standardise import moved_statistics, standardise_
-from lightning_probes.targets import repeat_views
 
 _SHORTEST_MEMORY = 0.01
 """Weight of a batch in the running mean and variance once the first hundred have been averaged evenly."""
 
-_CHUNKS = 16
+_CHUNKS = 4
 
 
 class _Stack:
@@ -72,6 +71,10 @@ class _Run:
         self["variance"].copy_(torch.where(alive, variance, self["variance"]))
         return standardise_(x, self["mean"], self["variance"])
 
+    def log_probabilities(self, x: Tensor) -> Tensor:
+        """``(layers, classes, samples)`` of standardised ``x`` ``(layers, samples, width)``."""
+        return torch.bmm(self["weight"], x.transpose(1, 2)).add_(self["bias"]).log_softmax(dim=1)
+
 
 class ProbeBank:
     """A softmax regression on the standardised features of each layer.
@@ -120,15 +123,15 @@ class ProbeBank:
             The ``(3, layers)`` sums of :func:`~lightning_probes.scores.tally` *before* the step.
         """
         parts: dict[tuple[str, ...], Tensor] = {}
+        batch = BatchLabels(targets)
         self._admit(features)
         for run in self._runs(features):
-            rows = repeat_views(targets, len(run.features[0])).to(run["weight"].dtype)
+            labels = batch.of(len(run.features[0]), run["weight"].dtype)
             x = run.track(torch.stack(run.features))
-            log_p = torch.baddbmm(run["bias"], run["weight"], x.transpose(1, 2)).log_softmax(dim=1)
-            parts[run.names] = tally(log_p, rows)
-            # Zero rows of left-out samples have no gradient: p - y is weighted by the row's total.
-            counted = rows.sum(dim=1)
-            residual = log_p.exp_().mul_(counted).sub_(rows.T).div_(counted.sum().clamp(min=1))
+            log_p = run.log_probabilities(x)
+            parts[run.names] = tally(log_p, labels)
+            # A sample that is left out has no gradient.
+            residual = log_p.exp_().mul_(labels.counted).sub_(labels.rows.T).div_(labels.total.clamp(min=1))
             gradients = [torch.bmm(residual, x), residual.sum(dim=2, keepdim=True)]
             # Without a gradient Adam would still coast on its momentum.
             for moment in ("weight_mean_gradient", "bias_mean_gradient"):
@@ -140,11 +143,10 @@ class ProbeBank:
     def score(self, features: Mapping[str, Tensor], targets: Tensor) -> Tensor:
         """The ``(3, layers)`` sums of :func:`~lightning_probes.scores.tally`; nothing is updated."""
         parts: dict[tuple[str, ...], Tensor] = {}
+        batch = BatchLabels(targets)
         for run in self._runs({layer: x for layer, x in features.items() if layer in self._width}):
-            rows = repeat_views(targets, len(run.features[0])).to(run["weight"].dtype)
             x = standardise_(torch.stack(run.features), run["mean"], run["variance"])
-            log_p = torch.baddbmm(run["bias"], run["weight"], x.transpose(1, 2)).log_softmax(dim=1)
-            parts[run.names] = tally(log_p, rows)
+            parts[run.names] = tally(run.log_probabilities(x), batch.of(x.shape[1], x.dtype))
         return self._gather(parts, targets.device)
 
     def finite(self) -> dict[str, bool]:
@@ -185,7 +187,7 @@ class ProbeBank:
     def _runs(self, features: Mapping[str, Tensor]) -> Iterator[_Run]:
         """The layers in ``features`` as slices of their stacks.
 
-        On the host a sixteenth of the layers at a time, so that copies stay small beside the features themselves and in
+        On the host a quarter of the layers at a time, so that copies stay small beside the features themselves and in
         the cache; elsewhere all at once, since there each further kernel costs more than memory does.
         """
         present = len(features)

@@ -87,9 +87,7 @@ class LinearProbeCallback(Callback):
         return self._state_key
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        others = [
-            other for other in _callbacks(trainer) if isinstance(other, LinearProbeCallback) and other is not self
-        ]
+        others = [c for c in _callbacks(trainer) if isinstance(c, LinearProbeCallback) and c is not self]
         if any(other._prefix == self._prefix for other in others):
             raise ValueError(
                 f"two LinearProbeCallbacks have the name {self._prefix.removesuffix('_') or None!r}; "
@@ -246,7 +244,7 @@ def _has_several_loaders(trainer: Trainer, stage: str) -> bool:
 
 
 def _log_metrics(value: Sequence[str] | None) -> list[str]:
-    asked = ["error", *(value or [])]
-    if unknown := sorted(set(asked) - set(METRICS)):
-        raise ValueError(f"log_metrics: {unknown} given; expected some of {list(METRICS)}")
-    return list(dict.fromkeys(asked))
+    asked = [] if value is None else value
+    if isinstance(asked, str) or not isinstance(asked, Sequence) or any(metric not in METRICS for metric in asked):
+        raise ValueError(f"log_metrics: expected a list of some of {list(METRICS)}, found {value!r}")
+    return list(dict.fromkeys(["error", *asked]))

@@ -145,6 +145,15 @@ def _paths(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def match_layers(model: nn.Module, patterns: str | Sequence[str], argument: str) -> dict[str, nn.Module]:
+    """Every path of ``model`` that a pattern names, aliases included.
+
+    Raises:
+        ValueError: a pattern matches nothing; the message names ``argument`` and the nearest paths.
+    """
+    return _match(_paths(model), patterns, argument)
+
+
 def _match(names: dict[str, nn.Module], patterns: str | Sequence[str], argument: str) -> dict[str, nn.Module]:
     matched: dict[str, nn.Module] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lightning_probes.activations import ActivationRecorder, is_channels_first
-from lightning_probes.layers import select_layers
+from lightning_probes.layers import match_layers, select_layers
 from lightning_probes.targets import Where, check_labels, distributions, find_num_classes, pick
 
 INPUT = "input"
@@ -28,6 +28,7 @@ class ProbedNetwork:
     Attributes:
         layers: the names of all layers, ``input`` first, in tree order until the first batch, then in order of calls.
         notes: what a user should know about how the layers were chosen.
+        has_input: whether the raw input is one of the layers.
     """
 
     def __init__(
@@ -43,9 +44,7 @@ class ProbedNetwork:
     ) -> None:
         self._patterns = _patterns("layers", layers)
         self._exclude = _patterns("exclude", exclude)
-        self._layout = dict(layout or {})
-        if bad := {kind for kind in self._layout.values() if kind not in ("tokens", "channels")}:
-            raise ValueError(f"layout: {sorted(map(str, bad))} given; expected 'tokens' or 'channels'")
+        self._layout = _layouts(layout or {})
         self._given_classes = None if num_classes is None else positive_int("num_classes", num_classes)
         self._input = None if input is None else _where("input", input)
         self._target = _where("target", target)
@@ -53,6 +52,7 @@ class ProbedNetwork:
         self.num_classes = self._given_classes or 0
         self.layers: list[str] = []
         self.notes: list[str] = []
+        self.has_input = False
         self._is_checked = False
         self._targets: Tensor | None = None
 
@@ -73,13 +73,13 @@ class ProbedNetwork:
         parents = {child: parent for parent in model.modules() for child in parent.children()}
         channels = {layer: is_channels_first(module, parents) for layer, module in modules.items()}
         for pattern, kind in self._layout.items():
-            named = [INPUT] if pattern == INPUT else select_layers(model, pattern)[0]
+            named = [INPUT] if pattern == INPUT else match_layers(model, pattern, "layout")
             channels |= dict.fromkeys(named, kind == "channels")
         self._input_channels_first = channels.get(INPUT, False)
         if self._input is not None and INPUT in modules:
             self.notes.append("raw input skipped: a module has the name 'input'")
-        self._has_input = self._input is not None and INPUT not in modules
-        self.layers = [INPUT] * self._has_input + list(modules)
+        self.has_input = self._input is not None and INPUT not in modules
+        self.layers = [INPUT] * self.has_input + list(modules)
         self._is_checked = is_settled
         self.recorder.attach(modules, channels)
 
@@ -91,7 +91,7 @@ class ProbedNetwork:
     def drop(self, layer: str) -> None:
         """Stop looking at one layer."""
         self.recorder.detach(layer)
-        self._has_input &= layer != INPUT
+        self.has_input &= layer != INPUT
 
     def open(self, batch: Any) -> None:
         """Take the labels and the raw input of ``batch``, before the step can change them, and begin to record.
@@ -105,12 +105,12 @@ class ProbedNetwork:
             if not self._is_checked:
                 check_labels(labels, self.num_classes)
             self._targets = distributions(labels, self.num_classes)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
+        except Exception:  # whatever a user's function raises
             if not self._is_checked:
                 raise
             return
         self.recorder.start(len(self._targets))
-        if self._has_input:
+        if self.has_input:
             self._record_input(batch)
 
     def check(self) -> None:
@@ -140,7 +140,9 @@ class ProbedNetwork:
         assert self._input is not None
         try:
             value = pick(batch, self._input, "input")
-        except (LookupError, TypeError, ValueError, AttributeError):
+        except Exception as error:  # whatever a user's function raises
+            if not self._is_checked and not isinstance(error, LookupError):
+                raise
             value = None
         if isinstance(value, Tensor):
             self.recorder.record(INPUT, value, channels_first=self._input_channels_first)
@@ -148,10 +150,10 @@ class ProbedNetwork:
     def _settle(self, features: Mapping[str, Tensor], misfits: Mapping[str, str]) -> None:
         """After the first batch: the order of the calls, and no layer that nobody asked for and that does not fit."""
         self._is_checked = True
-        if self._has_input and INPUT not in features:
+        if self.has_input and INPUT not in features:
             self.notes.append("raw input skipped: the batch has no such float tensor")
             self.layers.remove(INPUT)
-            self._has_input = False
+            self.has_input = False
         if self._patterns is None:
             unfit = [layer for layer in self.layers if layer not in features]
             for layer in unfit:
@@ -201,6 +203,13 @@ def _patterns(argument: str, value: Patterns | None) -> list[str] | None:
     if not patterns and argument == "layers":
         raise ValueError("layers: an empty list selects nothing; None selects a sensible few")
     return patterns
+
+
+def _layouts(value: Any) -> dict[str, Layout]:
+    kinds = ("tokens", "channels")
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) and v in kinds for k, v in value.items()):
+        raise ValueError(f"layout: expected {{pattern: 'tokens' or 'channels'}}, found {value!r}")
+    return dict(value)
 
 
 def _where(argument: str, value: Any) -> Where:

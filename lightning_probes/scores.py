@@ -3,29 +3,66 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_probes.targets import repeat_views
 
-def tally(log_probabilities: Tensor, targets: Tensor) -> Tensor:
+
+class Labels(NamedTuple):
+    """Targets of some samples, with what every layer needs of them worked out once."""
+
+    rows: Tensor
+    """``(samples, classes)``: distributions; zero rows are left out."""
+    classes: Tensor
+    """``(1, 1, samples)``: the likeliest class."""
+    counted: Tensor
+    """``(samples,)``: 1, or 0 for a row that is left out."""
+    total: Tensor
+    """How many count."""
+
+    @classmethod
+    def of(cls, targets: Tensor) -> Labels:
+        """From ``(samples, classes)``."""
+        counted = (targets.sum(dim=1) > 0).to(targets.dtype)
+        return cls(targets, targets.argmax(dim=1).view(1, 1, -1), counted, counted.sum())
+
+
+class BatchLabels:
+    """The labels of a batch ``(batch, classes)``, worked out once for each number of views and precision."""
+
+    def __init__(self, targets: Tensor) -> None:
+        self._targets = targets
+        self._known: dict[tuple[int, torch.dtype], Labels] = {}
+
+    def of(self, samples: int, dtype: torch.dtype) -> Labels:
+        """For features of ``samples``, a multiple of the batch."""
+        if (samples, dtype) not in self._known:
+            self._known[samples, dtype] = Labels.of(repeat_views(self._targets, samples).to(dtype))
+        return self._known[samples, dtype]
+
+
+def tally(log_probabilities: Tensor, labels: Labels) -> Tensor:
     """What one batch adds to the scores of some layers.
 
     Args:
         log_probabilities: ``(layers, classes, samples)``, nats.
-        targets: ``(samples, classes)``, distributions; zero rows are left out.
+        labels: of the samples.
 
     Returns:
         ``(3, layers)`` float64 sums (float32 where the device has no float64): wrong answers (the likeliest class of a
-        soft target counts as the right one), cross-entropy in nats, samples.
+        soft target counts as the right one; a tie counts as wrong), cross-entropy in nats, samples.
     """
-    counted = targets.sum(dim=1) > 0
-    wrong = ((log_probabilities.argmax(dim=1) != targets.argmax(dim=1)) & counted).sum(dim=1)
-    loss = -torch.einsum("lcn,nc->l", log_probabilities, targets)
-    total = counted.sum().expand_as(wrong)
-    return torch.stack([wrong.to(loss.dtype), loss, total.to(loss.dtype)]).to(_accumulator(loss.device))
+    layers = len(log_probabilities)
+    right = log_probabilities.gather(1, labels.classes.expand(layers, 1, -1))
+    # Faster than an argmax across classes: the right class is the only one that is as likely as itself.
+    rivals = (log_probabilities >= right).sum(dim=1)
+    wrong = ((rivals != 1) * labels.counted).sum(dim=1)
+    loss = -torch.einsum("lcn,nc->l", log_probabilities, labels.rows)
+    return torch.stack([wrong, loss, labels.total.expand(layers)]).to(_accumulator(loss.device))
 
 
 def no_tally(device: torch.device) -> Tensor:
@@ -35,9 +72,9 @@ def no_tally(device: torch.device) -> Tensor:
 
 def count_classes(targets: Tensor) -> Tensor:
     """``(classes,)``: how often each class is the likeliest of a row of ``targets`` that is not left out."""
-    counted = (targets.sum(dim=1) > 0).to(_accumulator(targets.device))
-    counts = torch.zeros(targets.shape[1], dtype=counted.dtype, device=targets.device)
-    return counts.index_add_(0, targets.argmax(dim=1), counted)
+    labels = Labels.of(targets)
+    counts = torch.zeros(targets.shape[1], dtype=_accumulator(targets.device), device=targets.device)
+    return counts.index_add_(0, labels.classes.flatten(), labels.counted.to(counts.dtype))
 
 
 class ProbeScores(Metric):

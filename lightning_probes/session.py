@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.bank import ProbeBank
-from lightning_probes.probing import INPUT, ProbedNetwork
+from lightning_probes.probing import ProbedNetwork
 from lightning_probes.report import ProbeReport, Row
 from lightning_probes.scores import ProbeScores, count_classes
 
@@ -33,6 +33,7 @@ class ProbingSession:
         self._learning_rate = learning_rate
         self._scores: dict[tuple[str, int], ProbeScores] = {}
         self._totals: dict[str, int] = {}
+        self._first_depth = 0
         self._set_aside: set[str] = set()
         self._silent: set[str] = set()
 
@@ -44,6 +45,7 @@ class ProbingSession:
         is_first = self.bank is None
         if self.bank is None:
             self.bank = ProbeBank(self._network.layers, self._network.num_classes, self._learning_rate)
+            self._first_depth = 0 if self._network.has_input else 1
         self._observe("train", 0, self.bank.update(features, targets), targets)
         return self._describe(features) if is_first else ""
 
@@ -84,6 +86,7 @@ class ProbingSession:
             "num_classes": self.bank.num_classes,
             "bank": self.bank.state_dict(),
             "totals": self._totals,
+            "first_depth": self._first_depth,
             "set_aside": sorted(self._set_aside),
         }
 
@@ -92,6 +95,7 @@ class ProbingSession:
         self.bank = ProbeBank(state["layers"], state["num_classes"], self._learning_rate)
         self.bank.load_state_dict(state["bank"], device)
         self._totals = dict(state["totals"])
+        self._first_depth = state["first_depth"]
         self._set_aside = set(state["set_aside"])
 
     def _observe(self, stage: str, dataloader: int, sums: Tensor, targets: Tensor) -> None:
@@ -103,11 +107,10 @@ class ProbingSession:
     def _about(self) -> dict[str, Row]:
         assert self.bank is not None
         self._totals |= self._network.recorder.totals
-        offset = 0 if INPUT in self.bank.layers else 1
         widths = self.bank.widths
         return {
             layer: {
-                "depth": offset + i,
+                "depth": self._first_depth + i,
                 "features": widths.get(layer, 0),
                 "features_total": self._totals.get(layer, 0),
             }

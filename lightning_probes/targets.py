@@ -67,7 +67,11 @@ def distributions(labels: Tensor, num_classes: int, dtype: torch.dtype = torch.f
         ``(samples, num_classes)``. A row is a distribution, or zero for a sample to leave out: labelled ``-100``, or
         (never an error, which would end a long run) outside ``[0, K)`` or no distribution. Nothing is synchronised
         with the host.
+
+    Raises:
+        ValueError: another shape.
     """
+    _check_shape(labels, num_classes)
     labels = labels.detach()
     if labels.dim() == 2 and labels.shape[1] == num_classes and (num_classes > 1 or labels.is_floating_point()):
         rows = labels.to(dtype)
@@ -86,16 +90,13 @@ def check_labels(labels: Any, num_classes: int) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"target: expected a tensor of labels, found {type(labels).__name__}")
     shape = tuple(labels.shape)
+    _check_shape(labels, num_classes)
     if labels.dim() == 2 and labels.shape[1] == num_classes and (num_classes > 1 or labels.is_floating_point()):
         bad = (~_is_distribution(labels.double())).nonzero()
         if len(bad):
             row = labels[int(bad[0])].tolist()
             raise ValueError(f"target: row {int(bad[0])} of the labels {list(shape)} is no distribution: {row[:8]}")
         return
-    if labels.dim() == 0 or labels.dim() > 2 or (labels.dim() == 2 and labels.shape[1] != 1):
-        raise ValueError(
-            f"target: labels have shape {shape}; expected (batch,), (batch, 1) or (batch, num_classes={num_classes})"
-        )
     if labels.is_floating_point() or labels.is_complex():
         raise TypeError(
             f"target: labels of shape {shape} are {labels.dtype}; expected integers, or rows of probabilities"
@@ -104,6 +105,14 @@ def check_labels(labels: Any, num_classes: int) -> None:
     wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= num_classes))]
     if len(wrong):
         raise ValueError(f"target: label {int(wrong.flatten()[0])} is outside [0, num_classes={num_classes})")
+
+
+def _check_shape(labels: Tensor, num_classes: int) -> None:
+    shape = tuple(labels.shape)
+    if not shape or not shape[0] or shape[1:] not in ((), (1,), (num_classes,)):
+        raise ValueError(
+            f"target: labels have shape {shape}; expected (batch,), (batch, 1) or (batch, num_classes={num_classes})"
+        )
 
 
 def repeat_views(targets: Tensor, samples: int) -> Tensor:

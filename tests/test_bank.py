@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_probes.bank import ProbeBank
-from lightning_probes.scores import ProbeScores, count_classes, tally, wilson_interval
+from lightning_probes.scores import Labels, ProbeScores, count_classes, tally, wilson_interval
 
 LEARNING_RATE = 3e-3
 
@@ -311,7 +311,7 @@ def test_scores_over_uneven_batches_are_those_of_scikit_learn() -> None:
     rows[left_out] = 0
     scores = ProbeScores(3, 4)
     for part in torch.split(torch.arange(101), [40, 40, 20, 1]):
-        scores.update(tally(log_p[:, :, part], rows[part]), count_classes(rows[part]))
+        scores.update(tally(log_p[:, :, part], Labels.of(rows[part])), count_classes(rows[part]))
     found = scores.compute()
     kept = labels[~left_out].numpy()
     for layer in range(3):
@@ -325,7 +325,7 @@ def test_scores_over_uneven_batches_are_those_of_scikit_learn() -> None:
 def test_soft_targets_count_their_likeliest_class_and_their_cross_entropy() -> None:
     p = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.5, 0.4]], dtype=torch.float64)
     targets = torch.tensor([[0.6, 0.4, 0.0], [0.3, 0.3, 0.4]], dtype=torch.float64)
-    wrong, loss, total = tally(p.log().T.unsqueeze(0), targets)[:, 0].tolist()
+    wrong, loss, total = tally(p.log().T.unsqueeze(0), Labels.of(targets))[:, 0].tolist()
     assert (wrong, total) == (1, 2)
     assert loss == pytest.approx(float(F.cross_entropy(p.log(), targets, reduction="sum")))
 

@@ -1,0 +1,188 @@
+"""The callback out of a configuration file and from the command line."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningCLI
+from omegaconf import OmegaConf
+
+from lightning_probes import LinearProbeCallback
+
+CLI = Path(__file__).parent.parent / "examples" / "cli"
+CLASS = "lightning_probes.LinearProbeCallback"
+ARGUMENTS = inspect.signature(LinearProbeCallback).parameters
+SHORT = [
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=3",
+    "--trainer.limit_val_batches=1",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
+    "--trainer.logger.save_dir=.",
+]
+
+
+def build(*arguments: str) -> LinearProbeCallback:
+    """What the program of the example makes of these arguments."""
+    program = runpy.run_path(str(CLI / "main.py"))
+    cli = LightningCLI(
+        program["Perceptron"],
+        program["Digits"],
+        args=["--config", str(CLI / "config.yaml"), *arguments],
+        run=False,
+        save_config_callback=None,
+    )
+    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    (probes,) = (callback for callback in callbacks if isinstance(callback, LinearProbeCallback))
+    return probes
+
+
+def test_example_trains_as_the_file_and_the_command_line_say(tmp_path: Path) -> None:
+    command = [sys.executable, str(CLI / "main.py"), "fit", "--config", str(CLI / "config.yaml"), *SHORT]
+    run = subprocess.run(
+        [*command, "--trainer.callbacks.exclude=[net.0, net.4]"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    with next(tmp_path.rglob("metrics.csv")).open() as file:
+        names = {name for name in csv.DictReader(file).fieldnames or [] if name.startswith("probe_")}
+    # Of the file: `layers: ["net.*", Linear]`, `log_metrics: [cross_entropy]`.
+    assert names == {
+        f"probe_{metric}_{stage}/{layer}"
+        for metric in ("error", "cross_entropy")
+        for stage in ("train", "val")
+        for layer in ("input", "net.1", "net.2", "net.3", "net.5", "net.6")
+    }
+
+
+def test_command_line_replaces_one_argument_and_keeps_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    network = build("--trainer.callbacks.layers=Linear", "--trainer.callbacks.max_features=64")._network
+    assert network._patterns == ["Linear"]
+    assert network.recorder.max_features == 64
+    assert network._exclude == ["net.1"]
+    assert network._given_classes == 10
+
+
+def test_command_line_adds_an_entry_to_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert build("--trainer.callbacks.layers+=net.1")._network._patterns == ["net.*", "Linear", "net.1"]
+
+
+def test_help_shows_every_argument_with_its_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        build(f"--trainer.callbacks.help={CLASS}")
+    assert end.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    documented = inspect.getdoc(LinearProbeCallback) or ""
+    section = documented.split("Args:\n")[1].split("\n\n")[0]
+    # Of lists it shows `--x X, --x+ X`.
+    shown = re.sub(r"(--[\w.]+ [A-Z_]+), --[\w.]+\+ [A-Z_]+", r"\1", shown)
+    texts = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, flags=re.MULTILINE))
+    assert list(texts) == list(ARGUMENTS)
+    for name, text in texts.items():
+        said = " ".join(text.split())
+        assert re.search(rf"--trainer\.callbacks\.{name} {name.upper()} {re.escape(said)} \(type: ", shown), name
+
+
+def from_yaml(init_args: Any) -> LinearProbeCallback:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LinearProbeCallback, "probes")
+    config = parser.parse_object({"probes": {"class_path": CLASS, "init_args": init_args}})
+    return parser.instantiate_classes(config).probes  # type: ignore[no-any-return]
+
+
+EVERYTHING = """
+layers: ["encoder.*", Linear]
+exclude: [encoder.0, Dropout]
+num_classes: 7
+input: pixels
+target: labels
+max_features: 256
+name: digit
+layout:
+  "encoder.*": channels
+  input: tokens
+learning_rate: 1.0e-2
+log_metrics: [cross_entropy]
+"""
+
+
+def test_every_argument_can_be_written_in_yaml() -> None:
+    written = yaml.safe_load(EVERYTHING)
+    assert list(written) == list(ARGUMENTS)
+    probes = from_yaml(written)
+    network = probes._network
+    assert network._patterns == written["layers"]
+    assert network._exclude == written["exclude"]
+    assert network._given_classes == 7
+    assert network._input == "pixels"
+    assert network._target == "labels"
+    assert network.recorder.max_features == 256
+    assert probes.state_key == LinearProbeCallback(name="digit").state_key
+    assert network._layout == written["layout"]
+    assert probes._learning_rate == 0.01
+    assert probes._log_metrics == ["error", "cross_entropy"]
+
+
+@pytest.mark.parametrize(
+    ("init_args", "attribute", "expected"),
+    [
+        ("{}", "_patterns", None),
+        ("layers: Linear", "_patterns", ["Linear"]),
+        ("layers: null", "_patterns", None),
+        ("exclude: Dropout", "_exclude", ["Dropout"]),
+        ("input: null", "_input", None),
+        ("input: 2", "_input", 2),
+        ("target: 2", "_target", 2),
+        ("target: -1", "_target", -1),
+        ("target: operator.length_hint", "_target", __import__("operator").length_hint),
+        ("num_classes: null", "_given_classes", None),
+    ],
+)
+def test_argument_in_yaml_means_what_it_means_in_python(init_args: str, attribute: str, expected: Any) -> None:
+    assert getattr(from_yaml(yaml.safe_load(init_args))._network, attribute) == expected
+
+
+@pytest.mark.parametrize(
+    ("init_args", "argument"),
+    [
+        ("layers: 3", "layers"),
+        ("num_classes: many", "num_classes"),
+        ("max_features: 2.5", "max_features"),
+        ("layout: {input: rows}", "layout"),
+        ("log_metrics: cross_entropy", "log_metrics"),
+        ("layer: net.0", "layer"),
+    ],
+)
+def test_mistake_in_yaml_is_refused_by_name(init_args: str, argument: str) -> None:
+    with pytest.raises(Exception, match=argument):
+        from_yaml(yaml.safe_load(init_args))
+
+
+def test_lists_and_mappings_of_omegaconf_are_accepted() -> None:
+    written = OmegaConf.create(EVERYTHING)
+    probes, plain = LinearProbeCallback(**written), from_yaml(yaml.safe_load(EVERYTHING))  # type: ignore[arg-type]
+    for attribute in ("_patterns", "_exclude", "_layout", "_given_classes", "_input", "_target"):
+        found = getattr(probes._network, attribute)
+        assert found == getattr(plain._network, attribute)
+        assert type(found) is type(getattr(plain._network, attribute))
+    assert probes._log_metrics == plain._log_metrics

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_probes.targets import describe
+
 _LENGTH_MODULES = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d)
 _POOLS: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
@@ -136,7 +138,7 @@ class ActivationRecorder:
             return
         activation = first_float_tensor(output)
         if activation is None:
-            self.misfits[layer] = f"its output holds no floating-point tensor but {type(output).__name__}"
+            self.misfits[layer] = f"its output holds no floating-point tensor but {describe(output)}"
         elif not len(activation) or not activation.numel() or len(activation) % self._samples:
             self.misfits[layer] = (
                 f"its activation has shape {tuple(activation.shape)}, whose first dimension is no multiple "

@@ -80,7 +80,6 @@ class LinearProbeCallback(Callback):
         self.report = ProbeReport()
         self._session: ProbingSession | None = None
         self._restored: dict[str, Any] | None = None
-        self._published_at: int | None = None
 
     @property
     def state_key(self) -> str:
@@ -95,7 +94,7 @@ class LinearProbeCallback(Callback):
             )
         self._network.attach(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
         self._session = ProbingSession(self._network, self._learning_rate)
-        self._published_at, self._has_charts = None, False
+        self._has_charts = False
         self.report = ProbeReport()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -108,9 +107,6 @@ class LinearProbeCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._network.open(batch)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
-        self._network.check()
-
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._network.check()
 
@@ -121,8 +117,7 @@ class LinearProbeCallback(Callback):
             rank_zero_info(f"{type(self).__name__}: {hello}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._published_at != trainer.global_step:
-            self._publish(trainer, pl_module)
+        self._publish(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin_evaluation(trainer, pl_module)
@@ -130,7 +125,7 @@ class LinearProbeCallback(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._open_evaluation(trainer, batch)
+        self._open_evaluation(batch)
 
     def on_validation_batch_end(
         self,
@@ -145,8 +140,7 @@ class LinearProbeCallback(Callback):
             self._session.score("val", dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._publish(trainer, pl_module)
+        self._publish(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin_evaluation(trainer, pl_module)
@@ -154,7 +148,7 @@ class LinearProbeCallback(Callback):
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._open_evaluation(trainer, batch)
+        self._open_evaluation(batch)
 
     def on_test_batch_end(
         self,
@@ -199,8 +193,9 @@ class LinearProbeCallback(Callback):
         else:
             self._network.attach(pl_module, trainer.datamodule, is_settled=True)  # type: ignore[attr-defined]
 
-    def _open_evaluation(self, trainer: Trainer, batch: Any) -> None:
-        if self._session is not None and self._session.bank is not None and not trainer.sanity_checking:
+    def _open_evaluation(self, batch: Any) -> None:
+        # In the sanity check there are no probes yet.
+        if self._session is not None and self._session.bank is not None:
             self._network.open(batch)
 
     def _restore_probes(self, pl_module: LightningModule) -> None:
@@ -212,7 +207,6 @@ class LinearProbeCallback(Callback):
         """A point of every curve that has been scored since the last time: into the report, and logged."""
         if self._session is None or self._session.bank is None:
             return
-        self._published_at = trainer.global_step
         rows = self._session.publish(self.report, _epochs_completed(trainer), trainer.global_step)
         values = {}
         for row in rows:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 
@@ -28,5 +27,5 @@ def write_layout(loggers: Iterable[Any], prefix: str, metrics: Iterable[str], st
     }
     for logger in loggers:
         if isinstance(getattr(logger, "experiment", None), SummaryWriter):
-            with SummaryWriter(str(Path(logger.log_dir) / f"{prefix}probes")) as writer:
+            with SummaryWriter(f"{logger.log_dir.rstrip('/')}/{prefix}probes") as writer:
                 writer.add_custom_scalars({f"{prefix}linear probes": charts})

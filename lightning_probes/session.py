@@ -67,7 +67,9 @@ class ProbingSession:
         for (stage, dataloader), scores in sorted(self._scores.items()):
             # torchmetrics makes a vector of one value a scalar.
             sums = {name: value.flatten().tolist() for name, value in scores.compute().items()}
-            self._warn_silent(stage, [layer for layer, n in zip(self.bank.layers, sums["total"], strict=True) if not n])
+            if any(sums["classes"]):
+                silent = [layer for layer, n in zip(self.bank.layers, sums["total"], strict=True) if not n]
+                self._warn_silent(stage, silent)
             for i, layer in enumerate(self.bank.layers):
                 if layer in self._set_aside:
                     sums["total"][i] = sum(sums["classes"])
@@ -122,7 +124,8 @@ class ProbingSession:
         widths = sum(self.bank.widths.values())
         held = self.bank.num_bytes + sum(x.numel() * x.element_size() for x in features.values())
         notes = "".join(f"; {note}" for note in self._network.notes)
-        return f"{len(self.bank.layers)} layers, {widths:,} features, {held / 2**20:.1f} MiB{notes}"
+        layers = f"{len(self.bank.layers)} layer{'s' * (len(self.bank.layers) > 1)}"
+        return f"{layers}, {widths:,} features, {held / 2**20:.1f} MiB{notes}"
 
     def _warn_silent(self, stage: str, layers: list[str]) -> None:
         new = [layer for layer in layers if layer not in self._silent | self._set_aside]

@@ -273,7 +273,7 @@ def test_output_without_floats_is_noted_with_its_type() -> None:
     found = recorder(model, "0")
     found.start(4)
     model(torch.randn(4, 3))
-    assert found.misfits == {"0": "its output holds no floating-point tensor but dict"}
+    assert found.misfits == {"0": "its output holds no floating-point tensor but dict {'ids': int64[4]}"}
 
 
 def test_layer_that_changes_its_width_is_noted_and_passed_over() -> None:

@@ -355,7 +355,7 @@ BAD_BATCHES: dict[str, Callable[[Any], Any]] = {
     "float": lambda batch: batch[1] + 0.5,
     "None": lambda batch: None,
     "a list": lambda batch: batch[1].tolist(),
-    "a missing key": lambda batch: batch[1]["label"],
+    "a missing key": lambda batch: {"image": batch[0]}["label"],
     "another shape": lambda batch: batch[0],
     "one label": lambda batch: batch[1][0],
     "no labels": lambda batch: batch[1][:0],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ def reduce(activation: Tensor, max_features: int, *, channels_first: bool = Fals
         max_features: a map with more values is average-pooled over space to the largest grid (``s`` per spatial
             dimension, never more than its size) with at most this many values, at least ``s = 1``.
         channels_first: three dimensions are ``(samples, channels, length)``, a map as in two and three dimensions.
-        out: memory that may be written over and returned, if it fits.
+        out: memory that may be written over and returned, if it fits; its type is kept.
 
     Returns:
         ``(samples, features)``, detached.
@@ -62,18 +62,20 @@ def reduce(activation: Tensor, max_features: int, *, channels_first: bool = Fals
     activation = activation.detach()
     dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
     if activation.dim() == 3 and not channels_first:
-        return activation.mean(dim=1, dtype=dtype)
-    if activation.dim() in (3, 4, 5) and activation[0].numel() > max_features:
-        size = activation.shape[2:]
-        grid = _grid(activation.shape[1], tuple(size), max_features)
-        if grid != tuple(size):
+        return _into(out, activation.mean(dim=1, dtype=dtype))
+    if activation.dim() in (3, 4, 5) and activation.numel() > max_features * len(activation):
+        size = tuple(activation.shape[2:])
+        grid = _grid(activation.shape[1], size, max_features)
+        if grid != size:
             pooled: Tensor = _POOLS[len(size)](activation, grid)
-            return pooled.flatten(1).to(dtype)
+            return _into(out, pooled.flatten(1).to(dtype))
     # A later in-place operation of the network must not reach what was taken here.
-    flat = activation.reshape(len(activation), -1)
-    if out is not None and (out.shape, out.dtype, out.device) == (flat.shape, dtype, flat.device):
-        return out.copy_(flat)
-    return flat.to(dtype, copy=True)
+    flat = activation.flatten(1) if activation.dim() > 1 else activation.unsqueeze(1)
+    return out.copy_(flat) if out is not None and out.shape == flat.shape else flat.to(dtype, copy=True)
+
+
+def _into(out: Tensor | None, features: Tensor) -> Tensor:
+    return out.copy_(features) if out is not None and out.shape == features.shape else features
 
 
 def _grid(channels: int, size: tuple[int, ...], max_features: int) -> tuple[int, ...]:
@@ -92,6 +94,7 @@ class ActivationRecorder:
             calls of a layer the last one whose first dimension is a multiple of the batch counts.
         misfits: ``{layer: what was wrong}`` of the calls that could not be used, in the step being recorded.
         totals: ``{layer: values per sample before reduction}`` of every layer seen so far.
+        memory: ``{layer: (samples, features)}``, lent by whoever uses the features: where to put those that fit.
     """
 
     def __init__(self, max_features: int) -> None:
@@ -99,10 +102,10 @@ class ActivationRecorder:
         self.features: dict[str, Tensor] = {}
         self.misfits: dict[str, str] = {}
         self.totals: dict[str, int] = {}
+        self.memory: dict[str, Tensor] = {}
         self._samples: int | None = None
+        self._only: Container[str] | None = None
         self._widths: dict[str, int] = {}
-        # Written over step by step: fresh pages from the system cost more than the copy into them.
-        self._memory: dict[str, Tensor] = {}
         self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
 
     def attach(self, layers: Mapping[str, nn.Module], channels_first: Mapping[str, bool]) -> None:
@@ -118,23 +121,22 @@ class ActivationRecorder:
                 self._hooks.pop(name).remove()
             self.features.pop(name, None)
             self.misfits.pop(name, None)
-            self._memory.pop(name, None)
+            self.memory.pop(name, None)
         if layer is None:
             self._samples = None
-            self._memory.clear()
 
-    def start(self, samples: int) -> None:
-        """Record from now on; ``samples`` is the number of labels of the batch."""
-        self.features, self.misfits, self._samples = {}, {}, samples
+    def start(self, samples: int, only: Container[str] | None = None) -> None:
+        """Record from now on, ``only`` some layers or all; ``samples`` is the number of labels of the batch."""
+        self.features, self.misfits, self._samples, self._only = {}, {}, samples, only
 
     def stop(self) -> dict[str, Tensor]:
-        """End the step; returns its features, which the next step may write over."""
+        """End the step; returns its features and lets go of them."""
         features, self.features, self._samples = self.features, {}, None
         return features
 
     def record(self, layer: str, output: Any, *, channels_first: bool = False) -> None:
         """Reduce and keep one output of a layer; what does not fit the batch is noted in ``misfits``."""
-        if self._samples is None:
+        if self._samples is None or (self._only is not None and layer not in self._only):
             return
         activation = first_float_tensor(output)
         if activation is None:
@@ -145,18 +147,16 @@ class ActivationRecorder:
                 f"of the {self._samples} labels of the batch"
             )
         else:
-            memory = self._memory.get(layer)
+            memory = self.memory.get(layer)
             features = reduce(activation, self.max_features, channels_first=channels_first, out=memory)
-            self._memory[layer] = features
             width = self._widths.setdefault(layer, features.shape[1])
             if features.shape[1] == width:
-                self.totals[layer] = activation[0].numel()
+                self.totals[layer] = activation.numel() // len(activation)
                 self.features[layer] = features
             else:
                 self.misfits[layer] = f"it has {features.shape[1]} features where it had {width} before"
 
     def _hook(self, layer: str, channels_first: bool) -> Any:
-        @torch.no_grad()
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             # Activation checkpointing runs a layer again inside backward: the same samples a second time.
             if self._samples is not None and torch._C._current_graph_task_id() == -1:

@@ -27,6 +27,7 @@ class _Stack:
         self.layers: list[str] = []
         self.updates: list[int] = []
         self.tensors: dict[str, Tensor] = {}
+        self.lent: tuple[Tensor, list[Tensor]] | None = None
         self._blank = {
             "weight": like.new_zeros(1, num_classes, width),
             "bias": like.new_zeros(1, num_classes, 1),
@@ -44,6 +45,7 @@ class _Stack:
         self.updates += [0] * len(layers)
         for name, blank in self._blank.items():
             new = blank.repeat(len(layers), 1, 1)
+            self.lent = None
             self.tensors[name] = torch.cat([self.tensors[name], new]) if name in self.tensors else new
 
 
@@ -54,6 +56,14 @@ class _Run:
     stack: _Stack
     rows: slice
     features: list[Tensor]
+
+    def features_to_consume(self) -> Tensor:
+        """``(layers, samples, width)`` that may be written over; no copy if they lie in the memory that was lent."""
+        if self.stack.lent is not None:
+            whole, places = self.stack.lent
+            if all(x is place for x, place in zip(self.features, places[self.rows], strict=True)):
+                return whole[self.rows]
+        return torch.stack(self.features)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -116,7 +126,8 @@ class ProbeBank:
         ``(p - y)^T x / n``. A layer whose features are not finite is never updated again.
 
         Args:
-            features: ``{layer: (samples, width)}``, samples a multiple of the targets' (several views).
+            features: ``{layer: (samples, width)}``, samples a multiple of the targets' (several views); not to be used
+                again.
             targets: ``(batch, num_classes)``, distributions; zero rows are left out.
 
         Returns:
@@ -127,7 +138,7 @@ class ProbeBank:
         self._admit(features)
         for run in self._runs(features):
             labels = batch.of(len(run.features[0]), run["weight"].dtype)
-            x = run.track(torch.stack(run.features))
+            x = run.track(run.features_to_consume())
             log_p = run.log_probabilities(x)
             parts[run.names] = tally(log_p, labels)
             # A sample that is left out has no gradient.
@@ -138,6 +149,18 @@ class ProbeBank:
                 run[moment].mul_(run["alive"])
             _adam(run, [torch.where(run["alive"], g, 0.0) for g in gradients], self.learning_rate)
         return self._gather(parts, targets.device)
+
+    def lend(self, samples: int) -> dict[str, Tensor]:
+        """Memory ``{layer: (samples, width)}`` in which :meth:`update` finds the layers side by side and need not copy.
+
+        Features that are put there are written over by the update.
+        """
+        memory: dict[str, Tensor] = {}
+        for width, stack in self._stacks.items():
+            whole = stack.tensors["weight"].new_empty(len(stack.layers), samples, width)
+            stack.lent = whole, list(whole.unbind())
+            memory |= zip(stack.layers, stack.lent[1], strict=True)
+        return memory
 
     @torch.no_grad()
     def score(self, features: Mapping[str, Tensor], targets: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ class LinearProbeCallback(Callback):
             self._restored = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._network.open(batch)
+        self._network.open(batch, None if self._session is None else self._session.due())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._network.check()

@@ -31,25 +31,31 @@ class Problem:
     penalty: Tensor  # (features + 1,)
 
     def to(self, dtype: torch.dtype) -> Problem:
+        """The same in another precision."""
         return Problem(self.x.to(dtype), self.y.to(dtype), self.offset.to(dtype), self.penalty.to(dtype))
 
     def scores(self, v: Tensor) -> Tensor:
+        """``(classes, samples)``."""
         return torch.addmm(self.offset, v, self.x.T)
 
     def gradient(self, v: Tensor, scores: Tensor) -> Tensor:
+        """``(classes, features + 1)``, at ``v`` with these scores."""
         return (scores.softmax(dim=0) - self.y) @ self.x / len(self.x) + self.penalty * v
 
     def objective(self, v: Tensor) -> float:
+        """In nats."""
         loss = -(self.scores(v).log_softmax(dim=0) * self.y).sum() / len(self.x)
         return float(loss + (self.penalty * v * v).sum() / 2)
 
     def factor(self, scores: Tensor) -> Tensor:
         """Cholesky factor of the Gram matrix, its samples weighted by the mean over classes of p (1 - p)."""
         p = scores.softmax(dim=0)
-        rows = self.x * (p * (1 - p)).mean(dim=0).sqrt()[:, None]
+        # Half way to even weights: from a warm start p (1 - p) alone took up to a fifth more iterations.
+        weights = (p * (1 - p)).mean(dim=0)
+        rows = self.x * ((weights + weights.mean()) / 2).sqrt()[:, None]
         gram = rows.T @ rows / len(rows)
         # Collinear features and saturated samples leave it singular to rounding: more on the diagonal until it holds.
-        ridge = torch.finfo(gram.dtype).eps * float(gram.diagonal().mean()) + 1e-10
+        ridge = 100 * torch.finfo(gram.dtype).eps * float(gram.diagonal().mean()) + 1e-10
         gram.diagonal().add_(self.penalty + ridge)
         for _ in range(8):
             factor: Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -93,8 +93,12 @@ class ProbedNetwork:
         self.recorder.detach(layer)
         self.has_input &= layer != INPUT
 
-    def open(self, batch: Any) -> None:
+    def open(self, batch: Any, only: Container[str] | None = None) -> None:
         """Take the labels and the raw input of ``batch``, before the step can change them, and begin to record.
+
+        Args:
+            batch: as Lightning's hooks get it.
+            only: the layers to record, if not all.
 
         Raises:
             LookupError, TypeError, ValueError: the first batch has no usable labels. Later ones are passed over.
@@ -109,7 +113,7 @@ class ProbedNetwork:
             if not self._is_checked:
                 raise
             return
-        self.recorder.start(len(self._targets))
+        self.recorder.start(len(self._targets), only)
         if self.has_input:
             self._record_input(batch)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.bank import ProbeBank
+from lightning_probes.layers import MAX_DEFAULT_LAYERS
 from lightning_probes.probing import ProbedNetwork
 from lightning_probes.report import ProbeReport, Row
 from lightning_probes.scores import ProbeScores, count_classes
@@ -34,20 +35,38 @@ class ProbingSession:
         self._scores: dict[tuple[str, int], ProbeScores] = {}
         self._totals: dict[str, int] = {}
         self._first_depth = 0
+        self._steps = 0
         self._set_aside: set[str] = set()
         self._silent: set[str] = set()
+
+    def due(self) -> list[str] | None:
+        """The layers whose probes are trained on the next batch; ``None`` for all.
+
+        Of more than 40 layers, the most that are probed by default, some have their turn in each step, so that it costs
+        the same whatever their number.
+        """
+        if self.bank is None or (turns := math.ceil(len(self.bank.layers) / MAX_DEFAULT_LAYERS)) == 1:
+            return None
+        share = math.ceil(len(self.bank.layers) / turns)
+        first = self._steps % turns * share
+        return self.bank.layers[first : first + share]
 
     def update(self) -> str:
         """One step of all probes on the batch that was just trained on; after the first a line about them."""
         if (seen := self._network.close()) is None:
             return ""
         features, targets = seen
+        self._steps += 1
         is_first = self.bank is None
         if self.bank is None:
             self.bank = ProbeBank(self._network.layers, self._network.num_classes, self._learning_rate)
             self._first_depth = 0 if self._network.has_input else 1
         self._observe("train", 0, self.bank.update(features, targets), targets)
-        return self._describe(features) if is_first else ""
+        if not is_first:
+            return ""
+        # Once, with the first batch's size; activations of another size find their own memory.
+        self._network.recorder.memory = self.bank.lend(len(targets))
+        return self._describe(features)
 
     def score(self, stage: str, dataloader: int) -> None:
         """Score the probes on the batch that was just evaluated."""
@@ -89,6 +108,7 @@ class ProbingSession:
             "bank": self.bank.state_dict(),
             "totals": self._totals,
             "first_depth": self._first_depth,
+            "steps": self._steps,
             "set_aside": sorted(self._set_aside),
         }
 
@@ -98,6 +118,7 @@ class ProbingSession:
         self.bank.load_state_dict(state["bank"], device)
         self._totals = dict(state["totals"])
         self._first_depth = state["first_depth"]
+        self._steps = state["steps"]
         self._set_aside = set(state["set_aside"])
 
     def _observe(self, stage: str, dataloader: int, sums: Tensor, targets: Tensor) -> None:

@@ -608,3 +608,14 @@ def test_same_class_works_in_lightning_and_in_pytorch_lightning(tmp_path: Path) 
         found.append(probes.report)
     assert found[0] == found[1]
     assert len(found[0].rows) == 2 * 2 * 2 * len(LAYERS)
+
+
+def test_of_many_layers_each_step_trains_some_in_turn_and_all_are_scored(tmp_path: Path) -> None:
+    probes = LinearProbeCallback("net.*", input=None)
+    model = Classifier(mlp(depth=45))
+    make_trainer(tmp_path, probes, max_epochs=1).fit(model, loader(16 * 12), loader(32))
+    train = probes.report.select(stage="train", metric="error")
+    # 92 layers in three turns; the first step takes all of them.
+    assert len(train) == 92
+    assert {row["samples"] for row in train} == {16 * 4, 16 * 5}
+    assert {row["samples"] for row in probes.report.select(stage="val")} == {32}

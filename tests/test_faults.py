@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -293,7 +294,8 @@ def fit_with_fault(
         model.side.function = broken
 
     trainer = make_trainer(folder, probes := LinearProbeCallback(), InEpoch(2, begin), max_epochs=3)
-    with pytest.warns() as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         trainer.fit(model, loader(), loader(40, seed=1))
     return probes, trainer, [str(warning.message) for warning in caught if "aside" in str(warning.message)]
 

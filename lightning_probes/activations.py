@@ -20,7 +20,9 @@ _POOLS: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3:
 def first_float_tensor(output: Any) -> Tensor | None:
     """The first floating-point tensor with a batch dimension in a tensor, sequence, mapping or dataclass."""
     if isinstance(output, Tensor):
-        return output if output.is_floating_point() and output.dim() else None
+        # Padded batches can come as nested tensors, which have no shape.
+        is_dense = not output.is_nested and output.layout == torch.strided
+        return output if is_dense and output.is_floating_point() and output.dim() else None
     if isinstance(output, Mapping):
         parts = list(output.values())
     elif isinstance(output, (list, tuple)):
@@ -111,6 +113,7 @@ class ActivationRecorder:
     def attach(self, layers: Mapping[str, nn.Module], channels_first: Mapping[str, bool]) -> None:
         """Register one hook a layer; the modules stay as they are but for it."""
         self.detach()
+        self._widths, self.totals = {}, {}
         for layer, module in layers.items():
             self._hooks[layer] = module.register_forward_hook(self._hook(layer, channels_first[layer]))
 

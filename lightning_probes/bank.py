@@ -4,86 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 from lightning_probes.scores import BatchLabels, no_tally, tally
-from lightning_probes.standardise import moved_statistics, standardise_
-
-_SHORTEST_MEMORY = 0.01
-"""Weight of a batch in the running mean and variance once the first hundred have been averaged evenly."""
+from lightning_probes.stacks import Run, Stack, adam_step
+from lightning_probes.standardise import standardise_
 
 _CHUNKS = 4
-
-
-class _Stack:
-    """The probes of all layers of one width: tensors whose first dimension is the layer."""
-
-    def __init__(self, num_classes: int, width: int, like: Tensor) -> None:
-        self.layers: list[str] = []
-        self.updates: list[int] = []
-        self.tensors: dict[str, Tensor] = {}
-        self.lent: tuple[Tensor, list[Tensor]] | None = None
-        self._blank = {
-            "weight": like.new_zeros(1, num_classes, width),
-            "bias": like.new_zeros(1, num_classes, 1),
-            "mean": like.new_zeros(1, 1, width),
-            "variance": like.new_zeros(1, 1, width),
-            "alive": torch.ones(1, 1, 1, dtype=torch.bool, device=like.device),
-        }
-        for moment in ("mean_gradient", "mean_square"):
-            for name in ("weight", "bias"):
-                self._blank[f"{name}_{moment}"] = self._blank[name]
-
-    def add(self, layers: Sequence[str]) -> None:
-        """Probes that start at zero (the problem is convex: nothing is drawn)."""
-        self.layers += layers
-        self.updates += [0] * len(layers)
-        for name, blank in self._blank.items():
-            new = blank.repeat(len(layers), 1, 1)
-            self.lent = None
-            self.tensors[name] = torch.cat([self.tensors[name], new]) if name in self.tensors else new
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Neighbours in a stack that saw the same samples and have been updated equally often."""
-
-    stack: _Stack
-    rows: slice
-    features: list[Tensor]
-
-    def features_to_consume(self) -> Tensor:
-        """``(layers, samples, width)`` that may be written over; no copy if they lie in the memory that was lent."""
-        if self.stack.lent is not None:
-            whole, places = self.stack.lent
-            if all(x is place for x, place in zip(self.features, places[self.rows], strict=True)):
-                return whole[self.rows]
-        return torch.stack(self.features)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.stack.layers[self.rows])
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.stack.tensors[name][self.rows]
-
-    def track(self, x: Tensor) -> Tensor:
-        """Move the running statistics by a batch ``(layers, samples, width)``; it is standardised in place by them."""
-        weight = max(1 / (self.stack.updates[self.rows.start] + 1), _SHORTEST_MEMORY)
-        mean, variance = moved_statistics(x, self["mean"], self["variance"], weight)
-        alive = self["alive"].logical_and_(torch.isfinite(variance).all(dim=2, keepdim=True))
-        self["mean"].copy_(torch.where(alive, mean, self["mean"]))
-        self["variance"].copy_(torch.where(alive, variance, self["variance"]))
-        return standardise_(x, self["mean"], self["variance"])
-
-    def log_probabilities(self, x: Tensor) -> Tensor:
-        """``(layers, classes, samples)`` of standardised ``x`` ``(layers, samples, width)``."""
-        return torch.bmm(self["weight"], x.transpose(1, 2)).add_(self["bias"]).log_softmax(dim=1)
 
 
 class ProbeBank:
@@ -103,7 +33,7 @@ class ProbeBank:
         self.num_classes = num_classes
         self.learning_rate = learning_rate
         self._index = {layer: i for i, layer in enumerate(self.layers)}
-        self._stacks: dict[int, _Stack] = {}
+        self._stacks: dict[int, Stack] = {}
         self._width: dict[str, int] = {}
         # Where the sums of layers in the order of the stacks belong; kept, since making one waits for the device.
         self._places: dict[tuple[str, ...], Tensor] = {}
@@ -136,7 +66,7 @@ class ProbeBank:
         parts: dict[tuple[str, ...], Tensor] = {}
         batch = BatchLabels(targets)
         self._admit(features)
-        for run in self._runs(features):
+        for run in self._runs(self._fitting(features)):
             labels = batch.of(len(run.features[0]), run["weight"].dtype)
             x = run.track(run.features_to_consume())
             log_p = run.log_probabilities(x)
@@ -147,7 +77,7 @@ class ProbeBank:
             # Without a gradient Adam would still coast on its momentum.
             for moment in ("weight_mean_gradient", "bias_mean_gradient"):
                 run[moment].mul_(run["alive"])
-            _adam(run, [torch.where(run["alive"], g, 0.0) for g in gradients], self.learning_rate)
+            adam_step(run, [torch.where(run["alive"], g, 0.0) for g in gradients], self.learning_rate)
         return self._gather(parts, targets.device)
 
     def lend(self, samples: int) -> dict[str, Tensor]:
@@ -167,8 +97,9 @@ class ProbeBank:
         """The ``(3, layers)`` sums of :func:`~lightning_probes.scores.tally`; nothing is updated."""
         parts: dict[tuple[str, ...], Tensor] = {}
         batch = BatchLabels(targets)
-        for run in self._runs({layer: x for layer, x in features.items() if layer in self._width}):
-            x = standardise_(torch.stack(run.features), run["mean"], run["variance"])
+        for run in self._runs(self._fitting(features)):
+            x = torch.stack(run.features).to(run["weight"].dtype)
+            x = standardise_(x, run["mean"], run["variance"])
             parts[run.names] = tally(run.log_probabilities(x), batch.of(x.shape[1], x.dtype))
         return self._gather(parts, targets.device)
 
@@ -192,7 +123,7 @@ class ProbeBank:
         self._stacks, self._width = {}, {}
         for width, saved in state.items():
             tensors: dict[str, Tensor] = {name: t.to(device, copy=True) for name, t in saved["tensors"].items()}
-            stack = self._stacks[int(width)] = _Stack(self.num_classes, int(width), tensors["weight"])
+            stack = self._stacks[int(width)] = Stack(self.num_classes, int(width), tensors["weight"])
             stack.layers, stack.updates, stack.tensors = list(saved["layers"]), list(saved["updates"]), tensors
             self._width.update(dict.fromkeys(stack.layers, int(width)))
 
@@ -204,10 +135,13 @@ class ProbeBank:
                 new.setdefault(x.shape[1], []).append(layer)
         for width, layers in new.items():
             if width not in self._stacks:
-                self._stacks[width] = _Stack(self.num_classes, width, features[layers[0]])
+                self._stacks[width] = Stack(self.num_classes, width, features[layers[0]])
             self._stacks[width].add(layers)
 
-    def _runs(self, features: Mapping[str, Tensor]) -> Iterator[_Run]:
+    def _fitting(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {layer: x for layer, x in features.items() if self._width.get(layer) == x.shape[1]}
+
+    def _runs(self, features: Mapping[str, Tensor]) -> Iterator[Run]:
         """The layers in ``features`` as slices of their stacks.
 
         On the host a quarter of the layers at a time, so that copies stay small beside the features themselves and in
@@ -228,7 +162,7 @@ class ProbeBank:
                 ):
                     stop += 1
                 if stop > start:
-                    yield _Run(stack, slice(start, stop), [features[layer] for layer in stack.layers[start:stop]])
+                    yield Run(stack, slice(start, stop), [features[layer] for layer in stack.layers[start:stop]])
                 start = max(stop, start + 1)
 
     def _gather(self, parts: Mapping[tuple[str, ...], Tensor], device: torch.device) -> Tensor:
@@ -238,26 +172,3 @@ class ProbeBank:
             self._places[order] = torch.tensor([self._index[layer] for layer in order], dtype=torch.long, device=device)
         found = torch.cat([*parts.values()], dim=1) if parts else no_tally(device)
         return found.new_zeros(3, len(self.layers)).index_copy_(1, self._places[order], found)
-
-
-def _adam(run: _Run, gradients: list[Tensor], learning_rate: float) -> None:
-    done = run.stack.updates[run.rows.start]
-    # Filled on the device: a tensor made from a number on the host would wait for the copy.
-    steps = [torch.full((), float(done), device=g.device) for g in gradients]
-    adam(
-        [run["weight"], run["bias"]],
-        gradients,
-        [run["weight_mean_gradient"], run["bias_mean_gradient"]],
-        [run["weight_mean_square"], run["bias_mean_square"]],
-        [],
-        steps,
-        fused=True,
-        amsgrad=False,
-        beta1=0.9,
-        beta2=0.999,
-        lr=learning_rate,
-        weight_decay=0.0,
-        eps=1e-8,
-        maximize=False,
-    )
-    run.stack.updates[run.rows] = [done + 1] * len(run.features)

@@ -207,7 +207,10 @@ class LinearProbeCallback(Callback):
         """A point of every curve that has been scored since the last time: into the report, and logged."""
         if self._session is None or self._session.bank is None:
             return
-        rows = self._session.publish(self.report, _epochs_completed(trainer), trainer.global_step)
+        # Outside fit the probes are those of a checkpoint or of the last fit, and so are epoch and step.
+        in_fit = trainer.state.fn == "fit"
+        epoch, step = (_epochs_completed(trainer), trainer.global_step) if in_fit else self._session.point
+        rows = self._session.publish(self.report, epoch, step)
         values = {}
         for row in rows:
             if row["metric"] in self._log_metrics:
@@ -225,8 +228,6 @@ def _callbacks(trainer: Trainer) -> list[Any]:
 
 
 def _epochs_completed(trainer: Trainer) -> int:
-    if trainer.state.fn != "fit":
-        return trainer.current_epoch
     # `current_epoch` moves between the hooks of an epoch's end; what was begun does not.
     begun = trainer.fit_loop.epoch_progress.current.ready
     return begun if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch else begun - 1

@@ -27,5 +27,5 @@ def write_layout(loggers: Iterable[Any], prefix: str, metrics: Iterable[str], st
     }
     for logger in loggers:
         if isinstance(getattr(logger, "experiment", None), SummaryWriter):
-            with SummaryWriter(f"{logger.log_dir.rstrip('/')}/{prefix}probes") as writer:
+            with SummaryWriter(f"{logger.experiment.log_dir.rstrip('/')}/{prefix}probes") as writer:
                 writer.add_custom_scalars({f"{prefix}linear probes": charts})

@@ -61,8 +61,8 @@ def error_by_depth(
     )
     axes.set_xlabel("layer, in the order of the calls")
     axes.set_ylabel("probe error (%)")
-    drawn = [v for values in [*curves.values(), [*(references or {}).values()]] for v in values if v > 0]
-    if drawn and max(drawn) > 8 * min(drawn):
+    drawn = [v for values in [*curves.values(), [*(references or {}).values()]] for v in values if v >= 0]
+    if any(drawn) and max(drawn) > 8 * min(value for value in drawn if value):
         axes.set_yscale("symlog", linthresh=1, linscale=0.5)
         axes.set_yticks(_TICKS, [str(tick) for tick in _TICKS])
         axes.set_yticks([], minor=True)

@@ -88,11 +88,6 @@ class ProbedNetwork:
         self.recorder.detach()
         self._targets = None
 
-    def drop(self, layer: str) -> None:
-        """Stop looking at one layer."""
-        self.recorder.detach(layer)
-        self.has_input &= layer != INPUT
-
     def open(self, batch: Any, only: Container[str] | None = None) -> None:
         """Take the labels and the raw input of ``batch``, before the step can change them, and begin to record.
 
@@ -138,7 +133,9 @@ class ProbedNetwork:
         features = self.recorder.stop()
         if not self._is_checked:
             self._settle(features, misfits)
-        return features, targets
+        # A function of the user's may make labels on another device.
+        devices = {x.device for x in features.values()}
+        return features, targets.to(devices.pop()) if len(devices) == 1 else targets
 
     def _record_input(self, batch: Any) -> None:
         assert self._input is not None

@@ -26,6 +26,7 @@ class ProbingSession:
 
     Attributes:
         bank: the probes; ``None`` before the first batch, which tells the layers and widths.
+        point: epoch and step of the last publication.
     """
 
     def __init__(self, network: ProbedNetwork, learning_rate: float) -> None:
@@ -36,16 +37,18 @@ class ProbingSession:
         self._totals: dict[str, int] = {}
         self._first_depth = 0
         self._steps = 0
+        self.point = 0, 0
         self._set_aside: set[str] = set()
         self._silent: set[str] = set()
 
     def due(self) -> list[str] | None:
         """The layers whose probes are trained on the next batch; ``None`` for all.
 
-        Of more than 40 layers, the most that are probed by default, some have their turn in each step, so that it costs
-        the same whatever their number.
+        Of more than 40 layers and the input, the most that are probed by default, some have their turn in each step:
+        it costs the same whatever their number.
         """
-        if self.bank is None or (turns := math.ceil(len(self.bank.layers) / MAX_DEFAULT_LAYERS)) == 1:
+        turns = 0 if self.bank is None else math.ceil(len(self.bank.layers) / (MAX_DEFAULT_LAYERS + 1))
+        if self.bank is None or turns <= 1:
             return None
         share = math.ceil(len(self.bank.layers) / turns)
         first = self._steps % turns * share
@@ -86,7 +89,8 @@ class ProbingSession:
         for (stage, dataloader), scores in sorted(self._scores.items()):
             # torchmetrics makes a vector of one value a scalar.
             sums = {name: value.flatten().tolist() for name, value in scores.compute().items()}
-            if any(sums["classes"]):
+            # Of many layers some may not have had their turn yet.
+            if any(sums["classes"]) and (stage != "train" or self.due() is None):
                 silent = [layer for layer, n in zip(self.bank.layers, sums["total"], strict=True) if not n]
                 self._warn_silent(stage, silent)
             for i, layer in enumerate(self.bank.layers):
@@ -97,6 +101,8 @@ class ProbingSession:
                     self._warn_set_aside(layer, stage, epoch, step)
             rows += report.add(self._about(), sums, stage=stage, dataloader=dataloader, epoch=epoch, step=step)
         self._scores = {}
+        self._steps += 1  # or the same layers would get the same batches in every epoch
+        self.point = epoch, step
         return rows
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,6 +115,7 @@ class ProbingSession:
             "totals": self._totals,
             "first_depth": self._first_depth,
             "steps": self._steps,
+            "point": list(self.point),
             "set_aside": sorted(self._set_aside),
         }
 
@@ -119,6 +126,7 @@ class ProbingSession:
         self._totals = dict(state["totals"])
         self._first_depth = state["first_depth"]
         self._steps = state["steps"]
+        self.point = tuple(state["point"])
         self._set_aside = set(state["set_aside"])
 
     def _observe(self, stage: str, dataloader: int, sums: Tensor, targets: Tensor) -> None:
@@ -159,7 +167,6 @@ class ProbingSession:
     def _warn_set_aside(self, layer: str, stage: str, epoch: int, step: int) -> None:
         if layer not in self._set_aside:
             self._set_aside.add(layer)
-            self._network.drop(layer)
             rank_zero_warn(
                 f"LinearProbeCallback: layer {layer!r} is set aside at epoch {epoch}, step {step}: NaN or Inf in its "
                 f"features ({stage}); its values are NaN from now on"

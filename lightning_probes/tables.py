@@ -81,8 +81,8 @@ def _caveat(values: list[float], samples: float) -> list[str]:
     middle = known[len(known) // 2] if known else 0.5
     half = 100 * 1.96 * math.sqrt(2 * middle * (1 - middle) / samples)
     return [
-        f"Scored on {samples:,.0f} samples. Between two errors near {_percent(middle)} %, a difference",
-        f"of less than {half:.1f} points means nothing (95 %).",
+        f"Scored on {samples:,.0f} samples. Between two errors near {_percent(middle)} %, do not make",
+        f"anything of less than {half:.1f} points (95 %, as if each had samples of its own).",
     ]
 
 

@@ -224,8 +224,8 @@ def test_table_shows_percent_interval_majority_class_and_what_a_difference_means
         "backbone.layer2.0        66   39.5   39.0   10.0    6.6-14.9",
         "head                     67   34.5   34.0    0.0     0.0-1.9",
         "majority class                              25.0",
-        "Scored on 200 samples. Between two errors near 10.0 %, a difference",
-        "of less than 5.9 points means nothing (95 %).",
+        "Scored on 200 samples. Between two errors near 10.0 %, do not make",
+        "anything of less than 5.9 points (95 %, as if each had samples of its own).",
     ]
 
 

@@ -163,6 +163,9 @@ class ActivationRecorder:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             # Activation checkpointing runs a layer again inside backward: the same samples a second time.
             if self._samples is not None and torch._C._current_graph_task_id() == -1:
-                self.record(layer, output, channels_first=channels_first)
+                try:
+                    self.record(layer, output, channels_first=channels_first)
+                except Exception as error:  # inside the user's forward: nothing may come out of here
+                    self.misfits[layer] = f"{type(error).__name__}: {error}"
 
         return hook

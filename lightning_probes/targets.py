@@ -47,6 +47,8 @@ def pick(batch: Any, where: Where, argument: str) -> Any:
 def describe(batch: Any, depth: int = 2) -> str:
     """A batch in words: its keys or indices with types and shapes."""
     if isinstance(batch, Tensor):
+        if batch.is_nested:
+            return "a nested tensor"
         return f"{str(batch.dtype).removeprefix('torch.')}{list(batch.shape)}"
     parts = _parts(batch)
     if not parts or not depth:

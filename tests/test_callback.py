@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_probes import LinearProbeCallback
 
@@ -619,3 +619,70 @@ def test_of_many_layers_each_step_trains_some_in_turn_and_all_are_scored(tmp_pat
     assert len(train) == 92
     assert {row["samples"] for row in train} == {16 * 4, 16 * 5}
     assert {row["samples"] for row in probes.report.select(stage="val")} == {32}
+
+
+def test_rows_of_a_checkpoint_have_its_epoch_and_step(tmp_path: Path) -> None:
+    fit_with_checkpoints(tmp_path / "run", 2)
+    trainer = make_trainer(tmp_path, probes := LinearProbeCallback())
+    trainer.test(small(), loader(40), ckpt_path=str(tmp_path / "run" / "epoch=0.ckpt"), verbose=False)
+    assert {(row["epoch"], row["step"]) for row in probes.report.rows} == {(1, 6)}
+
+
+@pytest.mark.parametrize(("layers", "turns"), [(1, 1), (41, 1), (42, 2), (128, 4)])
+def test_turns_begin_above_forty_layers_and_the_input(layers: int, turns: int, tmp_path: Path) -> None:
+    seen: list[set[str]] = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            assert probes._session is not None
+            due = probes._session.due()
+            seen.append(set(names) if due is None else set(due))
+
+    names = [f"net.{i}" for i in range(1, layers + 1)]
+    probes = LinearProbeCallback(names, input=None)
+    model = Classifier(mlp(depth=(layers + 1) // 2))
+    make_trainer(tmp_path, Watch(), probes, limit_train_batches=1 + turns).fit(model, loader(16 * 12))
+    assert all(len(due) <= 41 for due in seen[1:])
+    assert set().union(*seen[1:]) == set(names)
+    assert sum(map(len, seen[1:])) == layers
+
+
+class Padded(Classifier):
+    """Torch's own encoder: in eval mode, with a padding mask, nested tensors pass between its layers."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 10))
+        block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(block, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(1).view(len(x), 8, 8)
+        padding = torch.zeros(len(x), 8, dtype=torch.bool)
+        padding[:, 6:] = True
+        return self.net(self.encoder(tokens, src_key_padding_mask=padding)[:, :6].mean(dim=1))  # type: ignore[no-any-return]
+
+
+def test_nested_tensors_between_layers_do_not_end_a_run(tmp_path: Path) -> None:
+    probes = LinearProbeCallback()
+    make_trainer(tmp_path, probes, max_epochs=2).fit(Padded(), loader(), loader(32))
+    assert {(epoch, "net") for epoch in (1, 2)} <= set(values(probes))
+
+
+def test_layers_of_one_width_may_differ_in_precision(tmp_path: Path) -> None:
+    class Doubles(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.float())  # type: ignore[no-any-return]
+
+    x, y = images(96).tensors
+    data = TensorDataset(x.double(), y)
+    model = Doubles(mlp(width=64, depth=1))
+    make_trainer(tmp_path, probes := LinearProbeCallback()).fit(model, DataLoader(data, batch_size=16), loader(32))
+    assert [row["features"] for row in probes.report.select(stage="val", metric="error")] == [64, 64, 64, 10]
+
+
+def test_one_callback_serves_a_second_network_of_other_widths(tmp_path: Path) -> None:
+    probes = LinearProbeCallback("net.*")
+    for width in (32, 16):
+        make_trainer(tmp_path, probes).fit(Classifier(mlp(width=width, depth=1)), loader(), loader(32))
+        widths = {row["layer"]: row["features"] for row in probes.report.rows}
+        assert widths == {"input": 64, "net.0": 64, "net.1": width, "net.2": width, "net.3": 10}

@@ -1,0 +1,249 @@
+"""Recorded calls, run again on the frozen network: what its layers say now, without a call of the user's step."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_probes.calls import Call, CallRecorder, Link, Weight, num_bytes, tensors_in
+
+__all__ = ["Call", "CallRecorder", "KeptBatches", "Replay", "frozen", "num_bytes"]
+
+T = TypeVar("T")
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The network in eval mode without gradients; afterwards as it was before, also after an exception.
+
+    What comes back: every submodule's ``training`` flag, one by one; the states of the random generators (torch on the
+    CPU and CUDA, numpy, python); the modules' attributes, what they were and, for tensors, lists, dicts and sets that
+    are not parameters or buffers, what was in them. Hooks that are added or removed inside stay so. ``self.log`` of a
+    LightningModule does nothing inside; compiled submodules run eagerly, so that hooks in them fire.
+
+    Parameters and buffers are guarded by :class:`Replay`, and by nothing when the network is called in another way.
+    """
+    rng = _rng_states()
+    saved = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        memo: dict[int, Any] = {}
+        with torch.no_grad():
+            for module in model.modules():
+                _stand_in(module, memo)
+            yield
+    finally:
+        for own, attributes in saved:
+            own.update(attributes)
+            for name in own.keys() - attributes.keys():
+                del own[name]
+        _set_rng_states(rng)
+
+
+def _stand_in(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Put copies in the place of a module's attributes that its forward may write to. Undone from a saved dict."""
+    own = vars(module)
+    for name, value in own.items():
+        # A handle finds its hook in the dict that it was given: the hooks' dicts stay what they are.
+        if "hooks" in name:
+            continue
+        if type(value) in (list, dict, set, OrderedDict):
+            own[name] = memo.setdefault(id(value), copy.copy(value))
+        elif isinstance(value, Tensor):
+            own[name] = memo.setdefault(id(value), value.clone())
+    # Into the dict and not by train(), eval() or setattr, which users override.
+    own["training"] = False
+    if hasattr(type(module), "log_dict"):
+        own["log"] = own["log_dict"] = _do_nothing
+    if "_compiled_call_impl" in own:
+        own["_compiled_call_impl"] = None
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+        own["forward"] = module._orig_mod.__call__
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+def _rng_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    if (numpy := sys.modules.get("numpy")) is not None:
+        states["numpy"] = numpy.random.get_state()
+    return states
+
+
+def _set_rng_states(states: Mapping[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    if "numpy" in states:
+        sys.modules["numpy"].random.set_state(states["numpy"])
+
+
+class Replay:
+    """Runs recorded calls of ``model`` again without a trace in its parameters and buffers; made and used in `frozen`.
+
+    Whoever wants mixed precision as in training enters the strategy's forward context around it.
+
+    Args:
+        model: the network whose calls were recorded.
+        device: where it runs.
+        weights: an older state of the whole model by name, as ``state_dict()`` gives it, to be put in place during the
+            calls; buffers it lacks (non-persistent ones) are the present ones. On ``device`` it costs no transfer.
+
+    Raises:
+        KeyError: ``weights`` lacks a parameter.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, device: torch.device | str, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self._device = torch.device(device)
+        self._writes: dict[int, bool] = {}
+        self._slots: dict[int, list[tuple[str, Tensor, bool]]] = {}
+        self._named: dict[str, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        # All names, as a state dict has them: a tensor in two places has two, and either will do.
+        for prefix, module in model.named_modules(remove_duplicate=False):
+            for name, tensor, _ in _tensors_of(module, prefix):
+                self._named[name] = tensor
+                if weights is not None and name in weights:
+                    self._values[id(tensor)] = weights[name].detach().to(self._device)
+        if weights is not None:
+            for name, tensor in self._named.items():
+                if isinstance(tensor, nn.Parameter) and id(tensor) not in self._values:
+                    raise KeyError(f"weights: no {name!r}")
+
+    def run(self, calls: list[Call]) -> None:
+        """Run the calls of a step in their order; what the layers put out is seen by their hooks.
+
+        Raises:
+            Exception: whatever a module raises.
+        """
+        leaves = pytree.tree_leaves([(call.args, call.kwargs) for call in calls])
+        linked = {leaf.call for leaf in leaves if isinstance(leaf, Link)}
+        outputs: dict[int, list[Tensor]] = {}
+        inputs: dict[int, Tensor] = {}
+
+        def resolve(leaf: Any) -> Any:
+            if isinstance(leaf, Link):
+                return outputs[leaf.call][leaf.position]
+            if isinstance(leaf, Weight):
+                tensor = self._named[leaf.name]
+                return self._values.get(id(tensor), tensor).detach().clone()
+            if isinstance(leaf, Tensor):
+                # Always a copy: a network may write into its input. Twice the same tensor stays twice the same.
+                if id(leaf) not in inputs:
+                    inputs[id(leaf)] = leaf.to(self._device, copy=True)
+                return inputs[id(leaf)]
+            return leaf
+
+        for i, call in enumerate(calls):
+            output = self._call(call.module, *pytree.tree_map(resolve, (call.args, call.kwargs)))
+            if i in linked:
+                outputs[i] = list(tensors_in(output))
+
+    def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if id(module) not in self._slots:
+            # Each place once, by the first path to its module: functional_call would not find back from a place that
+            # it filled twice. Tied tensors are tied by giving each place the same one.
+            slots = (slot for path, below in module.named_modules() for slot in _tensors_of(below, path))
+            self._slots[id(module)] = list(slots)
+        slots_of = self._slots[id(module)]
+        copies: dict[int, Tensor] = {}
+        state: dict[str, Tensor] = {}
+        # Some networks write to parameters in forward (a momentum encoder). The first call shows whether this one does.
+        is_careful = self._writes.get(id(module), True)
+        for name, tensor, is_buffer in slots_of:
+            value = self._values.get(id(tensor), tensor).detach()
+            if (is_buffer or is_careful) and id(tensor) not in copies:
+                copies[id(tensor)] = value.clone()
+            state[name] = copies.get(id(tensor), value)
+        given = dict(state)
+        output = torch.func.functional_call(module, state, args, kwargs, tie_weights=False)
+        if id(module) not in self._writes:
+            self._writes[id(module)] = not all(
+                torch.equal(given[name], self._values.get(id(tensor), tensor)) and state[name] is given[name]
+                for name, tensor, is_buffer in slots_of
+                if not is_buffer
+            )
+        return output
+
+
+def _tensors_of(module: nn.Module, path: str) -> Iterator[tuple[str, Tensor, bool]]:
+    """``(name, tensor, whether it is a buffer)`` of what a module holds itself, names below ``path``."""
+    for places, is_buffer in ((module._parameters, False), (module._buffers, True)):
+        for name, tensor in places.items():
+            if tensor is not None:
+                yield f"{path}.{name}" if path else name, tensor, is_buffer
+
+
+class KeptBatches(Generic[T]):
+    """A fair sample of whole batches of a stretch of training, within bounds; all of them if they fit.
+
+    Batches are kept until one does not fit. From then on it is a reservoir of as many batches as were kept (algorithm
+    R): each batch of the stretch has about the same chance.
+
+    Attributes:
+        seen: batches of the stretch so far.
+        samples: samples that are kept.
+        num_bytes: bytes that are kept.
+    """
+
+    def __init__(self, max_samples: int, max_bytes: int, seed: int = 0) -> None:
+        self._max_samples = max_samples
+        self._max_bytes = max_bytes
+        self._generator = torch.Generator().manual_seed(seed)
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a new stretch with nothing kept."""
+        self._kept: list[tuple[int, int, int, T]] = []
+        self._is_full = False
+        self._place: int | None = None
+        self.seen = self.samples = self.num_bytes = 0
+
+    def wants(self) -> bool:
+        """Whether the next batch will be kept, asked once for every batch, before its step."""
+        self.seen += 1
+        self._place = self._draw(self.seen) if self._is_full else len(self._kept)
+        return self._place < len(self._kept) or not self._is_full
+
+    def add(self, samples: int, item: T, num_bytes: int) -> None:
+        """Keep the batch that was wanted: ``item``, which has so many samples and bytes, unless it does not fit."""
+        if self._place is None:
+            return
+        place, self._place = self._place, None
+        fits = self.samples + samples <= self._max_samples and self.num_bytes + num_bytes <= self._max_bytes
+        if not self._is_full and not fits:
+            self._is_full, place = True, self._draw(self.seen)
+            if place >= len(self._kept):
+                return
+        self._kept[place : place + 1] = [(self.seen, samples, num_bytes, item)]
+        self._count()
+        # A batch larger than the one it replaced: fewer from now on, whichever they are.
+        while self.samples > self._max_samples or self.num_bytes > self._max_bytes:
+            self._kept.pop(self._draw(len(self._kept)))
+            self._count()
+
+    def items(self) -> list[T]:
+        """What is kept, in order of arrival."""
+        return [item for _, _, _, item in sorted(self._kept, key=lambda kept: kept[0])]
+
+    def _draw(self, n: int) -> int:
+        return int(torch.randint(n, (1,), generator=self._generator))
+
+    def _count(self) -> None:
+        self.samples = sum(samples for _, samples, _, _ in self._kept)
+        self.num_bytes = sum(num_bytes for _, _, num_bytes, _ in self._kept)

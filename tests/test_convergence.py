@@ -1,0 +1,297 @@
+"""The solver against scikit-learn and scipy, its criterion against autograd, and data nobody would wish for."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot
+
+from lightning_probes.convergence import Solution, fit_probes, solve
+from lightning_probes.standardise import moved_statistics, standardise_
+
+TIGHTEST = 1e-7
+
+
+def standardised(x: Tensor) -> Tensor:
+    none = x.new_zeros(1, 1, x.shape[1])
+    return standardise_(x[None].clone(), *moved_statistics(x[None], none, none, 1.0))[0]
+
+
+def objective(weight: Tensor, bias: Tensor, x: Tensor, y: Tensor, l2: float, prior: Tensor | float = 0.0) -> Tensor:
+    shift = weight.double() - prior
+    return cross_entropy(x.double() @ weight.double().T + bias.double(), y.double()) + l2 / 2 * (shift * shift).sum()
+
+
+def scipy_optimum(x: Tensor, y: Tensor, l2: float, prior: Tensor | float = 0.0) -> float:
+    classes, width = y.shape[1], x.shape[1]
+
+    def both(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        v = torch.tensor(flat).view(classes, width + 1).requires_grad_()
+        value = objective(v[:, :-1], v[:, -1], x, y, l2, prior)
+        (gradient,) = torch.autograd.grad(value, v)
+        return value.item(), gradient.flatten().numpy()
+
+    options = {"maxiter": 5000, "maxfun": 10000, "ftol": 1e-14, "gtol": 1e-9}
+    found = minimize(both, np.zeros(classes * (width + 1)), jac=True, method="L-BFGS-B", options=options)
+    return float(found.fun)
+
+
+def sklearn_optimum(x: Tensor, labels: Tensor, classes: int, l2: float) -> float:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fitted = LogisticRegression(C=1 / (len(x) * l2), tol=1e-8, max_iter=5000).fit(x.numpy(), labels.numpy())
+    weight, bias = torch.tensor(fitted.coef_), torch.tensor(fitted.intercept_)
+    return objective(weight, bias, x, one_hot(labels, classes), l2).item()
+
+
+def data(seed: int, n: int, width: int, classes: int, spread: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Features of which some matter; their directions differ in size by ``10 ** spread``; every class occurs."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, width, generator=g, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(width, width, generator=g, dtype=torch.float64))[0]
+    truth = torch.randn(width, classes, generator=g, dtype=torch.float64)
+    scores = x @ truth + torch.randn(n, classes, generator=g, dtype=torch.float64)
+    labels = scores.argmax(dim=1)
+    labels[:classes] = torch.arange(classes)
+    return (x * torch.logspace(0, -spread, width, dtype=torch.float64)) @ rotation, labels
+
+
+def check_gradient(found: Solution, x: Tensor, y: Tensor, tolerance: float, prior: Tensor | float = 0.0) -> None:
+    """The criterion as documented, by autograd, in float64."""
+    x, y = x.double(), y.double()
+    weight, bias = found.weight.double().requires_grad_(), found.bias.double().requires_grad_()
+    grads = torch.autograd.grad(objective(weight, bias, x, y, found.l2, prior), (weight, bias))
+    norm = math.hypot(grads[0].norm().item(), grads[1].norm().item())
+    pull = (y.mean(dim=0) - y).T @ torch.cat([x, torch.ones(len(x), 1)], dim=1) / len(x)
+    scale = max(pull.norm().item(), 1e-3)
+    assert found.converged
+    assert norm / scale <= tolerance * 1.001 + 1e-9
+    assert norm / scale == pytest.approx(found.gradient_norm, rel=0.05, abs=1e-6)
+
+
+shapes = st.tuples(st.integers(0, 10**6), st.integers(25, 300), st.integers(1, 40), st.floats(0, 3))
+strengths = st.sampled_from([1e-1, 1e-2, 1e-3, 1e-4])
+scales = st.sampled_from([1e-8, 1e-3, 1.0, 1e3, 1e8])
+quick = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+@quick
+@given(shapes, st.integers(3, 20), strengths, scales, st.sampled_from([torch.float32, torch.float64]))
+def test_as_low_as_scikit_learn(
+    shape: tuple[int, int, int, float], classes: int, l2: float, scale: float, dtype: torch.dtype
+) -> None:
+    seed, n, width, spread = shape
+    raw, labels = data(seed, n, width, classes, spread)
+    x, y = standardised((raw * scale).to(dtype)), one_hot(labels, classes).to(dtype)
+    found = solve(x, y, l2, tolerance=TIGHTEST if dtype == torch.float64 else 1e-6, max_iterations=3000)
+    assert objective(found.weight, found.bias, x, y, l2) <= 1.0001 * sklearn_optimum(x.double(), labels, classes, l2)
+    check_gradient(found, x, y, TIGHTEST if dtype == torch.float64 else 1e-6)
+
+
+@quick
+@given(shapes, st.integers(2, 6), strengths, st.booleans())
+def test_soft_labels_and_priors_as_low_as_scipy(
+    shape: tuple[int, int, int, float], classes: int, l2: float, pulled: bool
+) -> None:
+    seed, n, width, spread = shape
+    raw, labels = data(seed, n, min(width, 15), classes, min(spread, 1))
+    x, g = standardised(raw), torch.Generator().manual_seed(seed)
+    y = 0.8 * one_hot(labels, classes) + 0.2 * torch.rand(n, classes, generator=g).softmax(dim=1).double()
+    y = y / y.sum(dim=1, keepdim=True)
+    prior = torch.randn(classes, x.shape[1], generator=g, dtype=torch.float64) if pulled else None
+    found = solve(x, y, l2, prior=prior, tolerance=TIGHTEST, max_iterations=3000)
+    centre = 0.0 if prior is None else prior
+    assert objective(found.weight, found.bias, x, y, l2, centre) <= 1.0001 * scipy_optimum(x, y, l2, centre)
+    check_gradient(found, x, y, TIGHTEST, centre)
+
+
+@pytest.mark.parametrize("pulled", [False, True])
+def test_far_fewer_samples_than_features(pulled: bool) -> None:
+    raw, labels = data(3, 40, 300, 4)
+    x, y = standardised(raw), one_hot(labels, 4).double()
+    prior = torch.randn(4, 300, generator=torch.Generator().manual_seed(1)).double() / 20 if pulled else None
+    found = solve(x, y, 1e-2, prior=prior, tolerance=TIGHTEST)
+    centre = 0.0 if prior is None else prior
+    assert objective(found.weight, found.bias, x, y, 1e-2, centre) <= 1.0001 * scipy_optimum(x, y, 1e-2, centre)
+    check_gradient(found, x, y, TIGHTEST, centre)
+
+
+def test_planted_solution_is_found() -> None:
+    """Soft labels that a known probe gives are answered by that probe."""
+    x = standardised(data(5, 400, 12, 3)[0])
+    planted, bias = torch.randn(3, 12, generator=torch.Generator().manual_seed(2)).double(), torch.tensor([0.5, 0, -1])
+    y = (x @ planted.T + bias).softmax(dim=1)
+    found = solve(x, y, 0.0, tolerance=1e-9, max_iterations=2000)
+    torch.testing.assert_close(found.weight - found.weight.mean(0), planted - planted.mean(0), atol=1e-5, rtol=0)
+    pulled = solve(x, y, 1.0, prior=planted, tolerance=1e-9, max_iterations=2000)
+    torch.testing.assert_close(pulled.weight, planted, atol=1e-5, rtol=0)
+
+
+def test_a_warm_start_from_the_solution_stops_at_once() -> None:
+    raw, labels = data(7, 500, 30, 5)
+    x, y = standardised(raw.float()), one_hot(labels, 5).float()
+    found = solve(x, y, 1e-3)
+    again = solve(x, y, 1e-3, start=(found.weight, found.bias))
+    assert found.iterations > 0
+    assert again.iterations == 0
+    assert torch.equal(again.weight, found.weight)
+    fresh = solve(x, y, 1e-3, start=(found.weight * math.nan, found.bias))
+    assert torch.equal(fresh.weight, found.weight)
+
+
+def test_float32_that_stalls_is_finished_in_float64() -> None:
+    raw, labels = data(9, 600, 60, 4, spread=3)
+    x, y = standardised(raw.float()), one_hot(labels, 4).float()
+    found = solve(x, y, 1e-4, tolerance=1e-6, max_iterations=5000)
+    assert found.weight.dtype == torch.float32
+    check_gradient(found, x, y, 1e-6)
+
+
+def test_iterations_are_bounded_and_said() -> None:
+    raw, labels = data(11, 300, 30, 5, spread=3)
+    found = solve(standardised(raw), one_hot(labels, 5), 1e-4, tolerance=1e-9, max_iterations=3)
+    assert (found.iterations, found.converged) == (3, False)
+
+
+def test_draws_nothing_changes_nothing_repeats_exactly() -> None:
+    raw, labels = data(13, 300, 20, 5)
+    y = one_hot(labels, 5)
+    y[::7] = 0
+    before, state = raw.clone(), torch.get_rng_state()
+    first, second = (fit_probes({"a": raw}, y)["a"] for _ in range(2))
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(raw, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    counted = y.sum(dim=1) > 0
+    third = fit_probes({"a": raw[counted]}, y[counted])["a"]
+    assert torch.equal(first.weight, third.weight)
+    assert first.sums[2] == counted.sum()
+    x = standardise_(raw[None].clone(), first.mean[None, None], first.variance[None, None])[0][counted]
+    wrong = ((x @ first.weight.T + first.bias).argmax(dim=1) != labels[counted]).sum()
+    assert first.sums[0] == wrong
+
+
+def test_the_strength_is_that_of_every_fifth_sample() -> None:
+    raw, labels = data(17, 200, 40, 3)
+    labels = torch.where(torch.rand(200, generator=torch.Generator().manual_seed(0)) < 0.3, labels.roll(1), labels)
+    x, y = standardised(raw), one_hot(labels, 3).double()
+    held = torch.arange(200) % 5 == 4
+    losses = {}
+    for l2 in (1.0, 1e-2, 1e-4):
+        found = solve(x[~held], y[~held], l2)
+        losses[l2] = cross_entropy(x[held] @ found.weight.T + found.bias, labels[held]).item()
+    chosen = fit_probes({"a": raw, "other": raw + 1}, y, strengths=(1e-4, 1.0, 1e-2))
+    assert chosen["a"].l2 == chosen["other"].l2 == min(losses, key=lambda l2: losses[l2])
+    check_gradient(chosen["a"], x, y, 1e-3)
+
+
+def test_priors_and_starts_reach_their_layers() -> None:
+    raw, labels = data(19, 300, 10, 3)
+    y, prior = one_hot(labels, 3), torch.full((3, 10), 0.5).double()
+    plain = fit_probes({"a": raw, "b": raw}, y, strengths=(1.0,), priors={"b": prior}, tolerance=1e-6)
+    assert not torch.allclose(plain["a"].weight, plain["b"].weight)
+    again = fit_probes({"a": raw}, y, strengths=(1.0,), starts={"a": (plain["a"].weight, plain["a"].bias)})
+    assert again["a"].iterations == 0
+
+
+def _bad(name: str) -> tuple[Tensor, Tensor]:
+    raw, labels = data(23, 60, 8, 4)
+    x, y = raw.float(), one_hot(labels, 4)
+    apart = torch.cat([x, 50 * one_hot(labels, 4)], dim=1)
+    table = {
+        "fewer samples than classes": (x[:3], one_hot(labels[:3], 9)),
+        "one sample": (x[:1], y[:1]),
+        "a class absent": (x, one_hot(labels.clamp(max=2), 4)),
+        "one single class": (x, one_hot(labels * 0 + 1, 4)),
+        "only one class at all": (x, torch.ones(60, 1)),
+        "constant features": (torch.full_like(x, 3.7), y),
+        "a constant feature": (torch.cat([x, torch.full((60, 1), 1e6)], dim=1), y),
+        "duplicated features": (x.repeat(1, 5), y),
+        "tiny": (x * 1e-8, y),
+        "huge": (x * 1e8, y),
+        "far from zero": (x + 1e4, y),
+        "separable": (apart, y),
+        "fewer samples than features": (torch.cat([x] * 9, dim=1)[:24], y[:24]),
+        "no usable samples": (x, y * 0),
+        "no samples": (x[:0], y[:0]),
+        "no features": (x[:, :0], y),
+        "half precision": (x.half(), y),
+        "outliers": (torch.cat([x[:-1], x[-1:] * 1e6]), y),
+    }
+    return table[name]
+
+
+BAD = [
+    "fewer samples than classes",
+    "one sample",
+    "a class absent",
+    "one single class",
+    "only one class at all",
+    "constant features",
+    "a constant feature",
+    "duplicated features",
+    "tiny",
+    "huge",
+    "far from zero",
+    "separable",
+    "fewer samples than features",
+    "no usable samples",
+    "no samples",
+    "no features",
+    "half precision",
+    "outliers",
+]
+
+
+@pytest.mark.parametrize("strengths", [(1e-2, 1e-3, 1e-4), (0.0,)])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_data_have_a_finite_answer(name: str, strengths: tuple[float, ...]) -> None:
+    x, y = _bad(name)
+    found = fit_probes({"a": x}, y, strengths=strengths)["a"]
+    for t in (found.weight, found.bias, found.mean, found.variance, found.sums):
+        assert t.isfinite().all()
+    assert found.weight.shape == (y.shape[1], x.shape[1])
+    assert found.converged
+    assert found.gradient_norm <= 1e-3
+    if len(x) < 20:
+        assert found.l2 == strengths[0]
+    if name in ("one single class", "separable", "one sample"):
+        assert found.sums[0] == 0
+    if name.startswith("no ") and name != "no features":
+        assert not found.weight.any()
+        assert found.sums[2] == 0
+    if name == "constant features":
+        assert not found.weight.any()
+        torch.testing.assert_close(found.bias.softmax(0), y.float().mean(0), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_features_that_are_not_finite_are_set_aside(value: float) -> None:
+    x, y = _bad("tiny")
+    spoiled = x.clone()
+    spoiled[5, 2] = value
+    found = fit_probes({"spoiled": spoiled, "whole": x}, y)
+    assert not found["spoiled"].converged
+    assert found["spoiled"].weight.isnan().all()
+    assert found["spoiled"].sums.isnan().all()
+    assert torch.equal(found["whole"].weight, fit_probes({"whole": x}, y)["whole"].weight)
+
+
+def test_mistakes_of_the_caller_raise() -> None:
+    with pytest.raises(ValueError, match="3 samples"):
+        solve(torch.zeros(3, 2), torch.ones(4, 1), 0.0)
+    with pytest.raises(ValueError, match="l2=-1"):
+        solve(torch.zeros(3, 2), torch.ones(3, 1), -1.0)
+    with pytest.raises(ValueError, match="strengths"):
+        fit_probes({}, torch.ones(3, 1), strengths=())
+    with pytest.raises(ValueError, match="layer: 2 samples"):
+        fit_probes({"layer": torch.zeros(2, 2)}, torch.ones(3, 1))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _TICKS = (0, 1, 2, 5, 10, 20, 50, 100)
@@ -61,7 +62,15 @@ def error_by_depth(
     )
     axes.set_xlabel("layer, in the order of the calls")
     axes.set_ylabel("probe error (%)")
-    drawn = [v for values in [*curves.values(), [*(references or {}).values()]] for v in values if v >= 0]
+    _scale(axes, [v for values in [*curves.values(), [*(references or {}).values()]] for v in values if v >= 0])
+    axes.set_title(title, fontsize=11)
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def _scale(axes: Axes, drawn: list[float]) -> None:
     if any(drawn) and max(drawn) > 8 * min(value for value in drawn if value):
         axes.set_yscale("symlog", linthresh=1, linscale=0.5)
         axes.set_yticks(_TICKS, [str(tick) for tick in _TICKS])
@@ -69,8 +78,3 @@ def error_by_depth(
         axes.set_ylim(0 if min(drawn) < 0.01 else 1, 110)
     else:
         axes.set_ylim(bottom=0)
-    axes.set_title(title, fontsize=11)
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    return figure

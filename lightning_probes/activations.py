@@ -127,6 +127,8 @@ class ActivationRecorder:
             self.memory.pop(name, None)
         if layer is None:
             self._samples = None
+            # The raw input has memory too, but no hook.
+            self.memory = {}
 
     def start(self, samples: int, only: Container[str] | None = None) -> None:
         """Record from now on, ``only`` some layers or all; ``samples`` is the number of labels of the batch."""

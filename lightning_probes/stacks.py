@@ -38,9 +38,9 @@ class Stack:
         """Probes that start at zero (the problem is convex: nothing is drawn)."""
         self.layers += layers
         self.updates += [0] * len(layers)
+        self.lent = None
         for name, blank in self._blank.items():
             new = blank.repeat(len(layers), 1, 1)
-            self.lent = None
             self.tensors[name] = torch.cat([self.tensors[name], new]) if name in self.tensors else new
 
 

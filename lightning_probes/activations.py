@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -95,9 +95,13 @@ class ActivationRecorder:
         features: ``{layer: (samples, features)}`` of the step being recorded, in the order of the calls. Of several
             calls of a layer the last one whose first dimension is a multiple of the batch counts.
         misfits: ``{layer: what was wrong}`` of the calls that could not be used, in the step being recorded.
+        widths: ``{layer: features}`` of every layer seen so far.
         totals: ``{layer: values per sample before reduction}`` of every layer seen so far.
         memory: ``{layer: (samples, features)}``, lent by whoever uses the features: where to put those that fit.
+        alone: the one for which a network is run at present outside of all steps; the others do not listen.
     """
+
+    alone: ClassVar[ActivationRecorder | None] = None
 
     def __init__(self, max_features: int) -> None:
         self.max_features = max_features
@@ -107,13 +111,13 @@ class ActivationRecorder:
         self.memory: dict[str, Tensor] = {}
         self._samples: int | None = None
         self._only: Container[str] | None = None
-        self._widths: dict[str, int] = {}
+        self.widths: dict[str, int] = {}
         self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
 
     def attach(self, layers: Mapping[str, nn.Module], channels_first: Mapping[str, bool]) -> None:
         """Register one hook a layer; the modules stay as they are but for it."""
         self.detach()
-        self._widths, self.totals = {}, {}
+        self.widths, self.totals = {}, {}
         for layer, module in layers.items():
             self._hooks[layer] = module.register_forward_hook(self._hook(layer, channels_first[layer]))
 
@@ -154,7 +158,7 @@ class ActivationRecorder:
         else:
             memory = self.memory.get(layer)
             features = reduce(activation, self.max_features, channels_first=channels_first, out=memory)
-            width = self._widths.setdefault(layer, features.shape[1])
+            width = self.widths.setdefault(layer, features.shape[1])
             if features.shape[1] == width:
                 self.totals[layer] = activation.numel() // len(activation)
                 self.features[layer] = features
@@ -163,8 +167,11 @@ class ActivationRecorder:
 
     def _hook(self, layer: str, channels_first: bool) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
+            # Of many layers most are not asked for in a step: they leave first.
+            if self._samples is None or (self._only is not None and layer not in self._only):
+                return
             # Activation checkpointing runs a layer again inside backward: the same samples a second time.
-            if self._samples is not None and torch._C._current_graph_task_id() == -1:
+            if torch._C._current_graph_task_id() == -1 and ActivationRecorder.alone in (None, self):
                 try:
                     self.record(layer, output, channels_first=channels_first)
                 except Exception as error:  # inside the user's forward: nothing may come out of here

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_probes.regression import Solution
 from lightning_probes.scores import BatchLabels, no_tally, tally
 from lightning_probes.stacks import Run, Stack, adam_step
 from lightning_probes.standardise import standardise_
@@ -37,6 +38,29 @@ class ProbeBank:
         self._width: dict[str, int] = {}
         # Where the sums of layers in the order of the stacks belong; kept, since making one waits for the device.
         self._places: dict[tuple[str, ...], Tensor] = {}
+
+    @classmethod
+    def of(cls, layers: Sequence[str], num_classes: int, solutions: Mapping[str, Solution]) -> ProbeBank:
+        """A bank to score with, of probes that were found elsewhere; it has no optimiser and cannot be updated."""
+        state: dict[str, Any] = {}
+        for layer, found in solutions.items():
+            new = {
+                "weight": found.weight,
+                "bias": found.bias[:, None],
+                "mean": found.mean[None],
+                "variance": found.variance[None],
+                "alive": found.variance.isfinite().all().view(1, 1),
+            }
+            stack = state.setdefault(str(len(found.mean)), {"layers": [], "updates": [], "tensors": {}})
+            stack["layers"].append(layer)
+            stack["updates"].append(0)
+            for name, tensor in new.items():
+                stack["tensors"].setdefault(name, []).append(tensor)
+        for stack in state.values():
+            stack["tensors"] = {name: torch.stack(parts) for name, parts in stack["tensors"].items()}
+        bank = cls(layers, num_classes)
+        bank.load_state_dict(state)
+        return bank
 
     @property
     def widths(self) -> dict[str, int]:
@@ -118,8 +142,8 @@ class ProbeBank:
             for width, s in self._stacks.items()
         }
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], device: torch.device | str) -> None:
-        """Take over what :meth:`state_dict` gave."""
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], device: torch.device | str | None = None) -> None:
+        """Take over what :meth:`state_dict` gave, on ``device`` or where it is."""
         self._stacks, self._width = {}, {}
         for width, saved in state.items():
             tensors: dict[str, Tensor] = {name: t.to(device, copy=True) for name, t in saved["tensors"].items()}

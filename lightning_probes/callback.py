@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_probes.charts import write_layout
-from lightning_probes.probing import Layout, ProbedNetwork, positive_float
-from lightning_probes.report import METRICS, ProbeReport
+from lightning_probes.arguments import Layout, positive_float, whole
+from lightning_probes.logs import Logs
+from lightning_probes.probing import ProbedNetwork
+from lightning_probes.report import ProbeReport
 from lightning_probes.session import ProbingSession
 
 
@@ -22,8 +24,15 @@ class LinearProbeCallback(Callback):
     ``input``, and ``/dataloader_idx_N`` appended where a stage has several loaders:
 
     - ``probe_error_train/{layer}``, ``probe_error_val/{layer}``, in ``trainer.test`` ``probe_error_test/{layer}``: the
-      probe's classification error, a fraction in [0, 1];
-    - ``probe_cross_entropy_{stage}/{layer}``: its cross-entropy in nats, if asked for in ``log_metrics``.
+      probe's classification error, a fraction in [0, 1]; ``train`` on the samples that it was fitted on;
+    - ``probe_cross_entropy_{stage}/{layer}``: its cross-entropy in nats, if asked for in ``log_metrics``;
+    - ``probe_lag_{stage}/{layer}``: likewise, the error on the same samples of the probe that was only trained along
+      with the network, minus this one's.
+
+    Before they are published the probes are brought to their optimum on the frozen network: training batches are kept,
+    and their calls of the network's modules run again. Where that cannot be, probes are cross-fitted on validation, or
+    those trained along are published, and :attr:`report` and one warning say so. The first point, step 0, is the
+    network as ``fit`` found it; it is logged to the loggers directly.
 
     Everything is in :attr:`report` as well. A layer with NaN or Inf in its features is set aside: its values are NaN
     from then on, and ``EarlyStopping`` on one of them ends the run unless ``check_finite=False``.
@@ -40,8 +49,13 @@ class LinearProbeCallback(Callback):
         name: tells several of these callbacks in one Trainer apart; put before the logged names.
         layout: what three dimensions mean, by layer pattern, where the default rule is wrong: ``tokens`` for
             (batch, tokens, width), averaged over tokens, ``channels`` for (batch, channels, length), pooled.
-        learning_rate: of the probes' own Adam.
-        log_metrics: which metrics go to the loggers, of ``error`` (always) and ``cross_entropy``.
+        learning_rate: of the Adam that trains probes along with the network.
+        fit_samples: training samples, at most, on which the probes are brought to their optimum before each
+            publication; 0: not at all, the probes trained along are published.
+        fit_bytes: of them, at most, in bytes on the host: kept inputs and the features they become. The default holds
+            7 000 images of 3 x 224 x 224.
+        every_n_epochs: publish at the end of every so many epochs.
+        log_metrics: which metrics go to the loggers, of ``error`` (always), ``cross_entropy`` and ``lag``.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
@@ -59,6 +73,9 @@ class LinearProbeCallback(Callback):
         name: str | None = None,
         layout: dict[str, Layout] | None = None,
         learning_rate: float = 3e-3,
+        fit_samples: int = 8192,
+        fit_bytes: int = 4 * 2**30,
+        every_n_epochs: int = 1,
         log_metrics: list[str] | None = None,
     ) -> None:
         self._network = ProbedNetwork(
@@ -70,15 +87,19 @@ class LinearProbeCallback(Callback):
             max_features=max_features,
             layout=layout,
         )
-        if name is not None and (not isinstance(name, str) or not name):
-            raise TypeError(f"name: expected a non-empty string, found {name!r}")
-        self._prefix = f"{name}_" if name else ""
+        self._logs = Logs(name, log_metrics)
         self._state_key = self._generate_state_key(name=name)
-        self._learning_rate = positive_float("learning_rate", learning_rate)
-        self._log_metrics = _log_metrics(log_metrics)
-        self._has_charts = False
+        self._new_session = partial(
+            ProbingSession,
+            self._network,
+            positive_float("learning_rate", learning_rate),
+            whole("fit_samples", fit_samples, least=0),
+            whole("fit_bytes", fit_bytes),
+        )
+        self._every_n_epochs = whole("every_n_epochs", every_n_epochs)
+        self._is_prepared = False
         self.report = ProbeReport()
-        self._session: ProbingSession | None = None
+        self._session = self._new_session()
         self._restored: dict[str, Any] | None = None
 
     @property
@@ -86,26 +107,30 @@ class LinearProbeCallback(Callback):
         return self._state_key
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        others = [c for c in _callbacks(trainer) if isinstance(c, LinearProbeCallback) and c is not self]
-        if any(other._prefix == self._prefix for other in others):
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [c for c in callbacks if isinstance(c, LinearProbeCallback) and c is not self]
+        if any(other._logs.prefix == self._logs.prefix for other in others):
             raise ValueError(
-                f"two LinearProbeCallbacks have the name {self._prefix.removesuffix('_') or None!r}; "
+                f"two LinearProbeCallbacks have the name {self._logs.prefix.removesuffix('_') or None!r}; "
                 "give each its own: LinearProbeCallback(name=...)"
             )
         self._network.attach(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
-        self._session = ProbingSession(self._network, self._learning_rate)
-        self._has_charts = False
+        self._session = self._new_session()
+        self._logs.begin()
         self.report = ProbeReport()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Some strategies restore before on_fit_start, others after it; by now all have.
         if self._restored is not None:
-            self._restore_probes(pl_module)
             self.report = ProbeReport.from_dict(self._restored["report"])
-            self._restored = None
+            self._restore_probes(pl_module)
+        self._session.begin(pl_module, self.report, is_new=not trainer.global_step)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._session.optimum.renew()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._network.open(batch, None if self._session is None else self._session.due())
+        self._session.open(batch)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._network.check()
@@ -113,19 +138,37 @@ class LinearProbeCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._session is not None and (hello := self._session.update()):
-            rank_zero_info(f"{type(self).__name__}: {hello}")
+        self._session.update()
+        self._greet()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._publish(trainer, pl_module)
+        if self._session.point != _now(trainer) and self._is_due(trainer):
+            self._prepare(trainer, pl_module, is_validation=False)
+            self._publish(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin_evaluation(trainer, pl_module)
+        self._is_prepared = False
+        if trainer.state.fn == "fit":
+            return
+        # Hook the network again, with the probes of the checkpoint if one was loaded.
+        if self._restored is not None:
+            self._restore_probes(pl_module)
+        if self._session.is_ready:
+            self._network.attach(pl_module, trainer.datamodule, is_settled=True)  # type: ignore[attr-defined]
+        else:
+            rank_zero_warn("LinearProbeCallback: nothing to score: no probes were fitted, the checkpoint holds none")
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._open_evaluation(batch)
+        if trainer.sanity_checking:
+            self._network.preview(batch)
+        elif self._is_due(trainer):
+            # Not at the validation's start, where a callback may still put averaged weights into the network.
+            if trainer.state.fn == "fit" and not self._is_prepared:
+                self._prepare(trainer, pl_module, is_validation=True)
+            self._session.optimum.watch(batch)
+            self._network.open(batch)
 
     def on_validation_batch_end(
         self,
@@ -136,110 +179,70 @@ class LinearProbeCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._session is not None:
-            self._session.score("val", dataloader_idx)
+        if not trainer.sanity_checking:
+            stage = "test" if trainer.testing else "val"
+            self._session.score(stage, dataloader_idx, pl_module, trainer.precision_plugin.forward_context)
+            self._greet()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._publish(trainer, pl_module)
+        if not trainer.sanity_checking and self._is_due(trainer):
+            self._publish(trainer, pl_module)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin_evaluation(trainer, pl_module)
-
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._open_evaluation(batch)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if self._session is not None:
-            self._session.score("test", dataloader_idx)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._publish(trainer, pl_module)
+    # Which of the two it is, the trainer knows.
+    on_test_start = on_validation_start
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._network.detach()
+        self._detach()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._network.detach()
+        self._detach()
 
     def state_dict(self) -> dict[str, Any]:
-        if self._session is None or self._session.bank is None:
-            return {}
-        return {"probes": self._session.state_dict(), "report": asdict(self.report)}
+        is_ready = self._session.is_ready
+        return {"probes": self._session.state_dict(), "report": asdict(self.report)} if is_ready else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
 
-    def _begin_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Outside ``fit``: hook the network again, with the probes of the checkpoint if one was loaded."""
-        if trainer.state.fn == "fit":
-            return
-        if self._restored is not None:
-            self._restore_probes(pl_module)
-            self._restored = None
-        if self._session is None or self._session.bank is None:
-            rank_zero_warn(
-                "LinearProbeCallback: nothing to score: no probes were fitted, and the checkpoint holds none"
-            )
-        else:
-            self._network.attach(pl_module, trainer.datamodule, is_settled=True)  # type: ignore[attr-defined]
+    def _detach(self) -> None:
+        self._network.detach()
+        self._session.optimum.end()
 
-    def _open_evaluation(self, batch: Any) -> None:
-        # In the sanity check there are no probes yet.
-        if self._session is not None and self._session.bank is not None:
-            self._network.open(batch)
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule, *, is_validation: bool) -> None:
+        self._is_prepared = True
+        every, epochs = trainer.check_val_every_n_epoch or 1, trainer.max_epochs or -1
+        has_validation = trainer.enable_validation and (epochs < 0 or every <= epochs)
+        context = trainer.precision_plugin.forward_context
+        self._session.prepare(pl_module, context, is_validation=is_validation, has_validation=has_validation)
 
     def _restore_probes(self, pl_module: LightningModule) -> None:
         assert self._restored is not None
-        self._session = ProbingSession(self._network, self._learning_rate)
+        self._session = self._new_session()
         self._session.load_state_dict(self._restored["probes"], pl_module.device)
+        self._restored = None
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        if trainer.state.fn != "fit":
+            return self._session.is_ready
+        return trainer.fit_loop.epoch_progress.current.ready % self._every_n_epochs == 0
+
+    def _greet(self) -> None:
+        if hello := self._session.greeting():
+            rank_zero_info(f"{type(self).__name__}: {hello}")
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A point of every curve that has been scored since the last time: into the report, and logged."""
-        if self._session is None or self._session.bank is None:
-            return
         # Outside fit the probes are those of a checkpoint or of the last fit, and so are epoch and step.
-        in_fit = trainer.state.fn == "fit"
-        epoch, step = (_epochs_completed(trainer), trainer.global_step) if in_fit else self._session.point
-        rows = self._session.publish(self.report, epoch, step)
-        values = {}
-        for row in rows:
-            if row["metric"] in self._log_metrics:
-                loader = f"/dataloader_idx_{row['dataloader']}" if _has_several_loaders(trainer, row["stage"]) else ""
-                values[f"{self._prefix}probe_{row['metric']}_{row['stage']}/{row['layer']}{loader}"] = row["value"]
-        # The values are the same on every rank; without a batch size Lightning would look for one in the batch.
-        pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, add_dataloader_idx=False)
-        if trainer.is_global_zero and not self._has_charts:
-            write_layout(trainer.loggers, self._prefix, self._log_metrics, ("train", "val"))
-            self._has_charts = True
+        epoch, step = _now(trainer) if trainer.state.fn == "fit" else self._session.point
+        start, rows = self._session.publish(self.report, epoch, step)
+        self._logs.write(start, rows, trainer, pl_module)
 
 
-def _callbacks(trainer: Trainer) -> list[Any]:
-    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
-
-
-def _epochs_completed(trainer: Trainer) -> int:
+def _now(trainer: Trainer) -> tuple[int, int]:
+    """Epochs completed and ``global_step``."""
     # `current_epoch` moves between the hooks of an epoch's end; what was begun does not.
     begun = trainer.fit_loop.epoch_progress.current.ready
-    return begun if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch else begun - 1
-
-
-def _has_several_loaders(trainer: Trainer, stage: str) -> bool:
-    # Asked only of a stage that has run: before, Lightning does not know.
-    return stage != "train" and len(trainer.num_val_batches if stage == "val" else trainer.num_test_batches) > 1
-
-
-def _log_metrics(value: Sequence[str] | None) -> list[str]:
-    asked = [] if value is None else value
-    if isinstance(asked, str) or not isinstance(asked, Sequence) or any(metric not in METRICS for metric in asked):
-        raise ValueError(f"log_metrics: expected a list of some of {list(METRICS)}, found {value!r}")
-    return list(dict.fromkeys(["error", *asked]))
+    return begun if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch else begun - 1, trainer.global_step

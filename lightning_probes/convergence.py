@@ -1,16 +1,15 @@
-"""Many small convex problems to their optimum: a layer's probe as logistic regression, solved and not trained."""
+"""Many small convex problems to their optimum: the probe of every layer, its strength of L2 chosen."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lightning_probes.descent import Problem, minimise
-from lightning_probes.scores import Labels, tally
-from lightning_probes.standardise import moved_statistics, standardise_
+from lightning_probes.regression import TOLERANCE, Solution, floating, solve, sums_of
+from lightning_probes.standardise import inverse_deviation, moved_statistics, standardise_
 
 _FEWEST = 20
 """Samples below which a fifth of them says nothing about a strength."""
@@ -19,82 +18,14 @@ _CLEARLY = 1.01
 """A held-out loss that is higher than the best by this factor has passed its minimum."""
 
 
-@dataclass(frozen=True)
-class Solution:
-    """A probe at its optimum.
-
-    Attributes:
-        weight: ``(classes, features)``, on features standardised by ``mean`` and ``variance``.
-        bias: ``(classes,)``.
-        mean: ``(features,)`` of the fitting samples; 0 from :func:`solve`, whose features are standardised already.
-        variance: likewise, of the population; 1 from :func:`solve`.
-        l2: strength of the penalty.
-        converged: whether the gradient at ``weight`` and ``bias``, computed afresh, is within the tolerance.
-        iterations: of the last fit (those of the choice of a strength are not counted).
-        gradient_norm: at ``weight`` and ``bias``, relative to the scale that :func:`solve` documents.
-        sums: ``(3,)`` on the fitting samples: wrong answers, cross-entropy in nats, samples.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    mean: Tensor
-    variance: Tensor
-    l2: float
-    converged: bool
-    iterations: int
-    gradient_norm: float
-    sums: Tensor
-
-
-@torch.no_grad()
-def solve(
-    x: Tensor,
-    targets: Tensor,
-    l2: float,
-    *,
-    start: tuple[Tensor, Tensor] | None = None,
-    prior: Tensor | None = None,
-    tolerance: float = 1e-3,
-    max_iterations: int = 500,
-) -> Solution:
-    """The softmax regression that minimises mean cross-entropy + ``l2/2 |weight - prior|^2``; the bias is free.
-
-    The criterion is the norm of the gradient over weights and bias, relative to a scale: that of the cross-entropy's
-    gradient at zero weights and the classes' log frequencies, at least 1e-3. What float32 cannot reach is finished in
-    float64. There is an answer for all finite data: a class that never occurs has a very negative bias, a lone class is
-    certain, separable data without a penalty stop at the tolerance, and without samples the answer is the prior.
-
-    Args:
-        x: ``(samples, features)``, standardised, finite; computed in its own dtype, at least float32.
-        targets: ``(samples, classes)``, distributions; zero rows are left out.
-        l2: at least 0.
-        start: ``(weight, bias)`` to begin from, unless zero weights are better.
-        prior: ``(classes, features)``; default 0. One that is not finite counts as none.
-        tolerance: of the criterion.
-        max_iterations: a bound; ``converged`` says whether it was enough.
-
-    Raises:
-        ValueError: on data never; where ``x`` and ``targets`` differ in length, or ``l2`` or ``tolerance`` is negative.
-    """
-    if len(x) != len(targets) or l2 < 0 or tolerance < 0:
-        raise ValueError(f"{len(x)} samples, {len(targets)} targets, l2={l2}, tolerance={tolerance}")
-    with torch.autocast(x.device.type, enabled=False):
-        counted = targets.sum(dim=1) > 0
-        x, y = _floating(x[counted]), targets[counted]
-        if prior is None or not prior.isfinite().all():
-            prior = x.new_zeros(targets.shape[1], x.shape[1])
-        return _solve(x, y, l2, start, prior.to(x), tolerance, max_iterations)
-
-
 @torch.no_grad()
 def fit_probes(
     features: Mapping[str, Tensor],
     targets: Tensor,
     *,
     strengths: Sequence[float] = (1e-2, 1e-3, 1e-4),
-    starts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     priors: Mapping[str, Tensor] | None = None,
-    tolerance: float = 1e-3,
+    tolerance: float = TOLERANCE,
     max_iterations: int = 500,
 ) -> dict[str, Solution]:
     """The probe of every layer, at the strength whose cross-entropy on every fifth sample is lowest.
@@ -107,9 +38,8 @@ def fit_probes(
         features: ``{layer: (samples, features)}``. A layer with a value or variance that is not finite gets NaN.
         targets: ``(samples, classes)``, distributions; zero rows are left out.
         strengths: of the L2 penalty.
-        starts: ``{layer: (weight, bias)}`` on standardised features, for some layers (the epoch before).
-        priors: ``{layer: (classes, features)}`` on standardised features, towards which the penalty pulls.
-        tolerance: see :func:`solve`.
+        priors: ``{layer: (classes, features)}`` on the features as they are: weights that the penalty pulls towards.
+        tolerance: see :func:`~lightning_probes.regression.solve`; strengths are told apart at a quarter of it.
         max_iterations: likewise, for each fit.
 
     Raises:
@@ -123,7 +53,7 @@ def fit_probes(
     for layer, values in features.items():
         if len(values) != len(targets):
             raise ValueError(f"{layer}: {len(values)} samples, {len(targets)} targets")
-        x = _floating(values[counted])  # indexing by a mask has copied
+        x = floating(values[counted])  # indexing by a mask has copied
         if not len(x):
             mean, variance = x.new_zeros(2, x.shape[1])
         else:
@@ -133,107 +63,53 @@ def fit_probes(
             found[layer] = _nothing(x, y, max(strengths))
             continue
         x = standardise_(x[None], mean[None, None], variance[None, None])[0]
-        start, prior = (starts or {}).get(layer), (priors or {}).get(layer)
-        l2, start = _choose(x, y, sorted(strengths, reverse=True), start, prior, tolerance, max_iterations)
+        prior = (priors or {}).get(layer)
+        if prior is not None:
+            scale = inverse_deviation(mean, variance)
+            prior = torch.where(scale > 0, prior.to(x) / scale, 0.0)
+        l2, start = _choose(x, y, sorted(strengths, reverse=True), prior, tolerance / 4, max_iterations)
         best = solve(x, y, l2, start=start, prior=prior, tolerance=tolerance, max_iterations=max_iterations)
         found[layer] = replace(best, mean=mean, variance=variance)
     return found
 
 
+def score(solution: Solution, features: Tensor, targets: Tensor) -> Tensor:
+    """The ``(3,)`` sums of :func:`~lightning_probes.scores.tally` on other samples of the same layer.
+
+    Args:
+        solution: from :func:`fit_probes`.
+        features: ``(samples, features)``, as they are.
+        targets: ``(samples, classes)``, distributions; zero rows are left out.
+    """
+    x = features.to(solution.weight.dtype, copy=True)
+    x = standardise_(x[None], solution.mean[None, None], solution.variance[None, None])[0]
+    return sums_of(x, targets, solution.weight, solution.bias)
+
+
 def _choose(
-    x: Tensor,
-    y: Tensor,
-    strengths: Sequence[float],
-    start: tuple[Tensor, Tensor] | None,
-    prior: Tensor | None,
-    tolerance: float,
-    max_iterations: int,
+    x: Tensor, y: Tensor, strengths: Sequence[float], prior: Tensor | None, tolerance: float, max_iterations: int
 ) -> tuple[float, tuple[Tensor, Tensor] | None]:
     """The strength with the lowest held-out cross-entropy, and the probe that had it."""
     if len(x) < _FEWEST or len(strengths) == 1:
-        return strengths[0], start
+        return strengths[0], None
     held = torch.arange(len(x), device=x.device) % 5 == 4
     fit, fit_y, rest, rest_y = x[~held], y[~held], x[held], y[held]
-    lowest, chosen, chosen_start = float("inf"), strengths[0], start
+    lowest, chosen, start = float("inf"), strengths[0], None
+    # Never from a probe that has seen the held-out part: short of its optimum it would remember it.
+    best: tuple[Tensor, Tensor] | None = None
     for l2 in strengths:
         tried = solve(fit, fit_y, l2, start=start, prior=prior, tolerance=tolerance, max_iterations=max_iterations)
         start = tried.weight, tried.bias
-        loss = float(_sums(rest, rest_y, *start)[1])
+        loss = float(sums_of(rest, rest_y, *start)[1])
         if loss < lowest:
-            lowest, chosen, chosen_start = loss, l2, start
+            lowest, chosen, best = loss, l2, start
         elif loss > _CLEARLY * lowest:
             break
-    return chosen, chosen_start
-
-
-def _solve(
-    x: Tensor,
-    targets: Tensor,
-    l2: float,
-    start: tuple[Tensor, Tensor] | None,
-    prior: Tensor,
-    tolerance: float,
-    max_iterations: int,
-) -> Solution:
-    if not len(x) or not x.shape[1] * len(prior):
-        return _without_choice(x, targets, l2, prior)
-    y = (targets / targets.sum(dim=1, keepdim=True)).to(x).T.contiguous()
-    full = _pose(x, y, l2, prior)
-    cold = torch.zeros_like(_joined(prior, prior.new_zeros(len(prior))))
-    frequency = y.mean(dim=1)
-    cold[:, -1] = frequency.clamp(min=1e-12).log()
-    scale = max(float(((frequency[:, None] - y) @ full.x / len(x)).norm()), 1e-3)
-    v = cold
-    if start is not None:
-        warm = _joined(start[0].to(x) - prior, start[1].to(x))
-        v = warm if full.objective(warm) <= full.objective(cold) else cold
-    # A step moves weights only within the span of the samples: few of them are a problem as small as they are.
-    basis = torch.linalg.qr(x.T) if 2 * len(x) < x.shape[1] else None
-    small = full
-    if basis is not None:
-        small = replace(_pose(basis[1].T, y, l2, None), offset=full.offset)
-        v = _joined(v[:, :-1] @ basis[0], v[:, -1])
-    # A margin, so that what rounding adds on the way back does not undo the criterion.
-    v, iterations = minimise(small, v, 0.9 * tolerance * scale, max_iterations)
-    weight = v[:, :-1] if basis is None else v[:, :-1] @ basis[0].T.to(v)
-    weight, bias = (weight + prior).to(x.dtype), v[:, -1].to(x.dtype)
-    reached = _joined(weight.to(v) - prior, bias.to(v))
-    exact = full.to(v.dtype)
-    norm = float(exact.gradient(reached, exact.scores(reached)).norm()) / scale
-    zero, sums = x.new_zeros(x.shape[1]), _sums(x, targets, weight, bias)
-    return Solution(weight, bias, zero, zero + 1, l2, norm <= tolerance, iterations, norm, sums)
-
-
-def _pose(x: Tensor, y: Tensor, l2: float, prior: Tensor | None) -> Problem:
-    penalty = torch.cat([x.new_full((x.shape[1],), l2), x.new_zeros(1)])
-    offset = torch.zeros_like(y) if prior is None else prior @ x.T
-    return Problem(torch.cat([x, x.new_ones(len(x), 1)], dim=1), y, offset, penalty)
-
-
-def _joined(weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.cat([weight, bias[:, None]], dim=1)
-
-
-def _floating(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _sums(x: Tensor, targets: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    log_p = torch.addmm(bias[:, None], weight, x.T).log_softmax(dim=0)
-    return tally(log_p[None], Labels.of(targets.to(x)))[:, 0]
-
-
-def _without_choice(x: Tensor, targets: Tensor, l2: float, prior: Tensor) -> Solution:
-    """The optimum where there are no samples or no features: the prior and the classes' log frequencies."""
-    total = targets.sum(dim=0).to(x)
-    frequency = total / total.sum().clamp(min=1)
-    bias = frequency.clamp(min=1e-12).log() if len(x) else torch.zeros_like(total)
-    zero = x.new_zeros(x.shape[1])
-    return Solution(prior.clone(), bias, zero, zero + 1, l2, True, 0, 0.0, _sums(x, targets, prior, bias))
+    return chosen, best
 
 
 def _nothing(x: Tensor, targets: Tensor, l2: float) -> Solution:
     nan = x.new_full((targets.shape[1], x.shape[1]), float("nan"))
-    sums = _sums(x[:0], targets[:0], nan, nan.new_zeros(len(nan))) * float("nan")
+    sums = sums_of(x[:0], targets[:0], nan, nan.new_zeros(len(nan))) * float("nan")
     width = x.new_full((x.shape[1],), float("nan"))
     return Solution(nan, nan.sum(dim=1), width, width, l2, False, 0, float("nan"), sums)

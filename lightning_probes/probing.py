@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Container, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Container, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_probes.activations import ActivationRecorder, is_channels_first
+from lightning_probes.arguments import Layout, Patterns, layouts, patterns, where, whole
 from lightning_probes.layers import match_layers, select_layers
 from lightning_probes.targets import Where, check_labels, distributions, find_num_classes, pick
 
 INPUT = "input"
 """The name of the raw input among the layers: the probe at depth 0."""
-
-Patterns = str | Sequence[str]
-Layout = Literal["tokens", "channels"]
 
 
 class ProbedNetwork:
@@ -27,7 +24,9 @@ class ProbedNetwork:
 
     Attributes:
         layers: the names of all layers, ``input`` first, in tree order until the first batch, then in order of calls.
+        modules: the module of each layer but ``input``; empty once detached.
         notes: what a user should know about how the layers were chosen.
+        trains_without_labels: whether the batches of training have no labels while those of validation have.
         has_input: whether the raw input is one of the layers.
     """
 
@@ -42,15 +41,18 @@ class ProbedNetwork:
         max_features: int = 1024,
         layout: Mapping[str, Layout] | None = None,
     ) -> None:
-        self._patterns = _patterns("layers", layers)
-        self._exclude = _patterns("exclude", exclude)
-        self._layout = _layouts(layout or {})
-        self._given_classes = None if num_classes is None else positive_int("num_classes", num_classes)
-        self._input = None if input is None else _where("input", input)
-        self._target = _where("target", target)
-        self.recorder = ActivationRecorder(positive_int("max_features", max_features))
+        self._patterns = patterns("layers", layers)
+        self._exclude = patterns("exclude", exclude)
+        self._layout = layouts(layout or {})
+        self._given_classes = None if num_classes is None else whole("num_classes", num_classes)
+        self._input = None if input is None else where("input", input)
+        self._target = where("target", target)
+        self.recorder = ActivationRecorder(whole("max_features", max_features))
         self.num_classes = self._given_classes or 0
         self.layers: list[str] = []
+        self.modules: dict[str, nn.Module] = {}
+        self.trains_without_labels = False
+        self._validates_with_labels = False
         self.notes: list[str] = []
         self.has_input = False
         self._is_checked = False
@@ -81,12 +83,23 @@ class ProbedNetwork:
         self.has_input = self._input is not None and INPUT not in modules
         self.layers = [INPUT] * self.has_input + list(modules)
         self._is_checked = is_settled
+        self.modules = modules
+        self.trains_without_labels = self._validates_with_labels = False
         self.recorder.attach(modules, channels)
 
     def detach(self) -> None:
         """Remove all hooks."""
         self.recorder.detach()
+        self.modules = {}
         self._targets = None
+
+    def preview(self, batch: Any) -> None:
+        """A batch of validation before training begins: if it has usable labels, those of training need none."""
+        try:
+            check_labels(pick(batch, self._target, "target"), self.num_classes)
+            self._validates_with_labels = True
+        except Exception:  # whatever a user's function raises; a mistake will show in training
+            pass
 
     def open(self, batch: Any, only: Container[str] | None = None) -> None:
         """Take the labels and the raw input of ``batch``, before the step can change them, and begin to record.
@@ -96,7 +109,8 @@ class ProbedNetwork:
             only: the layers to record, if not all.
 
         Raises:
-            LookupError, TypeError, ValueError: the first batch has no usable labels. Later ones are passed over.
+            LookupError, TypeError, ValueError: the first batch has no usable labels, and none that was previewed.
+                Later ones are passed over.
         """
         self._targets = None
         try:
@@ -104,13 +118,28 @@ class ProbedNetwork:
             if not self._is_checked:
                 check_labels(labels, self.num_classes)
             self._targets = distributions(labels, self.num_classes)
-        except Exception:  # whatever a user's function raises
-            if not self._is_checked:
-                raise
+        except Exception as error:  # whatever a user's function raises
+            if not self._is_checked and not self.trains_without_labels:
+                if not self._validates_with_labels:
+                    raise
+                self.trains_without_labels = True
+                self.notes.append(f"batches of training have no usable labels ({error})")
             return
         self.recorder.start(len(self._targets), only)
         if self.has_input:
             self._record_input(batch)
+
+    def observe(self, samples: int, run: Callable[[], None]) -> dict[str, Tensor]:
+        """What the layers say in a ``run`` of theirs outside of all steps, on ``samples``; in memory of their own."""
+        memory, self.recorder.memory = self.recorder.memory, {}
+        ActivationRecorder.alone = self.recorder
+        self.recorder.start(samples)
+        try:
+            run()
+        finally:
+            ActivationRecorder.alone = None
+            self.recorder.memory, features = memory, self.recorder.stop()
+        return features
 
     def check(self) -> None:
         """In the first step, once its activations are there: raise if a layer asked for by name cannot be probed.
@@ -118,7 +147,7 @@ class ProbedNetwork:
         Raises:
             ValueError: naming layer, shape and number of labels.
         """
-        if not self._is_checked and self._patterns is not None:
+        if not self._is_checked and self._patterns is not None and not self.trains_without_labels:
             for layer, reason in self.recorder.misfits.items():
                 if layer != INPUT and layer not in self.recorder.features:
                     raise ValueError(f"layers: {layer!r} cannot be probed: {reason}")
@@ -167,53 +196,3 @@ class ProbedNetwork:
             self.layers = [layer for layer in self.layers if layer not in unfit]
         calls = {layer: order for order, layer in enumerate(features)}
         self.layers.sort(key=lambda layer: calls.get(layer, len(calls)))
-
-
-def positive_int(argument: str, value: Any) -> int:
-    """``value`` if it is a positive integer.
-
-    Raises:
-        TypeError, ValueError: naming the argument and what was given.
-    """
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{argument}: expected a positive integer, found {value!r}")
-    if value <= 0:
-        raise ValueError(f"{argument}: expected a positive integer, found {value}")
-    return value
-
-
-def positive_float(argument: str, value: Any) -> float:
-    """``value`` if it is a positive finite number.
-
-    Raises:
-        TypeError, ValueError: naming the argument and what was given.
-    """
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{argument}: expected a positive number, found {value!r}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{argument}: expected a positive number, found {value}")
-    return float(value)
-
-
-def _patterns(argument: str, value: Patterns | None) -> list[str] | None:
-    if value is None:
-        return None
-    patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else None
-    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"{argument}: expected a pattern or a list of patterns, found {value!r}")
-    if not patterns and argument == "layers":
-        raise ValueError("layers: an empty list selects nothing; None selects a sensible few")
-    return patterns
-
-
-def _layouts(value: Any) -> dict[str, Layout]:
-    kinds = ("tokens", "channels")
-    if not isinstance(value, Mapping) or not all(isinstance(k, str) and v in kinds for k, v in value.items()):
-        raise ValueError(f"layout: expected {{pattern: 'tokens' or 'channels'}}, found {value!r}")
-    return dict(value)
-
-
-def _where(argument: str, value: Any) -> Where:
-    if isinstance(value, bool) or not (isinstance(value, (int, str)) or callable(value)):
-        raise TypeError(f"{argument}: expected an index, a key or a callable, found {value!r}")
-    return value  # type: ignore[no-any-return]

@@ -8,17 +8,13 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_probes.calls import Call, CallRecorder, Link, Weight, num_bytes, tensors_in
-
-__all__ = ["Call", "CallRecorder", "KeptBatches", "Replay", "frozen", "num_bytes"]
-
-T = TypeVar("T")
+from lightning_probes.calls import Call, Link, Weight, tensors_in
 
 
 @contextmanager
@@ -89,6 +85,18 @@ def _set_rng_states(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
     if "numpy" in states:
         sys.modules["numpy"].random.set_state(states["numpy"])
+
+
+def copy_of_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under all their names, copied to the host; what :class:`Replay` takes as ``weights``."""
+    copies: dict[int, Tensor] = {}
+    found: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, tensor, _ in _tensors_of(module, prefix):
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
+            found[name] = copies[id(tensor)]
+    return found
 
 
 class Replay:
@@ -187,63 +195,3 @@ def _tensors_of(module: nn.Module, path: str) -> Iterator[tuple[str, Tensor, boo
         for name, tensor in places.items():
             if tensor is not None:
                 yield f"{path}.{name}" if path else name, tensor, is_buffer
-
-
-class KeptBatches(Generic[T]):
-    """A fair sample of whole batches of a stretch of training, within bounds; all of them if they fit.
-
-    Batches are kept until one does not fit. From then on it is a reservoir of as many batches as were kept (algorithm
-    R): each batch of the stretch has about the same chance.
-
-    Attributes:
-        seen: batches of the stretch so far.
-        samples: samples that are kept.
-        num_bytes: bytes that are kept.
-    """
-
-    def __init__(self, max_samples: int, max_bytes: int, seed: int = 0) -> None:
-        self._max_samples = max_samples
-        self._max_bytes = max_bytes
-        self._generator = torch.Generator().manual_seed(seed)
-        self.clear()
-
-    def clear(self) -> None:
-        """Begin a new stretch with nothing kept."""
-        self._kept: list[tuple[int, int, int, T]] = []
-        self._is_full = False
-        self._place: int | None = None
-        self.seen = self.samples = self.num_bytes = 0
-
-    def wants(self) -> bool:
-        """Whether the next batch will be kept, asked once for every batch, before its step."""
-        self.seen += 1
-        self._place = self._draw(self.seen) if self._is_full else len(self._kept)
-        return self._place < len(self._kept) or not self._is_full
-
-    def add(self, samples: int, item: T, num_bytes: int) -> None:
-        """Keep the batch that was wanted: ``item``, which has so many samples and bytes, unless it does not fit."""
-        if self._place is None:
-            return
-        place, self._place = self._place, None
-        fits = self.samples + samples <= self._max_samples and self.num_bytes + num_bytes <= self._max_bytes
-        if not self._is_full and not fits:
-            self._is_full, place = True, self._draw(self.seen)
-            if place >= len(self._kept):
-                return
-        self._kept[place : place + 1] = [(self.seen, samples, num_bytes, item)]
-        self._count()
-        # A batch larger than the one it replaced: fewer from now on, whichever they are.
-        while self.samples > self._max_samples or self.num_bytes > self._max_bytes:
-            self._kept.pop(self._draw(len(self._kept)))
-            self._count()
-
-    def items(self) -> list[T]:
-        """What is kept, in order of arrival."""
-        return [item for _, _, _, item in sorted(self._kept, key=lambda kept: kept[0])]
-
-    def _draw(self, n: int) -> int:
-        return int(torch.randint(n, (1,), generator=self._generator))
-
-    def _count(self) -> None:
-        self.samples = sum(samples for _, samples, _, _ in self._kept)
-        self.num_bytes = sum(num_bytes for _, _, num_bytes, _ in self._kept)

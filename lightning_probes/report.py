@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-METRICS = ("error", "cross_entropy")
-"""What there is to know of a probe: its error, a fraction in [0, 1], and its cross-entropy in nats."""
+METRICS = ("error", "cross_entropy", "lag")
+"""What there is to know of a probe: its error, a fraction in [0, 1]; its cross-entropy in nats; how much higher the
+error of the probe is that was only trained along with the network."""
 
 _STAGES = ("val", "test", "train")
 
@@ -31,15 +32,24 @@ class ProbeReport:
     Attributes:
         rows: one dict a number, with ``layer`` (path, or ``input``), ``depth`` (0 for the input, then the order of the
             calls), ``stage`` (``train``, ``val``, ``test``), ``dataloader`` (index within the stage), ``epoch`` (epochs
-            completed), ``step`` (``global_step``), ``metric`` (``error`` in [0, 1], ``cross_entropy`` in nats),
-            ``value`` (NaN for a layer set aside), ``samples`` scored, ``low`` and ``high`` (95 % interval of an error:
-            it covers the scored sample, not the fit; ``None`` for other metrics), ``features`` and ``features_total``
-            (after and before reduction).
+            completed, 0 for the network as it was found), ``step`` (``global_step``), ``metric`` (``error`` in [0, 1],
+            ``cross_entropy`` in nats, ``lag``: the online probe's error minus this one's on the same samples),
+            ``value`` (NaN for a layer set aside), ``samples`` scored, ``low`` and ``high`` (95 % interval of an error,
+            after Wilson: it covers the scored sample, not the fit; ``None`` for other metrics), ``features`` and
+            ``features_total`` (after and before reduction), ``fitted_on`` (``{"data", "samples"}``: ``train`` for kept
+            training samples run again, ``val, cross-fitted``, or ``online`` for a probe trained along with the network)
+            and ``converged`` (whether the probe is at its optimum; ``None`` for an online one).
         baseline: ``{stage: error}`` of always answering that stage's most frequent class.
+        notes: what a reader should know of the run.
+        cost: of bringing the probes to their optimum so far: ``seconds``, ``share`` of the run's time, and the most
+            bytes on the host that kept batches (``kept_bytes``) and the copy of the first weights (``weights_bytes``)
+            took. Reports that differ in it alone are equal.
     """
 
     rows: list[Row] = field(default_factory=list)
     baseline: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    cost: dict[str, float] = field(default_factory=dict, compare=False)
 
     def add(
         self,
@@ -54,9 +64,10 @@ class ProbeReport:
         """Enter one point of every curve of a stage; a point already there at this step is replaced.
 
         Args:
-            layers: ``{layer: {"depth", "features", "features_total"}}``, in the order of ``scores``.
+            layers: ``{layer: {"depth", "features", "features_total", ...}}``, in the order of ``scores``.
             scores: ``wrong``, ``loss``, ``total`` per layer, as :class:`~lightning_probes.scores.ProbeScores` computes
-                them, NaN for a layer set aside; ``classes``, the count of each class.
+                them, NaN for a layer set aside; ``classes``, the count of each class; perhaps ``online``, the online
+                probes' ``wrong`` or ``None``.
             stage: ``train``, ``val`` or ``test``.
             dataloader: index within the stage.
             epoch: epochs completed.
@@ -75,6 +86,8 @@ class ProbeReport:
             common = {"layer": layer, **about, **curve, **time, "samples": total}
             new.append({**common, "metric": "error", "value": wrong / total, "low": low, "high": high})
             new.append({**common, "metric": "cross_entropy", "value": loss / total, "low": None, "high": None})
+            if (online := scores.get("online", [None] * len(layers))[i]) is not None:
+                new.append({**common, "metric": "lag", "value": (online - wrong) / total, "low": None, "high": None})
         point = {**curve, "step": step}
         self.rows = [row for row in self.rows if any(row[key] != value for key, value in point.items())] + new
         if not dataloader and (total := sum(scores["classes"], 0.0)):

@@ -1,20 +1,26 @@
-"""From batches to points on curves: the probes of one run, their running scores, the layers set aside."""
+"""From batches to points on curves: the probes of one run, trained along with it and brought to their optimum."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.bank import ProbeBank
-from lightning_probes.layers import MAX_DEFAULT_LAYERS
-from lightning_probes.probing import ProbedNetwork
+from lightning_probes.fitting import Context
+from lightning_probes.optimum import Optimum
+from lightning_probes.points import Points
+from lightning_probes.probing import INPUT, ProbedNetwork
 from lightning_probes.report import ProbeReport, Row
-from lightning_probes.scores import ProbeScores, count_classes
+from lightning_probes.scores import count_classes
+
+_LAYERS_A_STEP = 21
+"""Probes trained in one step: the input and twenty layers."""
 
 
 class ProbingSession:
@@ -22,152 +28,202 @@ class ProbingSession:
 
     Args:
         network: hooked; it opens each batch, the session closes it.
-        learning_rate: of the probes.
+        learning_rate: of the online probes.
+        fit_samples: most training samples that probes are brought to their optimum on; 0: online probes are published.
+        fit_bytes: most bytes of them.
 
     Attributes:
-        bank: the probes; ``None`` before the first batch, which tells the layers and widths.
+        online: the probes trained along; ``None`` before the first batch with labels, which tells layers and widths.
+        optimum: the probes that are published instead of them.
         point: epoch and step of the last publication.
     """
 
-    def __init__(self, network: ProbedNetwork, learning_rate: float) -> None:
-        self.bank: ProbeBank | None = None
+    def __init__(self, network: ProbedNetwork, learning_rate: float, fit_samples: int, fit_bytes: int) -> None:
+        self.online: ProbeBank | None = None
+        self._points = Points()
+        self.optimum = Optimum(network, self._points, fit_samples, fit_bytes)
+        self.point = 0, 0
         self._network = network
         self._learning_rate = learning_rate
-        self._scores: dict[tuple[str, int], ProbeScores] = {}
+        self._layers: list[str] = []
         self._totals: dict[str, int] = {}
         self._first_depth = 0
         self._steps = 0
-        self.point = 0, 0
-        self._set_aside: set[str] = set()
-        self._silent: set[str] = set()
+        self._samples = 0
+        self._has_greeted = False
+        self._warned: set[str] = set()
+        self._begun = time.perf_counter()
 
-    def due(self) -> list[str] | None:
+    @property
+    def is_ready(self) -> bool:
+        """Whether there are probes to score with."""
+        return self.optimum.fitted is not None or self.online is not None
+
+    def begin(self, model: nn.Module, report: ProbeReport, *, is_new: bool) -> None:
+        """Training begins; ``is_new``: not where an earlier run left it."""
+        self.optimum.begin(model, is_new=is_new)
+        if not is_new and not report.select(step=0):
+            report.notes.append("no starting point: training was resumed before there was one")
+
+    def due(self) -> set[str] | None:
         """The layers whose probes are trained on the next batch; ``None`` for all.
 
-        Of more than 40 layers and the input, the most that are probed by default, some have their turn in each step:
-        it costs the same whatever their number.
+        Of more than 21 some have their turn in each step: it costs the same whatever their number.
         """
-        turns = 0 if self.bank is None else math.ceil(len(self.bank.layers) / (MAX_DEFAULT_LAYERS + 1))
-        if self.bank is None or turns <= 1:
+        turns = 0 if self.online is None else math.ceil(len(self.online.layers) / _LAYERS_A_STEP)
+        if self.online is None or turns <= 1:
             return None
-        share = math.ceil(len(self.bank.layers) / turns)
+        share = math.ceil(len(self.online.layers) / turns)
         first = self._steps % turns * share
-        return self.bank.layers[first : first + share]
+        return set(self.online.layers[first : first + share])
 
-    def update(self) -> str:
-        """One step of all probes on the batch that was just trained on; after the first a line about them."""
-        if (seen := self._network.close()) is None:
-            return ""
+    def open(self, batch: Any) -> None:
+        """Before a training step."""
+        due = self.due()
+        if self.optimum.open() and due is not None:
+            due.add(INPUT)  # the only features that cannot be had again
+        self._network.open(batch, due)
+
+    def update(self) -> None:
+        """After a training step: one of the online probes on the same batch."""
+        seen = self._network.close()
+        self.optimum.close(seen)
+        if seen is None:
+            return
         features, targets = seen
         self._steps += 1
-        is_first = self.bank is None
-        if self.bank is None:
-            self.bank = ProbeBank(self._network.layers, self._network.num_classes, self._learning_rate)
-            self._first_depth = 0 if self._network.has_input else 1
-        self._observe("train", 0, self.bank.update(features, targets), targets)
-        if not is_first:
-            return ""
-        # Once, with the first batch's size; activations of another size find their own memory.
-        self._network.recorder.memory = self.bank.lend(len(targets))
-        return self._describe(features)
+        self._samples += len(targets)
+        is_first = self.online is None
+        if self.online is None:
+            self.online = ProbeBank(self._network.layers, self._network.num_classes, self._learning_rate)
+        sums = self.online.update(features, targets)
+        self._points.add("trained along", "train", 0, sums, count_classes(targets))
+        if is_first:
+            # Once, with the first batch's size; activations of another size find their own memory.
+            self._network.recorder.memory = self.online.lend(len(targets))
 
-    def score(self, stage: str, dataloader: int) -> None:
+    def prepare(self, model: nn.Module, context: Context, *, is_validation: bool, has_validation: bool) -> None:
+        """A point is due; arguments as for :class:`~lightning_probes.optimum.Optimum`."""
+        self.optimum.prepare(model, context, self.online, is_validation=is_validation, has_validation=has_validation)
+
+    def score(self, stage: str, dataloader: int, model: nn.Module, context: Context) -> None:
         """Score the probes on the batch that was just evaluated."""
-        if self.bank is not None and (seen := self._network.close()) is not None:
-            features, targets = seen
-            self._observe(stage, dataloader, self.bank.score(features, targets), targets)
+        self.optimum.score((stage, dataloader), self._network.close(), self.online, model, context)
 
-    def publish(self, report: ProbeReport, epoch: int, step: int) -> list[Row]:
+    def greeting(self) -> str:
+        """Once, as soon as it is known: a line about the layers."""
+        widths = self._network.recorder.widths
+        if self._has_greeted or not widths:
+            return ""
+        self._has_greeted = True
+        held = self.online.num_bytes if self.online is not None else 0
+        notes = "".join(f"; {note}" for note in self._network.notes)
+        layers = f"{len(self._network.layers)} layer{'s' * (len(self._network.layers) > 1)}"
+        features = sum(widths.get(layer, 0) for layer in self._network.layers)
+        return f"{layers}, {features:,} features, {held / 2**20:.1f} MiB{notes}"
+
+    def publish(self, report: ProbeReport, epoch: int, step: int) -> tuple[list[Row], list[Row]]:
         """A point of every curve that has been scored since the last time, entered in ``report``.
 
         A layer whose features were not finite is set aside: its values are NaN from now on. One warning names it, and
-        one a layer that never ran.
+        one a layer that never ran or whose probe did not reach its optimum.
+
+        Returns:
+            The rows of the network as it was found, if they were due; those of now.
         """
-        assert self.bank is not None
-        finite = self.bank.finite()
+        self._fix_layers()
+        start = self.optimum.start
+        self.optimum.conclude()
         rows: list[Row] = []
-        for (stage, dataloader), scores in sorted(self._scores.items()):
-            # torchmetrics makes a vector of one value a scalar.
-            sums = {name: value.flatten().tolist() for name, value in scores.compute().items()}
-            # Of many layers some may not have had their turn yet.
-            if any(sums["classes"]) and (stage != "train" or self.due() is None):
-                silent = [layer for layer, n in zip(self.bank.layers, sums["total"], strict=True) if not n]
-                self._warn_silent(stage, silent)
-            for i, layer in enumerate(self.bank.layers):
-                if layer in self._set_aside:
-                    sums["total"][i] = sum(sums["classes"])
-                if not finite.get(layer, True) or not math.isfinite(sums["loss"][i]) or layer in self._set_aside:
-                    sums["wrong"][i] = sums["loss"][i] = math.nan
-                    self._warn_set_aside(layer, stage, epoch, step)
-            rows += report.add(self._about(), sums, stage=stage, dataloader=dataloader, epoch=epoch, step=step)
-        self._scores = {}
+        if start is not None:
+            rows = self._points.publish("start", report, self._about(start.about), point=(0, 0))
+        new = self._points_of_now(report, epoch, step)
+        if (epoch, step) != self.point:  # else: evaluated outside of training
+            notes = [*report.notes, *self._network.notes, *filter(None, [self.optimum.note])]
+            report.notes = list(dict.fromkeys(notes))
+            share = self.optimum.cost["seconds"] / max(time.perf_counter() - self._begun, 1e-9)
+            report.cost = {**self.optimum.cost, "share": share}
+        self._points.clear()
         self._steps += 1  # or the same layers would get the same batches in every epoch
         self.point = epoch, step
-        return rows
+        return rows, new
+
+    def _points_of_now(self, report: ProbeReport, epoch: int, step: int) -> list[Row]:
+        fitted = self.optimum.fitted
+        along = {"fitted_on": {"data": "online", "samples": self._samples}, "converged": None}
+        about = self._about(dict.fromkeys(self._layers, along) | (fitted.about if fitted is not None else {}))
+        new: list[Row] = []
+        for probes in ("published",) if fitted is not None else ("trained along", "published"):
+            # Of many layers that are trained in turn some may not have had theirs yet.
+            is_whole = probes == "published" or self.due() is None
+            new += self._points.publish(
+                probes,
+                report,
+                about,
+                point=(epoch, step),
+                finite=self.online.finite() if self.online is not None else {},
+                reasons=self._network.recorder.misfits if is_whole else None,
+                online="online",
+            )
+        self._warn({layer for layer, known in about.items() if known["converged"] is False} - self._points.set_aside)
+        return new
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: tensors and plain types."""
-        assert self.bank is not None
+        self._fix_layers()
         return {
-            "layers": self.bank.layers,
-            "num_classes": self.bank.num_classes,
-            "bank": self.bank.state_dict(),
+            "layers": self._layers,
+            "num_classes": self._network.num_classes,
+            "online": self.online.state_dict() if self.online is not None else None,
+            "optimum": self.optimum.state_dict(),
             "totals": self._totals,
             "first_depth": self._first_depth,
             "steps": self._steps,
+            "samples": self._samples,
             "point": list(self.point),
-            "set_aside": sorted(self._set_aside),
+            "set_aside": sorted(self._points.set_aside),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
         """Take over what :meth:`state_dict` gave."""
-        self.bank = ProbeBank(state["layers"], state["num_classes"], self._learning_rate)
-        self.bank.load_state_dict(state["bank"], device)
+        self._layers = list(state["layers"])
+        if state["online"] is not None:
+            self.online = ProbeBank(self._layers, state["num_classes"], self._learning_rate)
+            self.online.load_state_dict(state["online"], device)
+        self.optimum.load_state_dict(state["optimum"], self._layers, state["num_classes"], device)
         self._totals = dict(state["totals"])
         self._first_depth = state["first_depth"]
-        self._steps = state["steps"]
+        self._steps, self._samples = state["steps"], state["samples"]
         self.point = tuple(state["point"])
-        self._set_aside = set(state["set_aside"])
+        self._points.set_aside = set(state["set_aside"])
 
-    def _observe(self, stage: str, dataloader: int, sums: Tensor, targets: Tensor) -> None:
-        key = stage, dataloader
-        if key not in self._scores:
-            self._scores[key] = ProbeScores(sums.shape[1], targets.shape[1], sums.device)
-        self._scores[key].update(sums, count_classes(targets))
+    def _fix_layers(self) -> None:
+        if not self._layers:
+            self._layers = list(self._network.layers)
+            self._first_depth = 0 if self._network.has_input else 1
 
-    def _about(self) -> dict[str, Row]:
-        assert self.bank is not None
-        self._totals |= self._network.recorder.totals
-        widths = self.bank.widths
+    def _about(self, known: Mapping[str, Row]) -> dict[str, Row]:
+        recorder = self._network.recorder
+        self._totals |= recorder.totals
+        widths = self.online.widths if self.online is not None else {}
+        if self.optimum.fitted is not None:
+            widths |= self.optimum.fitted.bank.widths
         return {
             layer: {
                 "depth": self._first_depth + i,
                 "features": widths.get(layer, 0),
                 "features_total": self._totals.get(layer, 0),
+                "fitted_on": None,
+                "converged": None,
+                **known.get(layer, {}),
             }
-            for i, layer in enumerate(self.bank.layers)
+            for i, layer in enumerate(self._layers)
         }
 
-    def _describe(self, features: Mapping[str, Tensor]) -> str:
-        assert self.bank is not None
-        widths = sum(self.bank.widths.values())
-        held = self.bank.num_bytes + sum(x.numel() * x.element_size() for x in features.values())
-        notes = "".join(f"; {note}" for note in self._network.notes)
-        layers = f"{len(self.bank.layers)} layer{'s' * (len(self.bank.layers) > 1)}"
-        return f"{layers}, {widths:,} features, {held / 2**20:.1f} MiB{notes}"
-
-    def _warn_silent(self, stage: str, layers: list[str]) -> None:
-        new = [layer for layer in layers if layer not in self._silent | self._set_aside]
-        self._silent.update(new)
-        if new:
-            reasons = self._network.recorder.misfits
-            named = ", ".join(f"{layer!r} ({reasons.get(layer, 'it never ran')})" for layer in new)
-            rank_zero_warn(f"LinearProbeCallback: no {stage} values for {named}")
-
-    def _warn_set_aside(self, layer: str, stage: str, epoch: int, step: int) -> None:
-        if layer not in self._set_aside:
-            self._set_aside.add(layer)
+    def _warn(self, unconverged: set[str]) -> None:
+        if new := sorted(unconverged - self._warned):
+            self._warned |= unconverged
             rank_zero_warn(
-                f"LinearProbeCallback: layer {layer!r} is set aside at epoch {epoch}, step {step}: NaN or Inf in its "
-                f"features ({stage}); its values are NaN from now on"
+                f"LinearProbeCallback: the probes of {', '.join(map(repr, new))} did not reach their optimum in a "
+                "bounded number of iterations; their rows say converged: False"
             )

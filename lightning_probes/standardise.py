@@ -38,6 +38,11 @@ def standardise_(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         mean: ``(layers, 1, width)``.
         variance: likewise.
     """
+    return x.sub_(mean).mul_(inverse_deviation(mean, variance))
+
+
+def inverse_deviation(mean: Tensor, variance: Tensor) -> Tensor:
+    """What :func:`standardise_` multiplies features by, 0 for those that are constant to rounding."""
     rounding = 4 * torch.finfo(mean.dtype).eps * mean.abs()
-    softened = variance + 1e-6 * variance.mean(dim=2, keepdim=True)
-    return x.sub_(mean).mul_(torch.where(variance > rounding * rounding, softened.rsqrt(), 0.0))
+    softened = variance + 1e-6 * variance.mean(dim=-1, keepdim=True)
+    return torch.where(variance > rounding * rounding, softened.rsqrt(), 0.0)

@@ -35,7 +35,7 @@ def error_table(
     left = max(len("majority class"), *(len(name) for name in names.values()))
     is_error = metric == "error"
     by_step = has_points_inside_epochs(curves)
-    times = {point: str(point[1] if by_step else point[0] or "start") for point in curves}
+    times = {point: str(point[by_step]) if any(point) else "start" for point in curves}
     texts = [*times.values(), *(_cell(row, metric) for curve in curves.values() for row in curve.values())]
     column = max(7, 1 + max(map(len, texts)))
     shown = spread(list(curves), (_WIDTH - left - 10 - 12 * is_error) // column)
@@ -65,7 +65,7 @@ def has_points_inside_epochs(curves: Mapping[Point, Any]) -> bool:
 def point_name(point: Point, by_step: bool) -> str:
     """``epoch 3``, ``step 400``, or ``start`` for the network as it was found."""
     epoch, step = point
-    return f"step {step}" if by_step else f"epoch {epoch}" if epoch else "start"
+    return "start" if point == (0, 0) else f"step {step}" if by_step else f"epoch {epoch}"
 
 
 def spread(points: list[Point], room: int) -> list[Point]:

@@ -131,7 +131,7 @@ def variants(model: Classifier, layers: str | None) -> dict[str, Callable[[], li
 
 def online_probes(layers: str | None) -> LinearProbeCallback:
     """The online part alone, without the raw input, as the hand-rolled ones."""
-    return LinearProbeCallback(layers, input=None)
+    return LinearProbeCallback(layers, input=None, fit_samples=0)
 
 
 def measure_time(network: str, rounds: int, steps: int, batch_size: int) -> dict[str, tuple[float, float]]:
@@ -202,7 +202,7 @@ def measure_memory(network: str, side: int, batch_size: int = 32) -> tuple[float
     bare = peak_bytes(Classifier(make()), loader)
     probed = peak_bytes(Classifier(make()), loader, probes)
     assert probes._session is not None
-    bank = probes._session.bank
+    bank = probes._session.online
     assert bank is not None
     held = bank.num_bytes + 4 * batch_size * sum(bank.widths.values())
     return (probed - bare) / 2**20, held / 2**20

@@ -1,0 +1,78 @@
+"""What may be written for an argument, and what is said where something else was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from lightning_probes.targets import Where
+
+Patterns = str | Sequence[str]
+Layout = Literal["tokens", "channels"]
+
+
+def whole(argument: str, value: Any, least: int = 1) -> int:
+    """``value`` if it is an integer of at least ``least``, 1 or 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was given.
+    """
+    expected = "a positive integer" if least else "an integer of at least 0"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{argument}: expected {expected}, found {value!r}")
+    if value < least:
+        raise ValueError(f"{argument}: expected {expected}, found {value}")
+    return value
+
+
+def positive_float(argument: str, value: Any) -> float:
+    """``value`` if it is a positive finite number.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was given.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{argument}: expected a positive number, found {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{argument}: expected a positive number, found {value}")
+    return float(value)
+
+
+def patterns(argument: str, value: Patterns | None) -> list[str] | None:
+    """``value`` as a list, or ``None``.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was given.
+    """
+    if value is None:
+        return None
+    found = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else None
+    if found is None or not all(isinstance(pattern, str) for pattern in found):
+        raise TypeError(f"{argument}: expected a pattern or a list of patterns, found {value!r}")
+    if not found and argument == "layers":
+        raise ValueError("layers: an empty list selects nothing; None selects a sensible few")
+    return found
+
+
+def layouts(value: Any) -> dict[str, Layout]:
+    """``value`` as a dict of patterns and kinds.
+
+    Raises:
+        ValueError: naming what was given.
+    """
+    kinds = ("tokens", "channels")
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) and v in kinds for k, v in value.items()):
+        raise ValueError(f"layout: expected {{pattern: 'tokens' or 'channels'}}, found {value!r}")
+    return dict(value)
+
+
+def where(argument: str, value: Any) -> Where:
+    """``value`` if it is an index, a key or a function.
+
+    Raises:
+        TypeError: naming the argument and what was given.
+    """
+    if isinstance(value, bool) or not (isinstance(value, (int, str)) or callable(value)):
+        raise TypeError(f"{argument}: expected an index, a key or a callable, found {value!r}")
+    return value  # type: ignore[no-any-return]

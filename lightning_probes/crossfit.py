@@ -1,0 +1,76 @@
+"""Where training cannot be run again: probes of validation features, none of which scores a sample that it saw."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_probes.convergence import fit_probes, score
+from lightning_probes.fitting import Fitted, Seen, fitted
+from lightning_probes.kept import KeptBatches
+from lightning_probes.probing import ProbedNetwork
+from lightning_probes.regression import Solution
+from lightning_probes.scores import count_classes
+from lightning_probes.targets import repeat_views
+
+CROSS_FITTED = "val, cross-fitted"
+"""What rows of such probes say that they were fitted on."""
+
+_FOLDS = 5
+
+
+class CrossFitter:
+    """Keeps the features of one loader's validation pass, and scores them in five folds.
+
+    Args:
+        network: whose layers they are.
+        max_samples: bound of what is kept; of more batches a fair sample.
+        max_bytes: likewise.
+    """
+
+    def __init__(self, network: ProbedNetwork, max_samples: int, max_bytes: int) -> None:
+        self._network = network
+        self._kept = KeptBatches[Seen](max_samples, max_bytes)
+
+    def add(self, seen: Seen) -> None:
+        """Keep what a batch showed."""
+        if self._kept.wants():
+            features = {layer: x.to("cpu", copy=True) for layer, x in seen[0].items()}
+            size = sum(x.numel() * x.element_size() for x in features.values())
+            self._kept.add(len(seen[1]), (features, seen[1].cpu()), size)
+
+    def fit(self) -> tuple[Tensor, Fitted, Tensor] | None:
+        """Fit and score what has been kept, and let go of it.
+
+        Returns:
+            The ``(3, layers)`` sums of samples scored by probes fitted on the other four folds, probes fitted on all of
+            them, and how often each class occurs; ``None`` if there were none. A sample's views are in one fold.
+        """
+        batches = self._kept.items()
+        self._kept.clear()
+        held: dict[str, Tensor] = {}
+        solutions: dict[str, Solution] = {}
+        for layer in self._network.layers:
+            parts = [(x[layer], y) for x, y in batches if layer in x]
+            if not parts:
+                continue
+            x = torch.cat([x for x, _ in parts])
+            y = torch.cat([repeat_views(y, len(x)) for x, y in parts])
+            starts = torch.tensor([0, *(len(y) for _, y in parts)]).cumsum(0)
+            fold = torch.cat(
+                [
+                    (torch.arange(len(y)) + first).remainder(_FOLDS).repeat(len(x) // len(y))
+                    for (x, y), first in zip(parts, starts, strict=False)
+                ]
+            )
+            solutions |= fit_probes({layer: x}, y)
+            held[layer] = torch.zeros_like(solutions[layer].sums)
+            for i in range(_FOLDS):
+                found = fit_probes({layer: x[fold != i]}, y[fold != i])[layer]
+                held[layer] += score(found, x[fold == i], y[fold == i])
+        if not solutions:
+            return None
+        none = torch.zeros_like(next(iter(held.values())))
+        sums = torch.stack([held.get(layer, none) for layer in self._network.layers], dim=1)
+        classes = torch.stack([count_classes(y) for _, y in batches]).sum(dim=0)
+        return sums, fitted(self._network, solutions, CROSS_FITTED, classes), classes

@@ -1,0 +1,217 @@
+"""Training batches that are kept and run again on the frozen network: every layer's probe at its optimum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_probes.bank import ProbeBank
+from lightning_probes.calls import Call, num_bytes
+from lightning_probes.convergence import fit_probes
+from lightning_probes.kept import KeptBatches
+from lightning_probes.probing import INPUT, ProbedNetwork
+from lightning_probes.recording import CallRecorder
+from lightning_probes.regression import Solution
+from lightning_probes.replay import Replay, frozen
+from lightning_probes.scores import count_classes
+from lightning_probes.targets import repeat_views
+
+Seen = tuple[dict[str, Tensor], Tensor]
+"""``{layer: (samples, features)}`` and targets ``(batch, classes)`` of one batch."""
+
+Context = Callable[[], AbstractContextManager[Any]]
+"""What the network runs in, the strategy's mixed precision say; entered anew for each use."""
+
+
+@dataclass(frozen=True)
+class KeptBatch:
+    """What runs a batch through the network again; all of it on the host."""
+
+    calls: list[Call]
+    targets: Tensor
+    raw: dict[str, Tensor]  # features of the raw input, which no call gives
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Probes at their optimum and what is known of them.
+
+    Attributes:
+        bank: scores with them.
+        about: ``{layer: {"fitted_on": {"data", "samples"}, "converged"}}``.
+        sums: ``(3, layers)`` of :func:`~lightning_probes.scores.tally` on the samples they were fitted on; ``None`` for
+            restored ones.
+        online: likewise of the probes that were trained along, if there are any.
+        classes: ``(classes,)``, how often each occurs among those samples.
+    """
+
+    bank: ProbeBank
+    about: dict[str, dict[str, Any]]
+    sums: Tensor | None = None
+    online: Tensor | None = None
+    classes: Tensor | None = None
+
+
+class ProbeFitter:
+    """Keeps some batches of training, and fits all probes on what the network makes of them when it is asked.
+
+    Args:
+        network: hooked. It opens each batch; the fitter's :meth:`open` and :meth:`close` stand around it.
+        max_samples: bound of what is kept.
+        max_bytes: likewise; the inputs, and the features that they will become.
+
+    Attributes:
+        refusal: why the calls of training cannot be run again; empty as long as they can.
+    """
+
+    def __init__(self, network: ProbedNetwork, max_samples: int, max_bytes: int) -> None:
+        self._network = network
+        self._kept = KeptBatches[KeptBatch](max_samples, max_bytes)
+        self._calls = CallRecorder()
+        self._is_open = False
+        self.refusal = ""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what is kept."""
+        return self._kept.num_bytes
+
+    def attach(self, model: nn.Module) -> None:
+        """Find the modules of ``model`` whose calls will be recorded."""
+        self._calls.attach(model, self._network.modules)
+
+    def detach(self) -> None:
+        """Let go of the model and of everything that is kept."""
+        self._calls.detach()
+        self._kept.clear()
+
+    def renew(self) -> None:
+        """A new epoch: its batches take the places of those of the epoch before."""
+        self._kept.renew()
+
+    def open(self) -> bool:
+        """Before each training step: whether its batch is kept; if so, its calls are recorded from now on."""
+        self._is_open = not self.refusal and self._kept.wants()
+        if self._is_open:
+            self._calls.start()
+        return self._is_open
+
+    def watch(self, batch: Any) -> None:
+        """Before a step outside of training: record its calls."""
+        self._is_open = not self.refusal
+        if self._is_open:
+            self._calls.start(batch)
+
+    def close(self, seen: Seen | None) -> None:
+        """After the training step: keep what it showed, if anything and if it was wanted."""
+        batch = self.take(seen)
+        if isinstance(batch, str):
+            # A step now and then may differ; a network that never could be run again is not asked any more.
+            self.refusal = "" if self._kept.samples else batch
+        elif batch is not None:
+            features = 4 * len(batch.targets) * sum(self._network.recorder.widths.values())
+            self._kept.add(len(batch.targets), batch, num_bytes(batch.calls) + features)
+
+    def take(self, seen: Seen | None) -> KeptBatch | str | None:
+        """What a step showed that was opened or watched, or why it cannot be run again; ``None`` if it was neither."""
+        if not self._is_open:
+            return None
+        self._is_open = False
+        calls = self._calls.stop()
+        if isinstance(calls, str):
+            return calls
+        if seen is None or not seen[0]:
+            return None
+        features, targets = seen
+        raw = {INPUT: features[INPUT].to("cpu", copy=True)} if INPUT in features else {}
+        return KeptBatch(calls, targets.to("cpu", copy=True), raw)
+
+    def fit(
+        self,
+        model: nn.Module,
+        context: Context,
+        online: ProbeBank | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Fitted | None:
+        """Fit all probes on the kept batches.
+
+        Args:
+            model: as it is now, or with ``weights`` in the place of its own.
+            context: what it runs in.
+            online: other probes, scored on the same features.
+            weights: as for :class:`~lightning_probes.replay.Replay`.
+
+        Returns:
+            ``None`` if nothing is kept, or if it cannot be run again; :attr:`refusal` says why.
+        """
+        try:
+            return self._fit(model, context, online, weights)
+        except Exception as error:  # whatever a module raises: a probe never ends a training run
+            self.refusal = f"running them again raised {type(error).__name__}: {error}"
+            return None
+
+    def _fit(
+        self, model: nn.Module, context: Context, online: ProbeBank | None, weights: Mapping[str, Tensor] | None
+    ) -> Fitted | None:
+        features: dict[str, list[Tensor]] = {}
+        targets: dict[str, list[Tensor]] = {}
+        online_sums, classes = [], []
+        with closing(self.run_again(self._kept.items(), model, context, weights)) as batches:
+            for seen, labels in batches:
+                classes.append(count_classes(labels))
+                if online is not None:
+                    online_sums.append(online.score(seen, labels))
+                for layer, x in seen.items():
+                    features.setdefault(layer, []).append(x.cpu())
+                    targets.setdefault(layer, []).append(repeat_views(labels, len(x)).cpu())
+        if not features:
+            return None
+        solutions: dict[str, Solution] = {}
+        for layer in [layer for layer in self._network.layers if layer in features]:
+            # One layer at a time on the device, and gone from the host as soon as it is there.
+            x, y = (torch.cat(parts.pop(layer)).to(classes[0].device) for parts in (features, targets))
+            solutions |= fit_probes({layer: x}, y)
+        return fitted(self._network, solutions, "train", sum(classes), sum(online_sums) if online_sums else None)
+
+    def run_again(
+        self,
+        batches: Iterable[KeptBatch],
+        model: nn.Module,
+        context: Context,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Generator[Seen, None, None]:
+        """What the layers of the frozen network say to each of ``batches`` now.
+
+        Raises:
+            Exception: whatever a module raises.
+        """
+        device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+        with frozen(model):
+            replay = Replay(model, device=device, weights=weights)
+            for batch in batches:
+                with context():
+                    seen = self._network.observe(len(batch.targets), partial(replay.run, batch.calls))
+                raw = {layer: x.to(device) for layer, x in batch.raw.items()}
+                yield raw | seen, batch.targets.to(device)
+
+
+def fitted(
+    network: ProbedNetwork, solutions: Mapping[str, Solution], data: str, classes: Any, online: Any = None
+) -> Fitted:
+    """Solutions as probes to score with; ``data`` says what they were fitted on."""
+    none = next(iter(solutions.values())).sums.new_zeros(3)
+    sums = torch.stack([solutions[x].sums if x in solutions else none for x in network.layers], dim=1)
+    about = {
+        layer: {
+            "fitted_on": {"data": data, "samples": int(found.sums[2].nan_to_num())},
+            "converged": found.converged,
+        }
+        for layer, found in solutions.items()
+    }
+    return Fitted(ProbeBank.of(network.layers, network.num_classes, solutions), about, sums, online, classes)

@@ -1,0 +1,88 @@
+"""A fair sample of the batches of a stretch of training, within bounds of samples and bytes."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class KeptBatches(Generic[T]):
+    """Whole batches of a stretch of training: all of them if they fit, else each with about the same chance.
+
+    Batches are kept until one does not fit. From then on it is a reservoir of as many batches as were kept (algorithm
+    R). In a new stretch those of the stretch before stay until new ones take their places, one for one.
+
+    Attributes:
+        seen: batches of the stretch so far.
+        samples: samples that are kept.
+        num_bytes: bytes that are kept.
+    """
+
+    def __init__(self, max_samples: int, max_bytes: int, seed: int = 0) -> None:
+        self._max_samples = max_samples
+        self._max_bytes = max_bytes
+        self._generator = torch.Generator().manual_seed(seed)
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin with nothing kept."""
+        self._kept: list[tuple[int, int, int, T]] = []
+        self._before: list[tuple[int, int, int, T]] = []
+        self._is_full = False
+        self._place: int | None = None
+        self.seen = self.samples = self.num_bytes = 0
+
+    def renew(self) -> None:
+        """Begin a new stretch."""
+        before = [*self._before, *self._in_order()]
+        self.clear()
+        self._before = before
+        self._count()
+
+    def wants(self) -> bool:
+        """Whether the next batch will be kept, asked once for every batch, before its step."""
+        self.seen += 1
+        self._place = self._draw(self.seen) if self._is_full else len(self._kept)
+        return self._place < len(self._kept) or not self._is_full
+
+    def add(self, samples: int, item: T, num_bytes: int) -> None:
+        """Keep the batch that was wanted: ``item``, which has so many samples and bytes, unless it does not fit."""
+        if self._place is None:
+            return
+        place, self._place = self._place, None
+        own_samples, own_bytes = _sizes(self._kept)
+        fits = own_samples + samples <= self._max_samples and own_bytes + num_bytes <= self._max_bytes
+        if not self._is_full and not fits:
+            self._is_full, place = True, self._draw(self.seen)
+            if place >= len(self._kept):
+                return
+        self._kept[place : place + 1] = [(self.seen, samples, num_bytes, item)]
+        self._before = self._before[1:]
+        self._count()
+        # Too much now: batches of the stretch before go first, then some, whichever they are.
+        while self.samples > self._max_samples or self.num_bytes > self._max_bytes:
+            if self._before:
+                self._before.pop(0)
+            else:
+                self._kept.pop(self._draw(len(self._kept)))
+            self._count()
+
+    def items(self) -> list[T]:
+        """What is kept, in order of arrival."""
+        return [item for _, _, _, item in [*self._before, *self._in_order()]]
+
+    def _in_order(self) -> list[tuple[int, int, int, T]]:
+        return sorted(self._kept, key=lambda kept: kept[0])
+
+    def _draw(self, n: int) -> int:
+        return int(torch.randint(n, (1,), generator=self._generator))
+
+    def _count(self) -> None:
+        self.samples, self.num_bytes = _sizes([*self._before, *self._kept])
+
+
+def _sizes(kept: list[tuple[int, int, int, T]]) -> tuple[int, int]:
+    return sum(samples for _, samples, _, _ in kept), sum(num_bytes for _, _, num_bytes, _ in kept)

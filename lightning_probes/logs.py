@@ -1,0 +1,85 @@
+"""Rows of a report -> what Lightning's loggers get, and the charts in which TensorBoard shows it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Sequence
+from typing import Any
+
+from lightning_probes.report import METRICS, Row
+
+
+class Logs:
+    """The names under which a callback logs.
+
+    Args:
+        name: put before all names, if given.
+        metrics: which go to the loggers beside ``error``.
+
+    Attributes:
+        prefix: what stands before ``probe_`` in the names.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was given.
+    """
+
+    def __init__(self, name: str | None, metrics: Sequence[str] | None) -> None:
+        if name is not None and (not isinstance(name, str) or not name):
+            raise TypeError(f"name: expected a non-empty string, found {name!r}")
+        asked = [] if metrics is None else metrics
+        if isinstance(asked, str) or not isinstance(asked, Sequence) or any(metric not in METRICS for metric in asked):
+            raise ValueError(f"log_metrics: expected a list of some of {list(METRICS)}, found {metrics!r}")
+        self.prefix = f"{name}_" if name else ""
+        self._metrics = list(dict.fromkeys(["error", *asked]))
+        self._has_layout = False
+
+    def begin(self) -> None:
+        """A new run with its own folders."""
+        self._has_layout = False
+
+    def write(self, start: Iterable[Row], rows: Iterable[Row], trainer: Any, module: Any) -> None:
+        """Log the rows of one publication.
+
+        Args:
+            start: of the network as it was found, at step 0: before the first step there were no probes, and
+                ``self.log`` knows no step but the present one.
+            rows: of now, through ``module.log_dict``.
+            trainer: Lightning's.
+            module: that is trained or evaluated.
+        """
+        loaders = {"val": trainer.num_val_batches, "test": trainer.num_test_batches}
+        several = {stage for stage, batches in loaders.items() if len(batches) > 1}
+        if found := self._values(start, several):
+            for logger in trainer.loggers:
+                logger.log_metrics({**found, "epoch": 0}, step=0)
+        # The values are the same on every rank; without a batch size Lightning would look for one in the batch.
+        values = self._values(rows, several)
+        module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, add_dataloader_idx=False)
+        if trainer.is_global_zero and not self._has_layout:
+            self._write_layout(trainer.loggers)
+            self._has_layout = True
+
+    def _values(self, rows: Iterable[Row], several: Container[str]) -> dict[str, float]:
+        values = {}
+        for row in rows:
+            if row["metric"] in self._metrics:
+                loader = f"/dataloader_idx_{row['dataloader']}" if row["stage"] in several else ""
+                values[f"{self.prefix}probe_{row['metric']}_{row['stage']}/{row['layer']}{loader}"] = row["value"]
+        return values
+
+    def _write_layout(self, loggers: Iterable[Any]) -> None:
+        """Tell TensorBoard's Custom Scalars page to draw one chart a metric and stage, a line a layer.
+
+        Of a run's layouts the last one wins, so it goes to a sub-run of its own and leaves the user's alone.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        charts = {
+            f"{metric}, {stage}": ["Multiline", [rf"^{re.escape(f'{self.prefix}probe_{metric}_{stage}')}/.*"]]
+            for metric in self._metrics
+            for stage in ("train", "val")
+        }
+        for logger in loggers:
+            if isinstance(getattr(logger, "experiment", None), SummaryWriter):
+                with SummaryWriter(f"{logger.experiment.log_dir.rstrip('/')}/{self.prefix}probes") as writer:
+                    writer.add_custom_scalars({f"{self.prefix}linear probes": charts})

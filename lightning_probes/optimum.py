@@ -1,0 +1,210 @@
+"""Which probes are published: those at their optimum on training run again, cross-fitted ones, or the online ones."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torchmetrics.utilities import rank_zero_warn
+
+from lightning_probes.bank import ProbeBank
+from lightning_probes.calls import CannotRunAgainError
+from lightning_probes.crossfit import CROSS_FITTED, CrossFitter
+from lightning_probes.fitting import Context, Fitted, KeptBatch, ProbeFitter, Seen
+from lightning_probes.points import Curve, Points
+from lightning_probes.probing import ProbedNetwork
+from lightning_probes.replay import copy_of_weights
+from lightning_probes.scores import count_classes
+
+
+class Optimum:
+    """Brings the probes of a network to their optimum when a point is due, and scores them.
+
+    Args:
+        network: hooked.
+        points: where scores go: ``published``, ``start`` (the network as it was found) and, beside them on the same
+            samples, ``online``.
+        samples: most training samples to fit on; 0: nothing is fitted, the online probes are published.
+        max_bytes: most bytes of them.
+
+    Attributes:
+        fitted: the probes at their optimum, on the network as it was when the last point was due.
+        start: those on the network as it was found, while its point is scored.
+        cost: as in :class:`~lightning_probes.ProbeReport`, without the share.
+        note: why the probes are fitted in another way than on training run again, or the starting point is missing.
+    """
+
+    def __init__(self, network: ProbedNetwork, points: Points, samples: int, max_bytes: int) -> None:
+        self.fitted: Fitted | None = None
+        self.start: Fitted | None = None
+        self.cost: dict[str, float] = {"seconds": 0.0, "kept_bytes": 0, "weights_bytes": 0}
+        self.note = "" if samples else "the online probes are published: fit_samples is 0"
+        self._network = network
+        self._points = points
+        self._fitter = ProbeFitter(network, samples, max_bytes)
+        self._is_off = not samples
+        self._cross_fitters: defaultdict[int, CrossFitter] | None = None
+        self._make_cross_fitter = partial(CrossFitter, network, samples, max_bytes)
+        self._initial: dict[str, Tensor] | None = None
+
+    def begin(self, model: nn.Module, *, is_new: bool) -> None:
+        """Training begins; ``is_new``: with the network as it is, which is to be the first point of each curve."""
+        if self._is_off:
+            return
+        self._fitter.attach(model)
+        if is_new and not any(is_lazy(tensor) for tensor in model.parameters()):
+            self._initial = copy_of_weights(model)
+            sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in self._initial.values()}
+            self.cost["weights_bytes"] = sum(sizes.values())
+
+    def end(self) -> None:
+        """Let go of the model and of what was kept of its training."""
+        self._fitter.detach()
+        self._initial = self.start = None
+
+    def renew(self) -> None:
+        """A new epoch begins."""
+        self._fitter.renew()
+
+    def open(self) -> bool:
+        """Before a training step: whether its batch will be kept."""
+        return not self._is_off and self._fitter.open()
+
+    def close(self, seen: Seen | None) -> None:
+        """After a training step: what it showed; copied, where it is kept."""
+        self._fitter.close(seen)
+        if self._network.trains_without_labels:
+            self._fitter.refusal = "its batches have no usable labels"
+
+    def prepare(
+        self,
+        model: nn.Module,
+        context: Context,
+        online: ProbeBank | None,
+        *,
+        is_validation: bool,
+        has_validation: bool,
+    ) -> None:
+        """A point is due: fit the probes on the network as it is now.
+
+        Args:
+            model: that is trained.
+            context: what it runs in.
+            online: the probes that are trained along.
+            is_validation: whether a validation follows at once.
+            has_validation: whether there will be any: the starting point waits for it.
+        """
+        self.fitted = self.start = self._cross_fitters = None
+        if self._is_off:
+            return
+        with self._timed():
+            if not self._fitter.refusal:
+                self.fitted = self._fitter.fit(model, context, online)
+            if self.fitted is not None and self._initial is not None and (is_validation or not has_validation):
+                self.start = self._fitter.fit(model, context, weights=self._initial)
+        self.cost["kept_bytes"] = max(self.cost["kept_bytes"], self._fitter.num_bytes)
+        if self._fitter.refusal:
+            self.fitted = self.start = self._initial = None
+        if self.fitted is None:
+            reason = self._fitter.refusal or "no batch of it was kept: fit_samples and fit_bytes have no room for one"
+            self._cross_fitters = defaultdict(self._make_cross_fitter) if is_validation else None
+            way = "cross-fitted on validation" if has_validation else "those trained along, which lag behind"
+            self._say(f"training cannot be run again ({reason}): the probes are {way}, and there is no starting point")
+
+    def watch(self, batch: Any) -> None:
+        """Before a step of validation: if the starting point is due, what it calls is scored there too."""
+        if self.start is not None:
+            self._fitter.watch(batch)
+
+    def score(
+        self, curve: Curve, seen: Seen | None, online: ProbeBank | None, model: nn.Module, context: Context
+    ) -> None:
+        """Score all probes on an evaluated batch."""
+        watched = self._fitter.take(seen)
+        if seen is None:
+            return
+        classes = count_classes(seen[1])
+        if self._cross_fitters is None and curve[0] == "val" and self._is_cross_fitted():
+            # Validated once more: the probes fitted on all of those samples must not score them.
+            self._cross_fitters = defaultdict(self._make_cross_fitter)
+        if self._cross_fitters is not None:
+            self._cross_fitters[curve[1]].add(seen)
+        elif (bank := self.fitted.bank if self.fitted is not None else online) is not None:
+            self._points.add("published", *curve, bank.score(*seen), classes)
+        if online is not None and (self.fitted is not None or self._cross_fitters is not None):
+            self._points.add("online", *curve, online.score(*seen), classes)
+        if watched is not None and self.start is not None:
+            with self._timed():
+                self._score_start(watched, curve, model, context)
+
+    def _score_start(self, batch: KeptBatch | str, curve: Curve, model: nn.Module, context: Context) -> None:
+        assert self.start is not None
+        try:
+            if isinstance(batch, str):
+                raise CannotRunAgainError(batch)
+            for seen in self._fitter.run_again([batch], model, context, self._initial):
+                self._points.add("start", *curve, self.start.bank.score(*seen), count_classes(seen[1]))
+        except Exception as error:  # whatever a module raises: a probe never ends a training run
+            self.start = None
+            self._points.clear("start")
+            self._say(f"no starting point: validation cannot be run again: {type(error).__name__}: {error}")
+
+    def conclude(self) -> None:
+        """All samples have been scored: add what the fit itself knows, and let go of what only this point needs."""
+        if self._cross_fitters:
+            with self._timed():
+                for dataloader, fitter in sorted(self._cross_fitters.items()):
+                    if (crossed := fitter.fit()) is not None:
+                        sums, fitted, classes = crossed
+                        self._points.add("published", "val", dataloader, sums, classes)
+                        # Of several loaders the first one's probes are those of the stage "train".
+                        self.fitted = self.fitted or fitted
+        self._cross_fitters = None
+        for probes, found in (("published", self.fitted), ("start", self.start)):
+            if found is not None and found.sums is not None and found.classes is not None:
+                self._points.add(probes, "train", 0, found.sums, found.classes)
+        if self.fitted is not None and self.fitted.online is not None and self.fitted.classes is not None:
+            self._points.add("online", "train", 0, self.fitted.online, self.fitted.classes)
+        if self.fitted is not None:
+            self.fitted = Fitted(self.fitted.bank, self.fitted.about)
+        if self.start is not None:
+            self.start = self._initial = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The probes at their optimum: tensors and plain types."""
+        if self.fitted is None:
+            return {}
+        return {"bank": self.fitted.bank.state_dict(), "about": self.fitted.about}
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], layers: list[str], num_classes: int, device: torch.device | str
+    ) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        if state:
+            bank = ProbeBank(layers, num_classes)
+            bank.load_state_dict(state["bank"], device)
+            self.fitted = Fitted(bank, state["about"])
+
+    def _is_cross_fitted(self) -> bool:
+        about = self.fitted.about.values() if self.fitted is not None else ()
+        return any(known["fitted_on"]["data"] == CROSS_FITTED for known in about)
+
+    def _say(self, note: str) -> None:
+        if note != self.note:
+            rank_zero_warn(f"LinearProbeCallback: {note}")
+        self.note = note
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.cost["seconds"] += time.perf_counter() - begun

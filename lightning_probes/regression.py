@@ -1,0 +1,149 @@
+"""A softmax regression to its optimum: solved and not trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_probes.descent import Problem, minimise
+from lightning_probes.scores import Labels, tally
+
+TOLERANCE = 2e-3
+"""Of the gradient. Held-out errors were within .07 points of scikit-learn's, at a tenth of its time (solver.py)."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A probe at its optimum.
+
+    Attributes:
+        weight: ``(classes, features)``, on features standardised by ``mean`` and ``variance``.
+        bias: ``(classes,)``.
+        mean: ``(features,)`` of the fitting samples; 0 from :func:`solve`, whose features are standardised already.
+        variance: likewise, of the population; 1 from :func:`solve`.
+        l2: strength of the penalty.
+        converged: whether the gradient at ``weight`` and ``bias``, computed afresh, is within the tolerance.
+        iterations: of the last fit (those of the choice of a strength are not counted).
+        gradient_norm: at ``weight`` and ``bias``, relative to the scale that :func:`solve` documents.
+        sums: ``(3,)`` on the fitting samples: wrong answers, cross-entropy in nats, samples.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    variance: Tensor
+    l2: float
+    converged: bool
+    iterations: int
+    gradient_norm: float
+    sums: Tensor
+
+
+@torch.no_grad()
+def solve(
+    x: Tensor,
+    targets: Tensor,
+    l2: float,
+    *,
+    start: tuple[Tensor, Tensor] | None = None,
+    prior: Tensor | None = None,
+    tolerance: float = TOLERANCE,
+    max_iterations: int = 500,
+) -> Solution:
+    """The softmax regression that minimises mean cross-entropy + ``l2/2 |weight - prior|^2``; the bias is free.
+
+    The criterion is the norm of the gradient over weights and bias, relative to a scale: that of the cross-entropy's
+    gradient at zero weights and the classes' log frequencies, at least 1e-3. What float32 cannot reach is finished in
+    float64. There is an answer for all finite data: a class that never occurs has a very negative bias, a lone class is
+    certain, separable data without a penalty stop at the tolerance, and without samples the answer is the prior.
+
+    Args:
+        x: ``(samples, features)``, standardised, finite; computed in its own dtype, at least float32.
+        targets: ``(samples, classes)``, distributions; zero rows are left out.
+        l2: at least 0.
+        start: ``(weight, bias)`` to begin from, unless zero weights are better.
+        prior: ``(classes, features)``; default 0. One that is not finite counts as none.
+        tolerance: of the criterion.
+        max_iterations: a bound; ``converged`` says whether it was enough.
+
+    Raises:
+        ValueError: on data never; where ``x`` and ``targets`` differ in length, or ``l2`` or ``tolerance`` is negative.
+    """
+    if len(x) != len(targets) or l2 < 0 or tolerance < 0:
+        raise ValueError(f"{len(x)} samples, {len(targets)} targets, l2={l2}, tolerance={tolerance}")
+    with torch.autocast(x.device.type, enabled=False):
+        counted = targets.sum(dim=1) > 0
+        x, y = floating(x[counted]), targets[counted]
+        if prior is None or not prior.isfinite().all():
+            prior = x.new_zeros(targets.shape[1], x.shape[1])
+        return _solve(x, y, l2, start, prior.to(x), tolerance, max_iterations)
+
+
+def _solve(
+    x: Tensor,
+    targets: Tensor,
+    l2: float,
+    start: tuple[Tensor, Tensor] | None,
+    prior: Tensor,
+    tolerance: float,
+    max_iterations: int,
+) -> Solution:
+    if not len(x) or not x.shape[1] * len(prior):
+        return _without_choice(x, targets, l2, prior)
+    y = (targets / targets.sum(dim=1, keepdim=True)).to(x).T.contiguous()
+    full = _pose(x, y, l2, prior)
+    cold = torch.zeros_like(_joined(prior, prior.new_zeros(len(prior))))
+    frequency = y.mean(dim=1)
+    cold[:, -1] = frequency.clamp(min=1e-12).log()
+    scale = max(float(((frequency[:, None] - y) @ full.x / len(x)).norm()), 1e-3)
+    v = cold
+    if start is not None:
+        warm = _joined(start[0].to(x) - prior, start[1].to(x))
+        v = warm if full.objective(warm) <= full.objective(cold) else cold
+    # A step moves weights only within the span of the samples: few of them are a problem as small as they are.
+    basis = torch.linalg.qr(x.T) if 2 * len(x) < x.shape[1] else None
+    small = full
+    if basis is not None:
+        small = replace(_pose(basis[1].T, y, l2, None), offset=full.offset)
+        v = _joined(v[:, :-1] @ basis[0], v[:, -1])
+    # A margin, so that what rounding adds on the way back does not undo the criterion.
+    v, iterations = minimise(small, v, 0.9 * tolerance * scale, max_iterations)
+    weight = v[:, :-1] if basis is None else v[:, :-1] @ basis[0].T.to(v)
+    weight, bias = (weight + prior).to(x.dtype), v[:, -1].to(x.dtype)
+    reached = _joined(weight.to(v) - prior, bias.to(v))
+    exact = full.to(v.dtype)
+    norm = float(exact.gradient(reached, exact.scores(reached)).norm()) / scale
+    zero, sums = x.new_zeros(x.shape[1]), sums_of(x, targets, weight, bias)
+    return Solution(weight, bias, zero, zero + 1, l2, norm <= tolerance, iterations, norm, sums)
+
+
+def _pose(x: Tensor, y: Tensor, l2: float, prior: Tensor | None) -> Problem:
+    penalty = torch.cat([x.new_full((x.shape[1],), l2), x.new_zeros(1)])
+    offset = torch.zeros_like(y) if prior is None else prior @ x.T
+    return Problem(torch.cat([x, x.new_ones(len(x), 1)], dim=1), y, offset, penalty)
+
+
+def _joined(weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.cat([weight, bias[:, None]], dim=1)
+
+
+def floating(x: Tensor) -> Tensor:
+    """``x`` in at least float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def sums_of(x: Tensor, targets: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The ``(3,)`` sums of :func:`~lightning_probes.scores.tally` of a probe on standardised ``x``."""
+    log_p = torch.addmm(bias[:, None], weight, x.T).log_softmax(dim=0)
+    return tally(log_p[None], Labels.of(targets.to(x)))[:, 0]
+
+
+def _without_choice(x: Tensor, targets: Tensor, l2: float, prior: Tensor) -> Solution:
+    """The optimum where there are no samples or no features: the prior and the classes' log frequencies."""
+    total = targets.sum(dim=0).to(x)
+    frequency = total / total.sum().clamp(min=1)
+    bias = frequency.clamp(min=1e-12).log() if len(x) else torch.zeros_like(total)
+    zero = x.new_zeros(x.shape[1])
+    return Solution(prior.clone(), bias, zero, zero + 1, l2, True, 0, 0.0, sums_of(x, targets, prior, bias))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_probes.bank import ProbeBank
+from lightning_probes.convergence import fit_probes, score
 from lightning_probes.scores import Labels, ProbeScores, count_classes, tally, wilson_interval
 
 LEARNING_RATE = 3e-3
@@ -269,6 +270,29 @@ def test_score_of_a_layer_that_was_never_updated_is_nothing() -> None:
     sums = bank.score(*steps[0])
     assert sums[:, 0].tolist() == [0, 0, 0]
     assert sums[2, 1] == 32
+
+
+def test_bank_of_solutions_scores_as_each_of_them_does() -> None:
+    generator = torch.Generator().manual_seed(3)
+    targets = F.one_hot(torch.randint(4, (90,), generator=generator), 4).float()
+    features = {
+        name: (torch.randn(90, width, generator=generator) + targets[:, :1]) * scale
+        for name, width, scale in (("a", 5, 1.0), ("b", 8, 1e3), ("c", 5, 1e-3), ("d", 5, float("nan")))
+    }
+    solutions = fit_probes({layer: x[:60] for layer, x in features.items()}, targets[:60])
+    bank = ProbeBank.of(["d", "c", "never", "b", "a"], 4, solutions)
+    assert bank.widths == {"a": 5, "b": 8, "c": 5, "d": 5}
+    found = bank.score({layer: x[60:] for layer, x in features.items()}, targets[60:])
+    for i, layer in enumerate(bank.layers):
+        if layer == "never":
+            assert found[:, i].tolist() == [0, 0, 0]
+        elif layer == "d":
+            assert found[1, i].isnan()
+            assert not bank.finite()["d"]
+        else:
+            expected = score(solutions[layer], features[layer][60:], targets[60:])
+            assert torch.allclose(found[:, i], expected, rtol=1e-5)
+            assert bank.finite()[layer]
 
 
 def test_step_in_which_no_layer_ran_changes_nothing() -> None:

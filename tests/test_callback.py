@@ -32,6 +32,8 @@ from lightning_probes import LinearProbeCallback
 LAYERS = ["input", "net.1", "net.2", "net.3"]
 """Of ``Classifier(mlp(depth=1))``."""
 
+EITHER_WAY = pytest.mark.parametrize("fit_samples", [0, 8192], ids=["online", "converged"])
+
 QUIET = {
     "accelerator": "cpu",
     "logger": False,
@@ -50,9 +52,10 @@ def make_trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
     return Trainer(**{"max_epochs": 1, "default_root_dir": folder, **QUIET, "callbacks": list(callbacks), **options})
 
 
-def values(probes: LinearProbeCallback, stage: str = "val", **conditions: Any) -> dict[Any, float]:
+def values(probes: LinearProbeCallback, stage: str = "val", since: int = 1, **conditions: Any) -> dict[Any, float]:
+    """Errors by epoch and layer; without the network as it was found unless ``since`` is 0."""
     rows = probes.report.select(stage=stage, metric="error", **conditions)
-    return {(row["epoch"], row["layer"]): row["value"] for row in rows}
+    return {(row["epoch"], row["layer"]): row["value"] for row in rows if row["epoch"] >= since}
 
 
 def probe_keys(trainer: Trainer) -> set[str]:
@@ -86,20 +89,22 @@ def test_test_names_end_as_lightning_ends_the_users_own(loaders: int, tmp_path: 
     assert probe_keys(trainer) == {f"probe_error_test/{layer}{end}" for layer in LAYERS for end in ends}
 
 
-@pytest.mark.parametrize("asked", [None, ["error"], ["cross_entropy"], ["error", "cross_entropy"]])
-def test_cross_entropy_is_logged_when_asked_for_and_always_in_the_report(
+@pytest.mark.parametrize("asked", [None, ["error"], ["cross_entropy"], ["lag"], ["error", "lag", "cross_entropy"]])
+def test_other_metrics_are_logged_when_asked_for_and_always_in_the_report(
     asked: list[str] | None, tmp_path: Path
 ) -> None:
     trainer = make_trainer(tmp_path, probes := LinearProbeCallback("net.1", log_metrics=asked))
     trainer.fit(small(), loader(), loader(32))
-    metrics = ["error", "cross_entropy"] if asked and "cross_entropy" in asked else ["error"]
+    metrics = {"error", *(asked or [])}
     names = {
         f"probe_{m}_{stage}/{layer}" for m in metrics for stage in ("train", "val") for layer in ("input", "net.1")
     }
     assert probe_keys(trainer) == names
-    assert {(row["stage"], row["metric"]) for row in probes.report.rows} == {
-        (stage, metric) for stage in ("train", "val") for metric in ("error", "cross_entropy")
-    }
+    # Of the network as it was found there are no online probes that could lag.
+    for epoch, known in ((0, ("error", "cross_entropy")), (1, ("error", "cross_entropy", "lag"))):
+        assert {(row["stage"], row["metric"]) for row in probes.report.select(epoch=epoch)} == {
+            (stage, metric) for stage in ("train", "val") for metric in known
+        }
 
 
 def test_two_callbacks_with_names_are_told_apart(tmp_path: Path) -> None:
@@ -157,19 +162,20 @@ def test_training_without_validation_publishes_at_the_end_of_each_epoch(tmp_path
     watch = Watch(probes := LinearProbeCallback())
     make_trainer(tmp_path, probes, watch, max_epochs=2).fit(small(), loader())
     assert watch.epochs == [{f"probe_error_train/{layer}" for layer in LAYERS}] * 2
-    assert sorted(values(probes, "train")) == [(epoch, layer) for epoch in (1, 2) for layer in LAYERS]
-    assert values(probes, "val") == {}
+    assert sorted(values(probes, "train", since=0)) == [(epoch, layer) for epoch in (0, 1, 2) for layer in LAYERS]
+    assert values(probes, "val", since=0) == {}
 
 
 def test_epochs_between_two_validations_publish_train(tmp_path: Path) -> None:
     probes = LinearProbeCallback("net.1", input=None)
     make_trainer(tmp_path, probes, max_epochs=4, check_val_every_n_epoch=2).fit(small(), loader(), loader(32))
-    assert [epoch for epoch, _ in values(probes, "train")] == [1, 2, 3, 4]
-    assert [epoch for epoch, _ in values(probes, "val")] == [2, 4]
+    # The start waits for the first validation, so that train and val have it.
+    assert [epoch for epoch, _ in values(probes, "train", since=0)] == [1, 0, 2, 3, 4]
+    assert [epoch for epoch, _ in values(probes, "val", since=0)] == [0, 2, 4]
 
 
 def test_validation_in_the_middle_of_an_epoch_publishes_what_was_trained_on_since(tmp_path: Path) -> None:
-    probes = LinearProbeCallback("net.1", input=None)
+    probes = LinearProbeCallback("net.1", input=None, fit_samples=0)
     make_trainer(tmp_path, probes, val_check_interval=4).fit(small(), loader(), loader(32))
     train, val = (probes.report.select(stage=stage, metric="error") for stage in ("train", "val"))
     assert [(row["epoch"], row["step"], row["samples"]) for row in train] == [(0, 4, 64), (1, 6, 32)]
@@ -199,22 +205,30 @@ def test_second_fit_begins_a_new_report(tmp_path: Path) -> None:
     probes = LinearProbeCallback()
     for _ in range(2):
         make_trainer(tmp_path, probes).fit(small(), loader(), loader(32))
-    assert sorted(values(probes)) == [(1, layer) for layer in LAYERS]
+    assert sorted(values(probes, since=0)) == [(epoch, layer) for epoch in (0, 1) for layer in LAYERS]
 
 
 # Numbers
 
 
-def test_published_errors_are_exactly_those_of_the_probes_on_the_network_as_it_is(tmp_path: Path) -> None:
+@EITHER_WAY
+def test_published_errors_are_exactly_those_of_the_probes_on_the_network_as_it_is(
+    fit_samples: int, tmp_path: Path
+) -> None:
     seed_everything(5, verbose=False)
     model = Classifier(convnet())
     held_out = loader(50, seed=1)
-    make_trainer(tmp_path, probes := LinearProbeCallback("net.*")).fit(model, loader(), held_out)
-    assert probes._session is not None
-    assert probes._session.bank is not None
+    make_trainer(tmp_path, probes := LinearProbeCallback("net.*", fit_samples=fit_samples)).fit(
+        model, loader(), held_out
+    )
+    session = probes._session
+    assert session is not None
+    assert (session.optimum.fitted is not None) == (fit_samples > 0)
+    bank = session.optimum.fitted.bank if session.optimum.fitted is not None else session.online
+    assert bank is not None
     linear = {
         layer: {name: tensor[i] for name, tensor in stack["tensors"].items()}
-        for stack in probes._session.bank.state_dict().values()
+        for stack in bank.state_dict().values()
         for i, layer in enumerate(stack["layers"])
     }
     wrong = dict.fromkeys(linear, 0)
@@ -234,7 +248,8 @@ def test_published_errors_are_exactly_those_of_the_probes_on_the_network_as_it_i
 
 def test_train_error_is_the_mean_over_the_epoch_of_each_batch_before_its_update(tmp_path: Path) -> None:
     # A learning rate of almost nothing: the probes answer the first class throughout, whatever they see.
-    make_trainer(tmp_path, probes := LinearProbeCallback("net.1", learning_rate=1e-30)).fit(small(), loader(88))
+    probes = LinearProbeCallback("net.1", learning_rate=1e-30, fit_samples=0)
+    make_trainer(tmp_path, probes).fit(small(), loader(88))
     first = probes.report.select(stage="train", metric="cross_entropy", layer="net.1")
     assert [(row["samples"], row["value"]) for row in first] == [(88, pytest.approx(math.log(10)))]
 
@@ -246,19 +261,26 @@ def test_depth_counts_the_calls_from_the_raw_input_on(tmp_path: Path) -> None:
         assert depths == {layer: i + offset for i, layer in enumerate(LAYERS[offset:])}
 
 
+@EITHER_WAY
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_every_batch_counts_under_accumulation_and_step_is_the_global_step(accumulate: int, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, probes := LinearProbeCallback(), accumulate_grad_batches=accumulate)
+def test_every_batch_counts_under_accumulation_and_step_is_the_global_step(
+    accumulate: int, fit_samples: int, tmp_path: Path
+) -> None:
+    probes = LinearProbeCallback(fit_samples=fit_samples)
+    trainer = make_trainer(tmp_path, probes, accumulate_grad_batches=accumulate)
     trainer.fit(small(), loader(96))
     assert {row["samples"] for row in probes.report.rows} == {96}
-    assert {row["step"] for row in probes.report.rows} == {trainer.global_step} == {math.ceil(6 / accumulate)}
+    steps = {row["step"] for row in probes.report.rows if row["epoch"]}
+    assert steps == {trainer.global_step} == {math.ceil(6 / accumulate)}
 
 
-def test_every_batch_counts_under_manual_optimisation(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, probes := LinearProbeCallback("discriminator.*"), max_epochs=2)
+@EITHER_WAY
+def test_every_batch_counts_under_manual_optimisation(fit_samples: int, tmp_path: Path) -> None:
+    probes = LinearProbeCallback("discriminator.*", fit_samples=fit_samples)
+    trainer = make_trainer(tmp_path, probes, max_epochs=2)
     trainer.fit(GAN(), loader(96))
     found = {(row["epoch"], row["step"], row["samples"]) for row in probes.report.rows}
-    assert found == {(1, 12, 96), (2, 24, 96)}
+    assert found == {(1, 12, 96), (2, 24, 96)} | ({(0, 0, 96)} if fit_samples else set())
 
 
 # Batches
@@ -278,7 +300,7 @@ class Unpacking(Classifier):
         super().validation_step(self.unpack(batch), batch_idx)
 
 
-def fit_samples(
+def fit_forms(
     folder: Path, sample: Callable[[Tensor, Tensor], Any], unpack: Callable[[Any], Any], **arguments: Any
 ) -> LinearProbeCallback:
     seed_everything(3, verbose=False)
@@ -315,19 +337,21 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Any], di
 }
 
 
+@EITHER_WAY
 @pytest.mark.parametrize("form", FORMS)
-def test_batches_of_any_form_give_the_same_report(form: str, tmp_path: Path) -> None:
+def test_batches_of_any_form_give_the_same_report(form: str, fit_samples: int, tmp_path: Path) -> None:
     sample, unpack, arguments = FORMS[form]
-    plain = fit_samples(tmp_path, lambda x, y: (x, y), lambda batch: batch)
-    assert fit_samples(tmp_path, sample, unpack, **arguments).report == plain.report
-    assert len(plain.report.rows) == 2 * 2 * 2 * len(LAYERS)
+    plain = fit_forms(tmp_path, lambda x, y: (x, y), lambda batch: batch, fit_samples=fit_samples)
+    assert fit_forms(tmp_path, sample, unpack, fit_samples=fit_samples, **arguments).report == plain.report
+    # Two metrics, or three and those of the start.
+    assert len(plain.report.rows) == 2 * (2 * 3 + 2 if fit_samples else 2 * 2) * len(LAYERS)
 
 
 def test_soft_labels_are_learnt_from(tmp_path: Path) -> None:
     def soften(x: Tensor, y: Tensor) -> Any:
         return x, 0.9 * F.one_hot(y, 10) + 0.01
 
-    probes = fit_samples(tmp_path, soften, lambda batch: (batch[0], batch[1].argmax(dim=1)))
+    probes = fit_forms(tmp_path, soften, lambda batch: (batch[0], batch[1].argmax(dim=1)))
     assert {row["samples"] for row in probes.report.rows} == {88, 40}
     assert values(probes, epoch=2, layer="input")[2, "input"] < probes.report.baseline["val"] - 0.2
 
@@ -424,10 +448,10 @@ def test_input_that_cannot_be_probed_is_skipped_and_the_line_says_so(
     embedding: str, input: Any, note: str, tmp_path: Path
 ) -> None:
     samples: Any = [{"image": x, "label": y} for x, y in zip(*images(48).tensors, strict=True)]
+    # These steps cannot be run again, of which another line would tell.
+    probes = LinearProbeCallback(input=input, target="label", fit_samples=0)
     with listening() as said:
-        make_trainer(tmp_path, probes := LinearProbeCallback(input=input, target="label")).fit(
-            Words(embedding), DataLoader(samples, batch_size=16)
-        )
+        make_trainer(tmp_path, probes).fit(Words(embedding), DataLoader(samples, batch_size=16))
     (line,) = (line for line in said if line.startswith("LinearProbeCallback"))
     assert line.endswith(f"; raw input skipped: {note}")
     assert {row["layer"]: row["depth"] for row in probes.report.rows} == {embedding: 1, "net": 2}
@@ -456,10 +480,11 @@ def test_csv_and_tensorboard_hold_one_point_for_each_epoch_layer_and_stage(tmp_p
     )
     expected: dict[str, list[tuple[int, Any]]] = {}
     for row in probes.report.select(metric="error"):
-        point = row["step"] - 1, pytest.approx(row["value"])  # Lightning counts the steps of what it logs from 0.
+        # Lightning counts the steps of what it logs from 0; the start is before them all.
+        point = max(row["step"] - 1, 0), pytest.approx(row["value"])
         expected.setdefault(f"probe_error_{row['stage']}/{row['layer']}", []).append(point)
     assert read_scalars(folder_of(loggers[0])) == expected
-    assert set(map(len, expected.values())) == {3}
+    assert set(map(len, expected.values())) == {4}
     with (folder_of(loggers[1]) / "metrics.csv").open() as file:
         lines = list(csv.DictReader(file))
     in_csv = {
@@ -607,18 +632,28 @@ def test_same_class_works_in_lightning_and_in_pytorch_lightning(tmp_path: Path) 
         }
         found.append(probes.report)
     assert found[0] == found[1]
-    assert len(found[0].rows) == 2 * 2 * 2 * len(LAYERS)
+    assert len(found[0].rows) == (2 * 3 + 2) * 2 * len(LAYERS)
 
 
 def test_of_many_layers_each_step_trains_some_in_turn_and_all_are_scored(tmp_path: Path) -> None:
-    probes = LinearProbeCallback("net.*", input=None)
+    probes = LinearProbeCallback("net.*", input=None, fit_samples=0)
     model = Classifier(mlp(depth=45))
     make_trainer(tmp_path, probes, max_epochs=1).fit(model, loader(16 * 12), loader(32))
     train = probes.report.select(stage="train", metric="error")
-    # 92 layers in three turns; the first step takes all of them.
+    # 92 layers in five turns; the first step takes all of them.
     assert len(train) == 92
-    assert {row["samples"] for row in train} == {16 * 4, 16 * 5}
+    assert {row["samples"] for row in train} == {16 * 3, 16 * 4}
     assert {row["samples"] for row in probes.report.select(stage="val")} == {32}
+
+
+def test_of_many_layers_all_are_fitted_on_all_samples(tmp_path: Path) -> None:
+    probes = LinearProbeCallback("net.*")
+    make_trainer(tmp_path, probes).fit(Classifier(mlp(depth=12)), loader(96), loader(32))
+    for epoch in (0, 1):
+        for stage, samples in (("train", 96), ("val", 32)):
+            rows = probes.report.select(stage=stage, metric="error", epoch=epoch)
+            assert len(rows) == 27  # the input, 26 layers: two turns
+            assert {(row["samples"], row["fitted_on"]["samples"]) for row in rows} == {(samples, 96)}
 
 
 def test_rows_of_a_checkpoint_have_its_epoch_and_step(tmp_path: Path) -> None:
@@ -628,8 +663,8 @@ def test_rows_of_a_checkpoint_have_its_epoch_and_step(tmp_path: Path) -> None:
     assert {(row["epoch"], row["step"]) for row in probes.report.rows} == {(1, 6)}
 
 
-@pytest.mark.parametrize(("layers", "turns"), [(1, 1), (41, 1), (42, 2), (128, 4)])
-def test_turns_begin_above_forty_layers_and_the_input(layers: int, turns: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layers", "turns"), [(1, 1), (21, 1), (22, 2), (128, 7)])
+def test_turns_begin_above_twenty_layers_and_the_input(layers: int, turns: int, tmp_path: Path) -> None:
     seen: list[set[str]] = []
 
     class Watch(Callback):
@@ -639,10 +674,10 @@ def test_turns_begin_above_forty_layers_and_the_input(layers: int, turns: int, t
             seen.append(set(names) if due is None else set(due))
 
     names = [f"net.{i}" for i in range(1, layers + 1)]
-    probes = LinearProbeCallback(names, input=None)
+    probes = LinearProbeCallback(names, input=None, fit_samples=0)
     model = Classifier(mlp(depth=(layers + 1) // 2))
     make_trainer(tmp_path, Watch(), probes, limit_train_batches=1 + turns).fit(model, loader(16 * 12))
-    assert all(len(due) <= 41 for due in seen[1:])
+    assert all(len(due) <= 21 for due in seen[1:])
     assert set().union(*seen[1:]) == set(names)
     assert sum(map(len, seen[1:])) == layers
 
@@ -668,7 +703,8 @@ def test_nested_tensors_between_layers_do_not_end_a_run(tmp_path: Path) -> None:
     assert {(epoch, "net") for epoch in (1, 2)} <= set(values(probes))
 
 
-def test_layers_of_one_width_may_differ_in_precision(tmp_path: Path) -> None:
+@EITHER_WAY
+def test_layers_of_one_width_may_differ_in_precision(fit_samples: int, tmp_path: Path) -> None:
     class Doubles(Classifier):
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x.float())  # type: ignore[no-any-return]
@@ -676,8 +712,11 @@ def test_layers_of_one_width_may_differ_in_precision(tmp_path: Path) -> None:
     x, y = images(96).tensors
     data = TensorDataset(x.double(), y)
     model = Doubles(mlp(width=64, depth=1))
-    make_trainer(tmp_path, probes := LinearProbeCallback()).fit(model, DataLoader(data, batch_size=16), loader(32))
-    assert [row["features"] for row in probes.report.select(stage="val", metric="error")] == [64, 64, 64, 10]
+    probes = LinearProbeCallback(fit_samples=fit_samples)
+    make_trainer(tmp_path, probes).fit(model, DataLoader(data, batch_size=16), loader(32))
+    for epoch in (0, 1) if fit_samples else (1,):
+        rows = probes.report.select(stage="val", metric="error", epoch=epoch)
+        assert [row["features"] for row in rows] == [64, 64, 64, 10]
 
 
 def test_one_callback_serves_a_second_network_of_other_widths(tmp_path: Path) -> None:

@@ -122,6 +122,9 @@ layout:
   "encoder.*": channels
   input: tokens
 learning_rate: 1.0e-2
+fit_samples: 1000
+fit_bytes: 2000000
+every_n_epochs: 3
 log_metrics: [cross_entropy]
 """
 
@@ -139,8 +142,8 @@ def test_every_argument_can_be_written_in_yaml() -> None:
     assert network.recorder.max_features == 256
     assert probes.state_key == LinearProbeCallback(name="digit").state_key
     assert network._layout == written["layout"]
-    assert probes._learning_rate == 0.01
-    assert probes._log_metrics == ["error", "cross_entropy"]
+    assert (*probes._new_session.args[1:], probes._every_n_epochs) == (0.01, 1000, 2_000_000, 3)
+    assert probes._logs._metrics == ["error", "cross_entropy"]
 
 
 @pytest.mark.parametrize(
@@ -168,6 +171,8 @@ def test_argument_in_yaml_means_what_it_means_in_python(init_args: str, attribut
         ("layers: 3", "layers"),
         ("num_classes: many", "num_classes"),
         ("max_features: 2.5", "max_features"),
+        ("fit_samples: many", "fit_samples"),
+        ("every_n_epochs: 0", "every_n_epochs"),
         ("layout: {input: rows}", "layout"),
         ("log_metrics: cross_entropy", "log_metrics"),
         ("layer: net.0", "layer"),
@@ -185,4 +190,4 @@ def test_lists_and_mappings_of_omegaconf_are_accepted() -> None:
         found = getattr(probes._network, attribute)
         assert found == getattr(plain._network, attribute)
         assert type(found) is type(getattr(plain._network, attribute))
-    assert probes._log_metrics == plain._log_metrics
+    assert probes._logs._metrics == plain._logs._metrics

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import pytest
@@ -47,7 +48,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, str]]:
 def test_two_runs_print_the_same_but_for_the_folder(runs: list[tuple[Path, str]]) -> None:
     one, other = (printed.replace(str(output), "OUTPUT") for output, printed in runs)
     assert one == other
-    assert re.search(r"^input +784 +\d+\.\d +\d+\.\d-\d+\.\d$", one, flags=re.MULTILINE)
+    # The start and the epoch.
+    assert re.search(r"^input +784( +\d+\.\d){2} +\d+\.\d-\d+\.\d$", one, flags=re.MULTILINE)
     assert re.search(r"^The network's own error: \d+\.\d %$", one, flags=re.MULTILINE)
     for line in ("Figure: OUTPUT/error_by_depth.png", "Report: OUTPUT/report.json"):
         assert line in one.splitlines()
@@ -55,12 +57,18 @@ def test_two_runs_print_the_same_but_for_the_folder(runs: list[tuple[Path, str]]
 
 
 def test_two_runs_save_the_same_report(runs: list[tuple[Path, str]]) -> None:
-    one, other = ((output / "report.json").read_bytes() for output, _ in runs)
+    one, other = (json.loads((output / "report.json").read_text()) for output, _ in runs)
+    costs = [saved.pop("cost") for saved in (one, other)]
     assert one == other
+    # Times differ; what was kept does not.
+    assert [cost["kept_bytes"] for cost in costs] == [costs[0]["kept_bytes"]] * 2
+    assert costs[0]["kept_bytes"] > 0
     report = ProbeReport.load(runs[0][0] / "report.json")
     assert {row["samples"] for row in report.select(stage="val")} == {1000}
     assert {row["samples"] for row in report.select(stage="train")} == {4000}
-    assert json.loads(one)["version"] == 1
+    assert {row["epoch"] for row in report.rows} == {0, 1}
+    assert {row["fitted_on"]["samples"] for row in report.rows} == {4000}
+    assert one["version"] == 1
     assert str(report) in runs[0][1]
 
 
@@ -82,8 +90,9 @@ def test_tensorboard_holds_a_curve_for_each_layer_and_stage(runs: list[tuple[Pat
         for tag in events.Tags()["scalars"]
         if tag.startswith("probe_")
     }
-    assert curves == {
-        f"probe_error_{row['stage']}/{row['layer']}": [pytest.approx(row["value"])]
-        for row in report.select(metric="error")
-    }
+    expected: dict[str, list[Any]] = {}
+    for row in report.select(metric="error"):
+        expected.setdefault(f"probe_error_{row['stage']}/{row['layer']}", []).append(pytest.approx(row["value"]))
+    assert curves == expected
+    assert set(map(len, curves.values())) == {2}
     assert len(curves) == 2 * 10

@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader
 
 from lightning_probes import LinearProbeCallback
 
+EITHER_WAY = pytest.mark.parametrize("fit_samples", [0, 8192], ids=["online", "converged"])
+
 
 def make_trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
     quiet = {
@@ -93,6 +95,15 @@ def has_hooks(model: nn.Module) -> bool:
         ({"learning_rate": -1e-3}, ValueError, "learning_rate: expected a positive number, found -0.001"),
         ({"learning_rate": math.nan}, ValueError, "learning_rate: expected a positive number, found nan"),
         ({"learning_rate": math.inf}, ValueError, "learning_rate: expected a positive number, found inf"),
+        ({"fit_samples": -1}, ValueError, "fit_samples: expected .*, found -1"),
+        ({"fit_samples": 2.5}, TypeError, "fit_samples: expected .*, found 2.5"),
+        ({"fit_samples": 0.0}, TypeError, "fit_samples: expected .*, found 0.0"),
+        ({"fit_samples": False}, TypeError, "fit_samples: expected .*, found False"),
+        ({"fit_samples": None}, TypeError, "fit_samples: expected .*, found None"),
+        ({"fit_bytes": 0}, ValueError, "fit_bytes: expected a positive integer, found 0"),
+        ({"fit_bytes": "4 GiB"}, TypeError, "fit_bytes: expected a positive integer, found '4 GiB'"),
+        ({"every_n_epochs": 0}, ValueError, "every_n_epochs: expected a positive integer, found 0"),
+        ({"every_n_epochs": True}, TypeError, "every_n_epochs: expected a positive integer, found True"),
         ({"log_metrics": ["accuracy"]}, ValueError, r"log_metrics: expected .*found \['accuracy'\]"),
         ({"log_metrics": [3, "accuracy"]}, (TypeError, ValueError), "log_metrics: "),
         # Not its letters.
@@ -279,7 +290,7 @@ class InEpoch(Callback):
 
 
 def fit_with_fault(
-    folder: Path, width: int, fault: float, *, in_training: bool
+    folder: Path, width: int, fault: float, *, in_training: bool, fit_samples: int
 ) -> tuple[LinearProbeCallback, Trainer, list[Any]]:
     """Three epochs; from the second on the side layer's last feature is ``fault``, in training or in validation."""
     model = WithSide(lambda x: x.flatten(1)[:, :width])
@@ -293,57 +304,71 @@ def fit_with_fault(
 
         model.side.function = broken
 
-    trainer = make_trainer(folder, probes := LinearProbeCallback(), InEpoch(2, begin), max_epochs=3)
+    probes = LinearProbeCallback(fit_samples=fit_samples)
+    trainer = make_trainer(folder, probes, InEpoch(2, begin), max_epochs=3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(model, loader(), loader(40, seed=1))
     return probes, trainer, [str(warning.message) for warning in caught if "aside" in str(warning.message)]
 
 
+@EITHER_WAY
 @pytest.mark.parametrize("in_training", [True, False], ids=["in training", "in validation"])
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("width", [32, 64])  # beside two layers as wide, and beside the input
 def test_layer_that_is_not_finite_is_set_aside_with_one_warning_and_the_others_never_notice(
-    width: int, fault: float, in_training: bool, tmp_path: Path
+    width: int, fault: float, in_training: bool, fit_samples: int, tmp_path: Path
 ) -> None:
-    healthy, _, silence = fit_with_fault(tmp_path, width, 0.0, in_training=in_training)
-    probes, trainer, (warning,) = fit_with_fault(tmp_path, width, fault, in_training=in_training)
+    options: dict[str, Any] = {"in_training": in_training, "fit_samples": fit_samples}
+    healthy, _, silence = fit_with_fault(tmp_path, width, 0.0, **options)
+    probes, trainer, (warning,) = fit_with_fault(tmp_path, width, fault, **options)
     assert silence == []
-    assert re.search(
-        rf"layer 'side' is set aside at epoch 2, step 12: .*\({'train' if in_training else 'val'}\)", warning
-    )
+    # What is wrong in eval mode is wrong in the samples to fit on too: they are run again in it.
+    first = "train" if in_training or fit_samples else "val"
+    assert re.search(rf"layer 'side' is set aside at epoch 2, step 12: .*\({first}\)", warning)
     assert trainer.current_epoch == 3
     others = [row for row in healthy.report.rows if row["layer"] != "side"]
     assert [row for row in probes.report.rows if row["layer"] != "side"] == others
-    assert len(others) == 3 * 2 * 2 * 4
+    assert len(others) == (3 * 3 + 2 if fit_samples else 3 * 2) * 2 * 4
     for stage in ("train", "val"):
         rows = probes.report.select(layer="side", stage=stage)
         is_nan = {(row["epoch"], math.isnan(row["value"])) for row in rows}
-        second = in_training or stage == "val"
-        assert is_nan == {(1, False), (2, second), (3, True)}
+        second = first == "train" or stage == "val"
+        assert is_nan - {(0, False)} == {(1, False), (2, second), (3, True)}
+        assert ((0, False) in is_nan) == (fit_samples > 0)
         assert math.isnan(trainer.callback_metrics[f"probe_error_{stage}/side"].item())
         assert not math.isnan(trainer.callback_metrics[f"probe_error_{stage}/net.1"].item())
 
 
-def test_named_layer_that_never_runs_is_told_of_once(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, probes := LinearProbeCallback(["net.*", "side"]), max_epochs=3)
+@EITHER_WAY
+def test_named_layer_that_never_runs_is_told_of_once(fit_samples: int, tmp_path: Path) -> None:
+    probes = LinearProbeCallback(["net.*", "side"], fit_samples=fit_samples)
+    trainer = make_trainer(tmp_path, probes, max_epochs=3)
     with pytest.warns() as caught:
         trainer.fit(WithSide(), loader(), loader(32))
     (warning,) = (str(w.message) for w in caught if "LinearProbeCallback" in str(w.message))
     assert re.search(r"no train values for 'side' \(it never ran\)$", warning)
     assert probes.report.select(layer="side") == []
-    assert len(probes.report.select(layer="net.1")) == 3 * 2 * 2
+    assert len(probes.report.select(layer="net.1")) == (3 * 3 + 2 if fit_samples else 3 * 2) * 2
 
 
-def test_layer_that_runs_in_some_steps_is_scored_on_those(tmp_path: Path) -> None:
+@EITHER_WAY
+def test_layer_that_runs_in_some_steps_is_scored_on_those(fit_samples: int, tmp_path: Path) -> None:
     class Sometimes(WithSide):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            self.calls_side = batch_idx % 3 == 2
-            return super().training_step(batch, batch_idx)
+        def forward(self, x: Tensor) -> Tensor:
+            # By the data, so that a batch that is run again takes the same way.
+            self.calls_side = is_bright(x)
+            return super().forward(x)
 
-    model = Sometimes(lambda x: x.flatten(1))
-    make_trainer(tmp_path, probes := LinearProbeCallback(["net.*", "side"]), max_epochs=2).fit(model, loader(96))
-    assert {row["samples"] for row in probes.report.select(layer="side")} == {32}
+    def is_bright(x: Tensor) -> bool:
+        return x.mean().item() > -0.1
+
+    bright = sum(len(x) for x, _ in loader(96) if is_bright(x))
+    assert is_bright(next(iter(loader(96)))[0])  # or the layer would be left out
+    assert 16 < bright < 80
+    probes = LinearProbeCallback(["net.*", "side"], fit_samples=fit_samples)
+    make_trainer(tmp_path, probes, max_epochs=2).fit(Sometimes(lambda x: x.flatten(1)), loader(96))
+    assert {row["samples"] for row in probes.report.select(layer="side")} == {bright}
     assert {row["samples"] for row in probes.report.select(layer="net.1")} == {96}
 
 
@@ -366,25 +391,38 @@ BAD_BATCHES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+WITHOUT_A_SAMPLE = {"too large", "negative", "float"}
+"""Batches whose labels can be read, and none of which counts."""
+
+
+@EITHER_WAY
 @pytest.mark.parametrize("bad", BAD_BATCHES)
-def test_bad_labels_in_the_second_epoch_are_left_out_and_do_not_end_the_run(bad: str, tmp_path: Path) -> None:
+def test_bad_labels_in_the_second_epoch_are_left_out_and_do_not_end_the_run(
+    bad: str, fit_samples: int, tmp_path: Path
+) -> None:
     is_bad: list[bool] = []
 
     def labels(batch: Any) -> Any:
         return BAD_BATCHES[bad](batch) if is_bad else batch[1]
 
     begin, end = InEpoch(2, lambda: is_bad.append(True)), InEpoch(3, is_bad.clear)
-    trainer = make_trainer(tmp_path, probes := LinearProbeCallback(target=labels), begin, end, max_epochs=3)
+    probes = LinearProbeCallback(target=labels, fit_samples=fit_samples)
+    trainer = make_trainer(tmp_path, probes, begin, end, max_epochs=3)
     trainer.fit(WithSide(), loader(), loader(32))
     assert trainer.current_epoch == 3
-    assert {row["epoch"] for row in probes.report.rows} == {1, 3}
+    start = {0} if fit_samples else set()
+    assert {row["epoch"] for row in probes.report.select(stage="val")} == {1, 3} | start
+    # Batches without labels are not kept: the epoch is fitted on those of the epoch before.
+    kept = {2} if fit_samples and bad not in WITHOUT_A_SAMPLE else set()
+    assert {row["epoch"] for row in probes.report.select(stage="train")} == {1, 3} | start | kept
     assert {row["samples"] for row in probes.report.rows} == {96, 32}
     assert not any(math.isnan(row["value"]) for row in probes.report.rows)
 
 
+@EITHER_WAY
 @pytest.mark.parametrize("error", [RuntimeError, KeyError, AssertionError, ZeroDivisionError])
 def test_input_that_cannot_be_had_in_the_second_epoch_does_not_end_the_run(
-    error: type[Exception], tmp_path: Path
+    error: type[Exception], fit_samples: int, tmp_path: Path
 ) -> None:
     is_bad: list[bool] = []
 
@@ -393,18 +431,19 @@ def test_input_that_cannot_be_had_in_the_second_epoch_does_not_end_the_run(
             raise error("no such thing here")
         return batch[0]
 
-    trainer = make_trainer(
-        tmp_path, probes := LinearProbeCallback(input=pixels), InEpoch(2, lambda: is_bad.append(True)), max_epochs=2
-    )  # fmt: skip
+    probes = LinearProbeCallback(input=pixels, fit_samples=fit_samples)
+    trainer = make_trainer(tmp_path, probes, InEpoch(2, lambda: is_bad.append(True)), max_epochs=2)
     trainer.fit(WithSide(), loader(), loader(32))
     assert trainer.current_epoch == 2
-    assert {row["epoch"] for row in probes.report.select(layer="input")} == {1}
-    assert {row["epoch"] for row in probes.report.select(layer="net.1")} == {1, 2}
+    start = {0} if fit_samples else set()
+    assert {row["epoch"] for row in probes.report.select(layer="input")} == {1} | start
+    assert {row["epoch"] for row in probes.report.select(layer="net.1")} == {1, 2} | start
 
 
-def test_layer_that_changes_its_width_is_scored_where_it_has_its_own(tmp_path: Path) -> None:
+@EITHER_WAY
+def test_layer_that_changes_its_width_is_scored_where_it_has_its_own(fit_samples: int, tmp_path: Path) -> None:
     model = WithSide(lambda x: x.flatten(1) if len(x) == 16 else x.flatten(1)[:, :5])
-    trainer = make_trainer(tmp_path, probes := LinearProbeCallback())
+    trainer = make_trainer(tmp_path, probes := LinearProbeCallback(fit_samples=fit_samples))
     trainer.fit(model, DataLoader(images(88), batch_size=16))
     assert {row["samples"] for row in probes.report.select(layer="side")} == {80}
     assert {row["samples"] for row in probes.report.select(layer="net.1")} == {88}
@@ -461,21 +500,25 @@ def test_hooks_are_gone_after_an_exception_anywhere(event: str, error: BaseExcep
 
 @pytest.mark.usefixtures("_keeps_signals")
 @pytest.mark.parametrize("error", [RuntimeError("stop here"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
-@pytest.mark.parametrize("step", ["training_step", "validation_step"])
+@pytest.mark.parametrize("step", ["training_step", "validation_step", "again"])
 def test_hooks_are_gone_after_an_exception_in_a_step(step: str, error: BaseException, tmp_path: Path) -> None:
-    class Failing(WithSide):
-        had_hooks = False
+    had_hooks: list[bool] = []
 
+    class Failing(WithSide):
         def forward(self, x: Tensor) -> Tensor:
             if self.training == (step == "training_step") and self.global_step > 1:
-                self.had_hooks = has_hooks(self)
+                had_hooks.append(has_hooks(self))
                 raise error
             return super().forward(x)
 
     model = Failing()
+    # Where batches are run again, that is what calls forward in eval mode first.
+    probes = LinearProbeCallback(fit_samples=8192 if step == "again" else 0)
     with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
-        make_trainer(tmp_path, LinearProbeCallback()).fit(model, loader(), loader(32))
-    assert model.had_hooks
+        make_trainer(tmp_path, probes).fit(model, loader(), loader(32))
+    assert all(had_hooks)
+    # An error when run again ends nothing; the validation step that follows it does.
+    assert len(had_hooks) == 2 if step == "again" and isinstance(error, RuntimeError) else 1
     assert not has_hooks(model)
 
 

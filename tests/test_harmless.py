@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,11 +13,51 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.seed import isolate_rng
 from networks import GAN, Classifier, FrozenBackbone, ViT, convnet, images, mlp
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_probes import LinearProbeCallback
+
+
+class Contrast(Classifier):
+    """Counts its own steps, moves one queue in them and another in forward, and logs a metric with a state.
+
+    It draws in eval mode too, from all generators.
+    """
+
+    queue: Tensor
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(convnet())
+        self.register_buffer("queue", torch.zeros(24, 10))
+        self.register_buffer("seen", torch.zeros(24))
+        self.steps = {"training": 0, "validation": 0, "forward": 0}
+        self.accuracy = MulticlassAccuracy(num_classes=10, average="micro")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps["forward"] += 1
+        self.seen = torch.cat([x.flatten(1).mean(dim=1), self.seen])[:24]
+        return super().forward(x + 1e-3 * torch.randn_like(x) + 1e-3 * (random.random() - np.random.rand()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.steps["training"] += 1
+        logits = self(batch[0])
+        loss: Tensor = F.cross_entropy(logits, batch[1]) + 1e-3 * (logits @ self.queue.T).square().mean()
+        self.queue = torch.cat([logits.detach(), self.queue])[:24]
+        self.accuracy(logits, batch[1])
+        self.log("train_accuracy", self.accuracy, on_step=True, on_epoch=True)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.steps["validation"] += 1
+        super().validation_step(batch, batch_idx)
+
 
 NETWORKS: dict[str, Callable[[], LightningModule]] = {
     "mlp_with_dropout": lambda: Classifier(mlp(dropout=0.2)),
@@ -24,6 +65,7 @@ NETWORKS: dict[str, Callable[[], LightningModule]] = {
     "transformer": lambda: Classifier(ViT(width=32, depth=2, size=8, channels=1)),
     "gan": GAN,
     "frozen_submodule": FrozenBackbone,
+    "queues_counts_and_metric": Contrast,
 }
 
 
@@ -63,12 +105,19 @@ def rng_states() -> dict[str, Any]:
     return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": state, "python": random.getstate()}
 
 
-def train(make: Callable[[], LightningModule], folder: Path, *probes: Callback) -> dict[str, Any]:
+def train(
+    make: Callable[[], LightningModule],
+    folder: Path,
+    *probes: Callback,
+    validates: bool = True,
+    own_generator: bool = False,
+) -> dict[str, Any]:
     """Two epochs with shuffling, accumulation and checkpoints; everything that the promise names."""
     seed_everything(7, verbose=False)
     model = make()
     witness = Witness()
-    checkpoint = ModelCheckpoint(folder, filename="{epoch}-{step}-{val_loss:.4f}", save_top_k=-1, monitor="val_loss")
+    loss = "val_loss" if validates else "discriminator_loss" if make is GAN else "train_loss"
+    checkpoint = ModelCheckpoint(folder, filename=f"{{epoch}}-{{step}}-{{{loss}:.4f}}", save_top_k=-1, monitor=loss)
     trainer = Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -78,9 +127,13 @@ def train(make: Callable[[], LightningModule], folder: Path, *probes: Callback) 
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    train_loader, val_loader = (DataLoader(images(n, seed=n), batch_size=16, shuffle=n == 88) for n in (88, 40))
-    trainer.fit(model, train_loader, val_loader)
+    generator = torch.Generator().manual_seed(11)
+    own: dict[str, Any] = {"generator": generator, "num_workers": 2} if own_generator else {}
+    train_loader = DataLoader(images(88, seed=88), batch_size=16, shuffle=True, **own)
+    trainer.fit(model, train_loader, DataLoader(images(40, seed=40), batch_size=16) if validates else None)
     return {
+        "the loader's generator": generator.get_state(),
+        "its own counts": dict(getattr(model, "steps", {})),
         "weights and buffers": model.state_dict(),
         "optimiser state": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "random states": rng_states(),
@@ -115,14 +168,35 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
     return [] if one == other else [where]
 
 
+def check_that_probes_were_fitted(probes: LinearProbeCallback, stages: set[str]) -> None:
+    """Or there was nothing to be harmless about."""
+    rows = probes.report.rows
+    assert {(row["stage"], row["epoch"]) for row in rows} == {(stage, epoch) for stage in stages for epoch in (0, 1, 2)}
+    assert {(row["fitted_on"]["data"], row["fitted_on"]["samples"]) for row in rows} == {("train", 88)}
+    assert all(math.isfinite(row["value"]) for row in rows)
+    assert probes.report.notes == []
+
+
+@pytest.mark.parametrize("data", ["plain", "own generator and workers", "no validation"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_training_is_bit_identical_with_and_without_the_callback(network: str, tmp_path: Path) -> None:
-    probes = LinearProbeCallback()
-    without = train(NETWORKS[network], tmp_path / "without")
-    with_probes = train(NETWORKS[network], tmp_path / "with", probes)
+def test_training_is_bit_identical_with_and_without_the_callback(network: str, data: str, tmp_path: Path) -> None:
+    options = {"validates": data != "no validation", "own_generator": data.startswith("own")}
+    # Of a GAN the generator's layers have no labels that belong to them.
+    probes = LinearProbeCallback("discriminator.*" if network == "gan" else None)
+    without = train(NETWORKS[network], tmp_path / "without", **options)
+    with_probes = train(NETWORKS[network], tmp_path / "with", probes, **options)
     assert differences(without, with_probes) == []
-    assert len(probes.report.rows) > 0
+    check_that_probes_were_fitted(probes, {"train", "val"} if options["validates"] else {"train"})
     assert len(without["checkpoint names"]) == 2
+
+
+def test_what_is_compared_moves(tmp_path: Path) -> None:
+    one = train(Contrast, tmp_path / "one", own_generator=True)
+    assert one["its own counts"] == {"training": 12, "validation": 8, "forward": 20}
+    assert not torch.equal(one["the loader's generator"], torch.Generator().manual_seed(11).get_state())
+    assert (one["weights and buffers"]["queue"] != 0).all()
+    assert (one["weights and buffers"]["seen"] != 0).all()
+    assert "train_accuracy_epoch" in one["logged values"]
 
 
 def draw(model: LightningModule) -> None:
@@ -160,7 +234,21 @@ def move_a_buffer(model: LightningModule) -> None:
     part.running_mean += 1e-3
 
 
+def step_once_more(model: LightningModule) -> None:
+    model.training_step(next(iter(DataLoader(images(16), batch_size=16))), 0)
+
+
+def run_forward(model: LightningModule) -> None:
+    with torch.no_grad():
+        model(images(4).tensors[0])
+
+
+def validate_once_more(model: LightningModule) -> None:
+    model.steps["validation"] += 1  # type: ignore[operator, index]
+
+
 HARMS = [draw, build_a_head, draw_from_numpy, draw_from_python, forget_eval, nudge, keep_a_gradient, move_a_buffer]
+HARMS += [step_once_more, run_forward, validate_once_more]
 
 
 @pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
@@ -172,6 +260,20 @@ def test_a_harmful_callback_is_found_out(harm: Callable[[LightningModule], None]
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             harm(pl_module)
 
-    without = train(FrozenBackbone, tmp_path / "without")
-    harmed = train(FrozenBackbone, tmp_path / "with", Harmful())
+    make = Contrast if harm in (step_once_more, run_forward, validate_once_more) else FrozenBackbone
+    without = train(make, tmp_path / "without")
+    harmed = train(make, tmp_path / "with", Harmful())
     assert differences(without, harmed) != []
+
+
+def test_a_callback_that_reads_the_training_data_again_is_found_out(tmp_path: Path) -> None:
+    class Reading(LinearProbeCallback):
+        def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            super().on_validation_epoch_end(trainer, pl_module)
+            if trainer.train_dataloader is not None:
+                with isolate_rng():
+                    next(iter(trainer.train_dataloader))
+
+    without = train(FrozenBackbone, tmp_path / "without", own_generator=True)
+    harmed = train(FrozenBackbone, tmp_path / "with", Reading(), own_generator=True)
+    assert "/the loader's generator" in differences(without, harmed)

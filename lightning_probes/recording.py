@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_probes.activations import ActivationRecorder
-from lightning_probes.calls import Call, CannotRunAgainError, Link, Weight, renumber, tensors_in
+from lightning_probes.calls import Call, CannotRunAgainError, Link, View, Weight, renumber, tensors_in
 
 _PLAIN: tuple[type, ...] = (type(None), bool, int, float, complex, str, bytes, slice, range, enum.Enum)
 _PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
@@ -173,6 +174,8 @@ class CallRecorder:
         key, version = _key(leaf), _version(leaf)
         if (found := self._outputs.get(key)) is not None and found[1] == version:
             return found[2]
+        if (link := self._view_of_an_output(leaf, version)) is not None:
+            return link
         is_computed = leaf.grad_fn is not None or found is not None or _storage(leaf) in self._computed
         if self._data is not None and self._computed:
             is_computed |= _storage(leaf) not in self._data
@@ -185,6 +188,14 @@ class CallRecorder:
             # Under the same key only the newest matters; calls hold on to the older copies themselves.
             seen = self._inputs[key] = leaf.detach(), version, leaf.detach().to("cpu", copy=True)
         return seen[2]
+
+    def _view_of_an_output(self, leaf: Tensor, version: int) -> Link | None:
+        for output, its_version, link in reversed(self._outputs.values()):
+            # Views count their changes together.
+            shares = _storage(output) == _storage(leaf) and its_version == version
+            if shares and (view := View.of(leaf, output)) is not None:
+                return replace(link, view=view)
+        return None
 
 
 def _children_called_by_steps(module: nn.Module) -> Iterator[nn.Module]:

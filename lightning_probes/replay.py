@@ -146,7 +146,8 @@ class Replay:
 
         def resolve(leaf: Any) -> Any:
             if isinstance(leaf, Link):
-                return outputs[leaf.call][leaf.position]
+                output = outputs[leaf.call][leaf.position]
+                return output if leaf.view is None else leaf.view.on(output)
             if isinstance(leaf, Weight):
                 tensor = self._named[leaf.name]
                 return self._values.get(id(tensor), tensor).detach().clone()

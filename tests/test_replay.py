@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_probes.calls import Call, num_bytes
+from lightning_probes.calls import Call, CannotRunAgainError, num_bytes
 from lightning_probes.recording import CallRecorder
 from lightning_probes.replay import Replay, frozen
 
@@ -320,8 +320,10 @@ def in_place_glue(m: Any) -> None:
     m.head(m.body(X).relu_())
 
 
-def a_view_without_gradient(m: Any) -> None:
-    m.head(m.body(X).detach()[1:])
+def in_place_view_glue(m: Any) -> None:
+    z = m.body(X).detach()
+    z[1:] += 1
+    m.head(z[:2])
 
 
 def in_place_without_gradient(m: Any) -> None:
@@ -335,7 +337,7 @@ def of_weights(m: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "step", [functional_glue, in_place_glue, a_view_without_gradient, in_place_without_gradient, of_weights]
+    "step", [functional_glue, in_place_glue, in_place_view_glue, in_place_without_gradient, of_weights]
 )
 def test_what_is_computed_outside_of_modules_is_refused_with_the_reason(step: Callable[[nn.Module], None]) -> None:
     model = Steps()
@@ -343,6 +345,33 @@ def test_what_is_computed_outside_of_modules_is_refused_with_the_reason(step: Ca
     assert isinstance(reason, str)
     assert reason.startswith("the input of 'head' is computed")
     assert reason.endswith("outside of any module; move that code into a forward()")
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "detached and sliced": lambda z: z.detach()[1:],
+    "flattened": lambda z: z.view(3, 10).flatten().view(5, 6),
+    "every other sample": lambda z: z[::2],
+    "turned over twice": lambda z: z.T.T,
+    "the last samples of a part": lambda z: z[2:][1:],
+    "expanded": lambda z: z[:1].expand(4, -1),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_between_modules_are_followed(view: str) -> None:
+    model = Steps()
+    calls = recorded(model, lambda: model.head(VIEWS[view](model.body(X))))
+    train_once(model, lambda m: m.head(m.body(X)))
+    expected = by_hand(model, lambda m: m.head(VIEWS[view](m.body(X))))
+    assert differences(expected, replayed(model, calls)) == []
+
+
+def test_view_of_an_output_that_is_laid_out_differently_is_refused() -> None:
+    model = Steps()
+    calls = recorded(model, lambda: model.head(model.body(X)[1:]))
+    model.body.register_forward_hook(lambda module, args, output: output.T.contiguous().T)
+    with pytest.raises(CannotRunAgainError, match="laid out differently"), frozen(model):
+        Replay(model, device="cpu").run(calls)
 
 
 def test_glue_that_no_probed_layer_depends_on_is_no_obstacle() -> None:

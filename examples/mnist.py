@@ -1,4 +1,4 @@
-"""Train a small convolutional network on 5 000 real MNIST digits and watch what each of its layers knows.
+"""Train a small convolutional network on 5 000 real MNIST digits: what each layer knows, before and after each epoch.
 
 python examples/mnist.py [--epochs 5] [--seed 0] [--output runs/mnist]
 """

@@ -8,7 +8,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_probes import LinearProbeCallback
+from lightning_probes import LinearProbeCallback, fitting
 from lightning_probes.bank import ProbeBank
+from lightning_probes.convergence import fit_probes
 
 State = dict[str, Tensor]
 Features = dict[str, Tensor]
@@ -828,3 +829,24 @@ def test_a_start_that_validation_cannot_show_is_missed_aloud(tmp_path: Path) -> 
         assert Exact(fit).gap([found[0]["value"]], scored) <= 0.01
     else:
         assert any("start" in note for note in probes.report.notes)
+
+
+def test_probes_short_of_their_optimum_are_named_once_and_their_rows_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "fit_probes", partial(fit_probes, max_iterations=1, tolerance=1e-9))
+    probes = LinearProbeCallback("net.1")
+    (warning,) = fit_and_listen(make_trainer(tmp_path, probes), small(), loader(96), loader(64, seed=1))
+    assert "the probes of 'input', 'net.1' did not reach their optimum" in warning
+    assert {row["converged"] for row in probes.report.rows} == {False}
+    assert all(math.isfinite(row["value"]) for row in probes.report.rows)
+
+
+def test_a_run_resumed_before_its_first_point_says_that_it_has_no_start(tmp_path: Path) -> None:
+    early = ModelCheckpoint(tmp_path, filename="early", every_n_train_steps=2, save_top_k=-1)
+    stopped = make_trainer(tmp_path, LinearProbeCallback(), early, enable_checkpointing=True, max_steps=3)
+    stopped.fit(small(), loader(96), loader(64, seed=1))
+    probes = LinearProbeCallback()
+    make_trainer(tmp_path, probes).fit(small(), loader(96), loader(64, seed=1), ckpt_path=str(tmp_path / "early.ckpt"))
+    assert probes.report.notes == ["no starting point: training was resumed before there was one"]
+    assert [epoch for epoch, _ in points(probes, "val")] == [1, 2]

@@ -17,6 +17,20 @@ _FEWEST = 20
 _CLEARLY = 1.01
 """A held-out loss that is higher than the best by this factor has passed its minimum."""
 
+FOLDS = 5
+"""Parts of the samples; one is held out to choose a strength."""
+
+
+class Folds:
+    """Parts that samples belong to, drawn by a generator of its own: an order in the data must not become a part."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+
+    def next(self, samples: int) -> Tensor:
+        """``(samples,)`` of ``0 .. FOLDS - 1``, on the host, parts as even as can be."""
+        return torch.randperm(samples, generator=self._generator, device="cpu").remainder(FOLDS)
+
 
 @torch.no_grad()
 def fit_probes(
@@ -25,10 +39,11 @@ def fit_probes(
     *,
     strengths: Sequence[float] = (1e-2, 1e-3, 1e-4),
     priors: Mapping[str, Tensor] | None = None,
+    folds: Tensor | None = None,
     tolerance: float = TOLERANCE,
     max_iterations: int = 500,
 ) -> dict[str, Solution]:
-    """The probe of every layer, at the strength whose cross-entropy on every fifth sample is lowest.
+    """The probe of every layer, at the strength whose cross-entropy on a held-out fifth of the samples is lowest.
 
     Features are standardised by the statistics of all samples given, in a copy of one layer at a time. Strengths are
     tried from the largest to the smallest, each from the solution before; the best is fitted again on all samples. With
@@ -39,6 +54,8 @@ def fit_probes(
         targets: ``(samples, classes)``, distributions; zero rows are left out.
         strengths: of the L2 penalty.
         priors: ``{layer: (classes, features)}`` on the features as they are: weights that the penalty pulls towards.
+        folds: ``(samples,)``, which of :class:`Folds` each belongs to; views of one sample to the same. Of those that
+            occur the last one is held out. Default: drawn for each sample.
         tolerance: see :func:`~lightning_probes.regression.solve`; strengths are told apart at a quarter of it.
         max_iterations: likewise, for each fit.
 
@@ -67,7 +84,9 @@ def fit_probes(
         if prior is not None:
             scale = inverse_deviation(mean, variance)
             prior = torch.where(scale > 0, prior.to(x) / scale, 0.0)
-        l2, start = _choose(x, y, sorted(strengths, reverse=True), prior, tolerance / 4, max_iterations)
+        part = Folds().next(len(x)).to(x.device) if folds is None else folds.to(x.device)[counted]
+        held = part == part.max() if len(part) else part > 0
+        l2, start = _choose(x, y, held, sorted(strengths, reverse=True), prior, tolerance / 4, max_iterations)
         best = solve(x, y, l2, start=start, prior=prior, tolerance=tolerance, max_iterations=max_iterations)
         found[layer] = replace(best, mean=mean, variance=variance)
     return found
@@ -87,12 +106,17 @@ def score(solution: Solution, features: Tensor, targets: Tensor) -> Tensor:
 
 
 def _choose(
-    x: Tensor, y: Tensor, strengths: Sequence[float], prior: Tensor | None, tolerance: float, max_iterations: int
+    x: Tensor,
+    y: Tensor,
+    held: Tensor,
+    strengths: Sequence[float],
+    prior: Tensor | None,
+    tolerance: float,
+    max_iterations: int,
 ) -> tuple[float, tuple[Tensor, Tensor] | None]:
     """The strength with the lowest held-out cross-entropy, and the probe that had it."""
     if len(x) < _FEWEST or len(strengths) == 1:
         return strengths[0], None
-    held = torch.arange(len(x), device=x.device) % 5 == 4
     fit, fit_y, rest, rest_y = x[~held], y[~held], x[held], y[held]
     lowest, chosen, start = float("inf"), strengths[0], None
     # Never from a probe that has seen the held-out part: short of its optimum it would remember it.

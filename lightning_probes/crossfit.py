@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_probes.convergence import fit_probes, score
+from lightning_probes.convergence import FOLDS, Folds, fit_probes, score
 from lightning_probes.fitting import Fitted, Seen, fitted
 from lightning_probes.kept import KeptBatches
 from lightning_probes.probing import ProbedNetwork
@@ -15,8 +15,6 @@ from lightning_probes.targets import repeat_views
 
 CROSS_FITTED = "val, cross-fitted"
 """What rows of such probes say that they were fitted on."""
-
-_FOLDS = 5
 
 
 class CrossFitter:
@@ -50,24 +48,21 @@ class CrossFitter:
         self._kept.clear()
         held: dict[str, Tensor] = {}
         solutions: dict[str, Solution] = {}
+        folds = Folds()
+        of_batch = [folds.next(len(y)) for _, y in batches]
         for layer in self._network.layers:
-            parts = [(x[layer], y) for x, y in batches if layer in x]
+            parts = [(x[layer], y, fold) for (x, y), fold in zip(batches, of_batch, strict=True) if layer in x]
             if not parts:
                 continue
-            x = torch.cat([x for x, _ in parts])
-            y = torch.cat([repeat_views(y, len(x)) for x, y in parts])
-            starts = torch.tensor([0, *(len(y) for _, y in parts)]).cumsum(0)
-            fold = torch.cat(
-                [
-                    (torch.arange(len(y)) + first).remainder(_FOLDS).repeat(len(x) // len(y))
-                    for (x, y), first in zip(parts, starts, strict=False)
-                ]
-            )
-            solutions |= fit_probes({layer: x}, y)
+            x = torch.cat([x for x, _, _ in parts])
+            y = torch.cat([repeat_views(y, len(x)) for x, y, _ in parts])
+            fold = torch.cat([fold.repeat(len(x) // len(fold)) for x, _, fold in parts])
+            solutions |= fit_probes({layer: x}, y, folds=fold)
             held[layer] = torch.zeros_like(solutions[layer].sums)
-            for i in range(_FOLDS):
-                found = fit_probes({layer: x[fold != i]}, y[fold != i])[layer]
-                held[layer] += score(found, x[fold == i], y[fold == i])
+            for i in range(FOLDS):
+                others = fold != i
+                found = fit_probes({layer: x[others]}, y[others], folds=fold[others])[layer]
+                held[layer] += score(found, x[~others], y[~others])
         if not solutions:
             return None
         none = torch.zeros_like(next(iter(held.values())))

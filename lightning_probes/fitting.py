@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from lightning_probes.bank import ProbeBank
 from lightning_probes.calls import Call, num_bytes
-from lightning_probes.convergence import fit_probes
+from lightning_probes.convergence import Folds, fit_probes
+from lightning_probes.frozen import frozen
 from lightning_probes.kept import KeptBatches
 from lightning_probes.probing import INPUT, ProbedNetwork
 from lightning_probes.recording import CallRecorder
 from lightning_probes.regression import Solution
-from lightning_probes.replay import Replay, frozen
+from lightning_probes.replay import Replay
 from lightning_probes.scores import count_classes
 from lightning_probes.targets import repeat_views
 
@@ -99,14 +100,20 @@ class ProbeFitter:
         """Before each training step: whether its batch is kept; if so, its calls are recorded from now on."""
         self._is_open = not self.refusal and self._kept.wants()
         if self._is_open:
-            self._calls.start()
+            self._start()
         return self._is_open
 
     def watch(self, batch: Any) -> None:
         """Before a step outside of training: record its calls."""
         self._is_open = not self.refusal
         if self._is_open:
+            self._start(batch)
+
+    def _start(self, batch: Any = None) -> None:
+        try:
             self._calls.start(batch)
+        except Exception as error:  # a module that takes no hooks
+            self.refusal, self._is_open = f"hooks cannot be registered: {error}", False
 
     def close(self, seen: Seen | None) -> None:
         """After the training step: keep what it showed, if anything and if it was wanted."""
@@ -115,8 +122,10 @@ class ProbeFitter:
             # A step now and then may differ; a network that never could be run again is not asked any more.
             self.refusal = "" if self._kept.samples else batch
         elif batch is not None:
-            features = 4 * len(batch.targets) * sum(self._network.recorder.widths.values())
-            self._kept.add(len(batch.targets), batch, num_bytes(batch.calls) + features)
+            # As many rows as the layer with most views has; some layers may not have had their turn.
+            rows = max(len(x) for x in seen[0].values()) if seen else 0
+            values = rows * sum(self._network.recorder.widths.values()) + batch.targets.numel()
+            self._kept.add(len(batch.targets), batch, num_bytes(batch.calls) + 4 * values)
 
     def take(self, seen: Seen | None) -> KeptBatch | str | None:
         """What a step showed that was opened or watched, or why it cannot be run again; ``None`` if it was neither."""
@@ -161,22 +170,26 @@ class ProbeFitter:
     ) -> Fitted | None:
         features: dict[str, list[Tensor]] = {}
         targets: dict[str, list[Tensor]] = {}
+        parts: dict[str, list[Tensor]] = {}
+        folds = Folds()
         online_sums, classes = [], []
         with closing(self.run_again(self._kept.items(), model, context, weights)) as batches:
             for seen, labels in batches:
                 classes.append(count_classes(labels))
+                fold = folds.next(len(labels))
                 if online is not None:
                     online_sums.append(online.score(seen, labels))
                 for layer, x in seen.items():
                     features.setdefault(layer, []).append(x.cpu())
                     targets.setdefault(layer, []).append(repeat_views(labels, len(x)).cpu())
+                    parts.setdefault(layer, []).append(fold.repeat(len(x) // len(fold)))
         if not features:
             return None
         solutions: dict[str, Solution] = {}
         for layer in [layer for layer in self._network.layers if layer in features]:
             # One layer at a time on the device, and gone from the host as soon as it is there.
-            x, y = (torch.cat(parts.pop(layer)).to(classes[0].device) for parts in (features, targets))
-            solutions |= fit_probes({layer: x}, y)
+            x, y, fold = (torch.cat(held.pop(layer)).to(classes[0].device) for held in (features, targets, parts))
+            solutions |= fit_probes({layer: x}, y, folds=fold)
         return fitted(self._network, solutions, "train", sum(classes), sum(online_sums) if online_sums else None)
 
     def run_again(

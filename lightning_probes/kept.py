@@ -24,7 +24,7 @@ class KeptBatches(Generic[T]):
     def __init__(self, max_samples: int, max_bytes: int, seed: int = 0) -> None:
         self._max_samples = max_samples
         self._max_bytes = max_bytes
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
         self.clear()
 
     def clear(self) -> None:
@@ -78,7 +78,7 @@ class KeptBatches(Generic[T]):
         return sorted(self._kept, key=lambda kept: kept[0])
 
     def _draw(self, n: int) -> int:
-        return int(torch.randint(n, (1,), generator=self._generator))
+        return int(torch.randint(n, (1,), generator=self._generator, device="cpu"))
 
     def _count(self) -> None:
         self.samples, self.num_bytes = _sizes([*self._before, *self._kept])

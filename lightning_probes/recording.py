@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -66,7 +67,11 @@ class CallRecorder:
         """
         self.detach()
         probed = {id(layer) for layer in layers.values()}
-        holders = [module for module in model.modules() if any(id(below) in probed for below in module.modules())]
+        holders = [
+            module
+            for module in model.modules()
+            if not isinstance(module, torch.jit.ScriptModule) and any(id(m) in probed for m in module.modules())
+        ]
         self._hooked = {id(module): module for module in chain(holders, _children_called_by_steps(model))}
         self._model, self._holders = model, {id(module) for module in holders}
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -166,7 +171,7 @@ class CallRecorder:
 
     def _keep(self, leaf: Any, name: str) -> Any:
         if not isinstance(leaf, Tensor):
-            if isinstance(leaf, _PLAIN) or (callable(leaf) and not isinstance(leaf, nn.Module)):
+            if isinstance(leaf, _PLAIN) or _is_stateless(leaf):
                 return leaf
             raise CannotRunAgainError(f"an argument of {name!r} is a {type(leaf).__name__}, which cannot be copied")
         if id(leaf) in self._weights:
@@ -198,9 +203,19 @@ class CallRecorder:
         return None
 
 
+def _is_stateless(leaf: Any) -> bool:
+    """Whether it is a class or a function that holds nothing: a bound method or closure could be told of each run."""
+    if inspect.isfunction(leaf):
+        return leaf.__closure__ is None
+    owner = getattr(leaf, "__self__", None)
+    return inspect.isclass(leaf) or (inspect.isbuiltin(leaf) and (owner is None or inspect.ismodule(owner)))
+
+
 def _children_called_by_steps(module: nn.Module) -> Iterator[nn.Module]:
     """The children of ``module``, and in the place of a container that cannot be called, as ModuleList, its own."""
     for child in module.children():
+        if isinstance(child, torch.jit.ScriptModule):
+            continue  # takes no such hooks
         yield child
         if type(child).forward is nn.Module.forward:
             yield from _children_called_by_steps(child)

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import random
-import sys
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,76 +10,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_probes.calls import Call, Link, Weight, tensors_in
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """The network in eval mode without gradients; afterwards as it was before, also after an exception.
-
-    What comes back: every submodule's ``training`` flag, one by one; the states of the random generators (torch on the
-    CPU and CUDA, numpy, python); the modules' attributes, what they were and, for tensors, lists, dicts and sets that
-    are not parameters or buffers, what was in them. Hooks that are added or removed inside stay so. ``self.log`` of a
-    LightningModule does nothing inside; compiled submodules run eagerly, so that hooks in them fire.
-
-    Parameters and buffers are guarded by :class:`Replay`, and by nothing when the network is called in another way.
-    """
-    rng = _rng_states()
-    saved = [(vars(module), dict(vars(module))) for module in model.modules()]
-    try:
-        memo: dict[int, Any] = {}
-        with torch.no_grad():
-            for module in model.modules():
-                _stand_in(module, memo)
-            yield
-    finally:
-        for own, attributes in saved:
-            own.update(attributes)
-            for name in own.keys() - attributes.keys():
-                del own[name]
-        _set_rng_states(rng)
-
-
-def _stand_in(module: nn.Module, memo: dict[int, Any]) -> None:
-    """Put copies in the place of a module's attributes that its forward may write to. Undone from a saved dict."""
-    own = vars(module)
-    for name, value in own.items():
-        # A handle finds its hook in the dict that it was given: the hooks' dicts stay what they are.
-        if "hooks" in name:
-            continue
-        if type(value) in (list, dict, set, OrderedDict):
-            own[name] = memo.setdefault(id(value), copy.copy(value))
-        elif isinstance(value, Tensor):
-            own[name] = memo.setdefault(id(value), value.clone())
-    # Into the dict and not by train(), eval() or setattr, which users override.
-    own["training"] = False
-    if hasattr(type(module), "log_dict"):
-        own["log"] = own["log_dict"] = _do_nothing
-    if "_compiled_call_impl" in own:
-        own["_compiled_call_impl"] = None
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
-        own["forward"] = module._orig_mod.__call__
-
-
-def _do_nothing(*args: Any, **kwargs: Any) -> None: ...
-
-
-def _rng_states() -> dict[str, Any]:
-    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    if (numpy := sys.modules.get("numpy")) is not None:
-        states["numpy"] = numpy.random.get_state()
-    return states
-
-
-def _set_rng_states(states: Mapping[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    random.setstate(states["python"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state_all(states["cuda"])
-    if "numpy" in states:
-        sys.modules["numpy"].random.set_state(states["numpy"])
 
 
 def copy_of_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -121,6 +46,7 @@ class Replay:
         self._writes: dict[int, bool] = {}
         self._slots: dict[int, list[tuple[str, Tensor, bool]]] = {}
         self._named: dict[str, Tensor] = {}
+        self._copies: dict[int, tuple[Tensor, int]] = {}
         self._values: dict[int, Tensor] = {}
         # All names, as a state dict has them: a tensor in two places has two, and either will do.
         for prefix, module in model.named_modules(remove_duplicate=False):
@@ -163,6 +89,13 @@ class Replay:
             if i in linked:
                 outputs[i] = list(tensors_in(output))
 
+    def _held(self, tensor: Tensor) -> Tensor:
+        held, version = self._copies.get(id(tensor), (None, 0))
+        if held is None or held._version != version:
+            held = self._values.get(id(tensor), tensor).detach().clone()
+            self._copies[id(tensor)] = held, held._version
+        return held
+
     def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if id(module) not in self._slots:
             # Each place once, by the first path to its module: functional_call would not find back from a place that
@@ -175,10 +108,10 @@ class Replay:
         # Some networks write to parameters in forward (a momentum encoder). The first call shows whether this one does.
         is_careful = self._writes.get(id(module), True)
         for name, tensor, is_buffer in slots_of:
-            value = self._values.get(id(tensor), tensor).detach()
             if (is_buffer or is_careful) and id(tensor) not in copies:
-                copies[id(tensor)] = value.clone()
-            state[name] = copies.get(id(tensor), value)
+                copies[id(tensor)] = self._values.get(id(tensor), tensor).detach().clone()
+            # Never the network's own memory: another input may take another way, on which it is written to.
+            state[name] = copies[id(tensor)] if id(tensor) in copies else self._held(tensor)
         given = dict(state)
         output = torch.func.functional_call(module, state, args, kwargs, tie_weights=False)
         if id(module) not in self._writes:

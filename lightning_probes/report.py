@@ -88,7 +88,7 @@ class ProbeReport:
             new.append({**common, "metric": "cross_entropy", "value": loss / total, "low": None, "high": None})
             if (online := scores.get("online", [None] * len(layers))[i]) is not None:
                 new.append({**common, "metric": "lag", "value": (online - wrong) / total, "low": None, "high": None})
-        point = {**curve, "step": step}
+        point = {**curve, **time}
         self.rows = [row for row in self.rows if any(row[key] != value for key, value in point.items())] + new
         if not dataloader and (total := sum(scores["classes"], 0.0)):
             self.baseline[stage] = 1 - max(scores["classes"]) / total

@@ -181,7 +181,7 @@ def test_draws_nothing_changes_nothing_repeats_exactly() -> None:
     assert first.sums[0] == wrong
 
 
-def test_the_strength_is_that_of_every_fifth_sample() -> None:
+def test_the_strength_is_that_of_the_held_out_part() -> None:
     raw, labels = data(17, 200, 40, 3)
     labels = torch.where(torch.rand(200, generator=torch.Generator().manual_seed(0)) < 0.3, labels.roll(1), labels)
     x, y = standardised(raw), one_hot(labels, 3).double()
@@ -190,7 +190,7 @@ def test_the_strength_is_that_of_every_fifth_sample() -> None:
     for l2 in (1.0, 1e-2, 1e-4):
         found = solve(x[~held], y[~held], l2)
         losses[l2] = cross_entropy(x[held] @ found.weight.T + found.bias, labels[held]).item()
-    chosen = fit_probes({"a": raw, "other": raw + 1}, y, strengths=(1e-4, 1.0, 1e-2))
+    chosen = fit_probes({"a": raw, "other": raw + 1}, y, strengths=(1e-4, 1.0, 1e-2), folds=torch.arange(200) % 5)
     assert chosen["a"].l2 == chosen["other"].l2 == min(losses, key=lambda l2: losses[l2])
     check_gradient(chosen["a"], x, y, 1e-3)
 
@@ -199,6 +199,16 @@ def on_features(found: Solution) -> tuple[Tensor, Tensor]:
     """Weight and bias of the same probe on features that are not standardised."""
     weight = found.weight * inverse_deviation(found.mean, found.variance)
     return weight, found.bias - weight @ found.mean
+
+
+def test_an_order_of_the_labels_does_not_become_a_part() -> None:
+    raw, _ = data(31, 300, 12, 5)
+    labels = torch.arange(300) % 5
+    raw = raw + 6 * one_hot(labels, 5).to(raw) @ data(32, 5, 12, 5)[0]
+    found = fit_probes({"a": raw}, one_hot(labels, 5).double())["a"]
+    # Held out by position, one class would be missing from the rest and the largest strength be the best.
+    assert found.l2 < 1e-2
+    assert found.sums[0] == 0
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_probes.calls import Call, CannotRunAgainError, num_bytes
+from lightning_probes.frozen import frozen
 from lightning_probes.recording import CallRecorder
-from lightning_probes.replay import Replay, frozen
+from lightning_probes.replay import Replay
 
 Outputs = dict[str, list[Tensor]]
 

@@ -229,7 +229,8 @@ def exact_error(train: Split, held_out: Split, classes: int, with_sklearn: bool)
         if loss >= best[0]:
             break  # the held-out loss has one minimum along the path
         best = loss, l2, start
-    w = minimise(x, train[1], classes, best[1], best[2], torch.float64)
+    w = minimise(x, train[1], classes, best[1], best[2], torch.float32)
+    w = minimise(x, train[1], classes, best[1], w, torch.float64)
     error = ((held_x.double() @ w[:-1] + w[-1]).argmax(dim=1) != held_out[1]).double().mean().item()
     if not with_sklearn:
         return error, float("nan")
@@ -287,6 +288,8 @@ def measure(network: str, seed: int, args: argparse.Namespace) -> list[dict[str,
     inputs: dict[str, tuple[float, float]] = {}
     rows: list[dict[str, Any]] = []
     for epoch, state in enumerate(heads.states):
+        if epoch not in args.epochs:
+            continue
         model.load_state_dict(state)
         images = torch.stack([dataset[int(i)][0] for i in order])
         found, held = (features_of(model, layers, x) for x in (images, held_out[0]))
@@ -344,6 +347,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with mnist.npz and fashion_mnist.npz")
     parser.add_argument("--samples", type=int, default=20_000, help="training images")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="for which to compare")
     parser.add_argument("--refits", action="store_true", help="also fewer and more samples than the default")
     parser.add_argument("--sklearn", action="store_true", help="also scikit-learn at the same L2; slow")
     parser.add_argument("--record", type=Path, help="file of JSON lines that keeps the rows")

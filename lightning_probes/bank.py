@@ -116,6 +116,11 @@ class ProbeBank:
             memory |= zip(stack.layers, stack.lent[1], strict=True)
         return memory
 
+    def release(self) -> None:
+        """Let go of the memory that was lent."""
+        for stack in self._stacks.values():
+            stack.lent = None
+
     @torch.no_grad()
     def score(self, features: Mapping[str, Tensor], targets: Tensor) -> Tensor:
         """The ``(3, layers)`` sums of :func:`~lightning_probes.scores.tally`; nothing is updated."""

@@ -30,6 +30,11 @@ class CrossFitter:
         self._network = network
         self._kept = KeptBatches[Seen](max_samples, max_bytes)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what is kept."""
+        return self._kept.num_bytes
+
     def add(self, seen: Seen) -> None:
         """Keep what a batch showed."""
         if self._kept.wants():

@@ -54,20 +54,40 @@ class Optimum:
         self._make_cross_fitter = partial(CrossFitter, network, samples, max_bytes)
         self._initial: dict[str, Tensor] | None = None
 
-    def begin(self, model: nn.Module, *, is_new: bool) -> None:
-        """Training begins; ``is_new``: with the network as it is, which is to be the first point of each curve."""
-        if self._is_off:
-            return
-        self._fitter.attach(model)
-        if is_new and not any(is_lazy(tensor) for tensor in model.parameters()):
-            self._initial = copy_of_weights(model)
-            sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in self._initial.values()}
-            self.cost["weights_bytes"] = sum(sizes.values())
+    def begin(self, model: nn.Module, *, is_new: bool, has_start: bool) -> str:
+        """Training begins.
 
-    def end(self) -> None:
-        """Let go of the model and of what was kept of its training."""
+        Args:
+            model: the network.
+            is_new: as it is now it is to be the first point of each curve.
+            has_start: that point is there already.
+
+        Returns:
+            What a reader should know.
+        """
+        if self._is_off:
+            return ""
+        self._fitter.attach(model)
+        if not is_new:
+            return "" if has_start else "no starting point: training was resumed before there was one"
+        if any(is_lazy(tensor) for tensor in model.parameters()):
+            return "no starting point: before the first step the network had parameters without a shape"
+        self._initial = copy_of_weights(model)
+        sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in self._initial.values()}
+        self.cost["weights_bytes"] = sum(sizes.values())
+        return ""
+
+    def end(self) -> str:
+        """Let go of the model and of what was kept of its training; what a reader should know."""
+        was_waiting = self._initial is not None
         self._fitter.detach()
-        self._initial = self.start = None
+        self.forget()
+        self._initial = None
+        return "no starting point: it waited for a validation that never ended" if was_waiting else ""
+
+    def forget(self) -> None:
+        """A validation that did not end."""
+        self.start = self._cross_fitters = None
 
     def renew(self) -> None:
         """A new epoch begins."""
@@ -108,15 +128,30 @@ class Optimum:
             if not self._fitter.refusal:
                 self.fitted = self._fitter.fit(model, context, online)
             if self.fitted is not None and self._initial is not None and (is_validation or not has_validation):
-                self.start = self._fitter.fit(model, context, weights=self._initial)
+                self._fit_start(model, context)
         self.cost["kept_bytes"] = max(self.cost["kept_bytes"], self._fitter.num_bytes)
-        if self._fitter.refusal:
-            self.fitted = self.start = self._initial = None
         if self.fitted is None:
             reason = self._fitter.refusal or "no batch of it was kept: fit_samples and fit_bytes have no room for one"
             self._cross_fitters = defaultdict(self._make_cross_fitter) if is_validation else None
             way = "cross-fitted on validation" if has_validation else "those trained along, which lag behind"
-            self._say(f"training cannot be run again ({reason}): the probes are {way}, and there is no starting point")
+            no_start = ", and there is no starting point" if self._initial is not None else ""
+            self._initial = None
+            self._say(f"training cannot be run again ({reason}): the probes are {way}", no_start)
+
+    def _fit_start(self, model: nn.Module, context: Context) -> None:
+        assert self._initial is not None
+        device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+        # There until the point is published: each batch of validation is run again on them.
+        self._initial = {name: tensor.to(device) for name, tensor in self._initial.items()}
+        self.start = self._fitter.fit(model, context, weights=self._initial)
+        if self.start is None:
+            reason, self._fitter.refusal = self._fitter.refusal, ""
+            self._miss_start(f"training cannot be run again on the first weights: {reason}")
+
+    def _miss_start(self, reason: str) -> None:
+        self.start = self._initial = None
+        self._points.clear(["start"])
+        self._say(f"no starting point: {reason}")
 
     def watch(self, batch: Any) -> None:
         """Before a step of validation: if the starting point is due, what it calls is scored there too."""
@@ -152,14 +187,14 @@ class Optimum:
             for seen in self._fitter.run_again([batch], model, context, self._initial):
                 self._points.add("start", *curve, self.start.bank.score(*seen), count_classes(seen[1]))
         except Exception as error:  # whatever a module raises: a probe never ends a training run
-            self.start = None
-            self._points.clear("start")
-            self._say(f"no starting point: validation cannot be run again: {type(error).__name__}: {error}")
+            self._miss_start(f"validation cannot be run again: {type(error).__name__}: {error}")
 
     def conclude(self) -> None:
         """All samples have been scored: add what the fit itself knows, and let go of what only this point needs."""
         if self._cross_fitters:
             with self._timed():
+                size = sum(fitter.num_bytes for fitter in self._cross_fitters.values())
+                self.cost["kept_bytes"] = max(self.cost["kept_bytes"], size)
                 for dataloader, fitter in sorted(self._cross_fitters.items()):
                     if (crossed := fitter.fit()) is not None:
                         sums, fitted, classes = crossed
@@ -196,10 +231,11 @@ class Optimum:
         about = self.fitted.about.values() if self.fitted is not None else ()
         return any(known["fitted_on"]["data"] == CROSS_FITTED for known in about)
 
-    def _say(self, note: str) -> None:
-        if note != self.note:
-            rank_zero_warn(f"LinearProbeCallback: {note}")
-        self.note = note
+    def _say(self, note: str, more: str = "") -> None:
+        """Warn and remember, unless it was the last thing said."""
+        if not self.note.startswith(note):
+            self.note = note + more
+            rank_zero_warn(f"LinearProbeCallback: {self.note}")
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -35,9 +35,10 @@ class Points:
             curves[stage, dataloader] = ProbeScores(sums.shape[1], len(classes), sums.device)
         curves[stage, dataloader].update(sums, classes)
 
-    def clear(self, probes: str | None = None) -> None:
+    def clear(self, probes: Iterable[str] | None = None) -> None:
         """Forget what was scored, by some probes or by all."""
-        self._scores = {} if probes is None else {k: v for k, v in self._scores.items() if k != probes}
+        for key in list(self._scores) if probes is None else probes:
+            self._scores.pop(key, None)
 
     def publish(
         self,
@@ -57,7 +58,8 @@ class Points:
             report: where to.
             about: ``{layer: {"depth", "features", ...}}`` in the order of the sums.
             point: epochs completed and ``global_step``.
-            finite: layers are set aside where this is false, or their loss is not finite.
+            finite: layers are set aside where this is false, or their loss is not finite; ``None``: NaN here, and no
+                more (an untrained network may overflow where the trained one does not).
             reasons: why a layer has no values; without it nothing is said of those that have none.
             online: the probes whose error minus that of ``probes`` on the same samples is the lag.
         """
@@ -72,7 +74,8 @@ class Points:
                     sums["total"][i] = sum(sums["classes"])
                 if layer in self.set_aside or not (finite or {}).get(layer, True) or not math.isfinite(sums["loss"][i]):
                     sums["wrong"][i] = sums["loss"][i] = math.nan
-                    self._warn_set_aside(layer, stage, epoch, step)
+                    if finite is not None:
+                        self._warn_set_aside(layer, stage, epoch, step)
             if other := self._scores.get(online, {}).get((stage, dataloader)):
                 seen = _sums(other)
                 same = [n == m for n, m in zip(seen["total"], sums["total"], strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,16 +55,16 @@ class ProbedNetwork:
         self._validates_with_labels = False
         self.notes: list[str] = []
         self.has_input = False
-        self._is_checked = False
+        self._is_checked = self._is_ordered = False
         self._targets: Tensor | None = None
 
-    def attach(self, model: nn.Module, *owners: Any, is_settled: bool = False) -> None:
+    def attach(self, model: nn.Module, *owners: Any, order: Sequence[str] | None = None) -> None:
         """Select the layers of ``model`` and hook them.
 
         Args:
             model: the network.
             owners: who else may know the number of classes, asked before the model (a datamodule).
-            is_settled: probed before: nothing is checked or left out, and nothing raises any more.
+            order: of the layers that were probed before: nothing is checked or left out any more.
 
         Raises:
             ValueError: the patterns or the number of classes cannot be resolved.
@@ -82,10 +82,16 @@ class ProbedNetwork:
             self.notes.append("raw input skipped: a module has the name 'input'")
         self.has_input = self._input is not None and INPUT not in modules
         self.layers = [INPUT] * self.has_input + list(modules)
-        self._is_checked = is_settled
+        self._is_checked, self._is_ordered = order is not None, False
+        if order is not None:
+            self.restore(order)
         self.modules = modules
         self.trains_without_labels = self._validates_with_labels = False
         self.recorder.attach(modules, channels)
+
+    def restore(self, order: Sequence[str]) -> None:
+        """The layers of an earlier run, in its order, which stays as it is."""
+        self.layers, self.has_input, self._is_ordered = list(order), INPUT in order and self.has_input, True
 
     def detach(self) -> None:
         """Remove all hooks."""
@@ -180,6 +186,8 @@ class ProbedNetwork:
     def _settle(self, features: Mapping[str, Tensor], misfits: Mapping[str, str]) -> None:
         """After the first batch: the order of the calls, and no layer that nobody asked for and that does not fit."""
         self._is_checked = True
+        if self._is_ordered:
+            return
         if self.has_input and INPUT not in features:
             self.notes.append("raw input skipped: the batch has no such float tensor")
             self.layers.remove(INPUT)

@@ -41,9 +41,9 @@ class ProbeReport:
             and ``converged`` (whether the probe is at its optimum; ``None`` for an online one).
         baseline: ``{stage: error}`` of always answering that stage's most frequent class.
         notes: what a reader should know of the run.
-        cost: of bringing the probes to their optimum so far: ``seconds``, ``share`` of the run's time, and the most
-            bytes on the host that kept batches (``kept_bytes``) and the copy of the first weights (``weights_bytes``)
-            took. Reports that differ in it alone are equal.
+        cost: of bringing the probes to their optimum, since this run began or was resumed: ``seconds``, ``share`` of
+            its time, and the most bytes on the host that kept batches (``kept_bytes``) and the copy of the first
+            weights (``weights_bytes``) took. Reports that differ in it alone are equal.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -61,7 +61,7 @@ class ProbeReport:
         epoch: int,
         step: int,
     ) -> list[Row]:
-        """Enter one point of every curve of a stage; a point already there at this step is replaced.
+        """Enter one point of every curve of a stage; a point already there is replaced.
 
         Args:
             layers: ``{layer: {"depth", "features", "features_total", ...}}``, in the order of ``scores``.

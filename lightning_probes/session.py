@@ -36,13 +36,14 @@ class ProbingSession:
         online: the probes trained along; ``None`` before the first batch with labels, which tells layers and widths.
         optimum: the probes that are published instead of them.
         point: epoch and step of the last publication.
+        now: those of the last training step.
     """
 
     def __init__(self, network: ProbedNetwork, learning_rate: float, fit_samples: int, fit_bytes: int) -> None:
         self.online: ProbeBank | None = None
         self._points = Points()
         self.optimum = Optimum(network, self._points, fit_samples, fit_bytes)
-        self.point = 0, 0
+        self.point = self.now = 0, 0
         self._network = network
         self._learning_rate = learning_rate
         self._layers: list[str] = []
@@ -55,15 +56,37 @@ class ProbingSession:
         self._begun = time.perf_counter()
 
     @property
+    def layers(self) -> list[str]:
+        """All layers, in the order of every vector over them; fixed as soon as it is asked for."""
+        if not self._layers:
+            self._layers = list(self._network.layers)
+            self._first_depth = 0 if self._network.has_input else 1
+        return self._layers
+
     def is_ready(self) -> bool:
-        """Whether there are probes to score with."""
+        """Whether there are probes to score with, outside of training: of the network as it was left."""
+        if self.now != self.point:
+            self.optimum.fitted = None  # of an earlier network
         return self.optimum.fitted is not None or self.online is not None
+
+    def forget(self) -> None:
+        """What was scored of a validation that did not end; what was seen in training stays."""
+        self._points.clear(("published", "online", "start"))
+        self.optimum.forget()
 
     def begin(self, model: nn.Module, report: ProbeReport, *, is_new: bool) -> None:
         """Training begins; ``is_new``: not where an earlier run left it."""
-        self.optimum.begin(model, is_new=is_new)
-        if not is_new and not report.select(step=0):
-            report.notes.append("no starting point: training was resumed before there was one")
+        has_start = bool(report.select(epoch=0, step=0))
+        if note := self.optimum.begin(model, is_new=is_new, has_start=has_start):
+            report.notes.append(note)
+
+    def end(self, report: ProbeReport | None = None) -> None:
+        """Let go of everything but the probes; with a report, say in it what is missing."""
+        if (note := self.optimum.end()) and report is not None:
+            report.notes.append(note)
+        self._points.clear()
+        if self.online is not None:
+            self.online.release()
 
     def due(self) -> set[str] | None:
         """The layers whose probes are trained on the next batch; ``None`` for all.
@@ -84,8 +107,9 @@ class ProbingSession:
             due.add(INPUT)  # the only features that cannot be had again
         self._network.open(batch, due)
 
-    def update(self) -> None:
-        """After a training step: one of the online probes on the same batch."""
+    def update(self, now: tuple[int, int]) -> None:
+        """After a training step, ``now`` epoch and step: one step of the online probes on the same batch."""
+        self.now = now
         seen = self._network.close()
         self.optimum.close(seen)
         if seen is None:
@@ -131,7 +155,6 @@ class ProbingSession:
         Returns:
             The rows of the network as it was found, if they were due; those of now.
         """
-        self._fix_layers()
         start = self.optimum.start
         self.optimum.conclude()
         rows: list[Row] = []
@@ -145,13 +168,13 @@ class ProbingSession:
             report.cost = {**self.optimum.cost, "share": share}
         self._points.clear()
         self._steps += 1  # or the same layers would get the same batches in every epoch
-        self.point = epoch, step
+        self.point = self.now = epoch, step
         return rows, new
 
     def _points_of_now(self, report: ProbeReport, epoch: int, step: int) -> list[Row]:
         fitted = self.optimum.fitted
         along = {"fitted_on": {"data": "online", "samples": self._samples}, "converged": None}
-        about = self._about(dict.fromkeys(self._layers, along) | (fitted.about if fitted is not None else {}))
+        about = self._about(dict.fromkeys(self.layers, along) | (fitted.about if fitted is not None else {}))
         new: list[Row] = []
         for probes in ("published",) if fitted is not None else ("trained along", "published"):
             # Of many layers that are trained in turn some may not have had theirs yet.
@@ -170,9 +193,8 @@ class ProbingSession:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: tensors and plain types."""
-        self._fix_layers()
         return {
-            "layers": self._layers,
+            "layers": self.layers,
             "num_classes": self._network.num_classes,
             "online": self.online.state_dict() if self.online is not None else None,
             "optimum": self.optimum.state_dict(),
@@ -181,26 +203,23 @@ class ProbingSession:
             "steps": self._steps,
             "samples": self._samples,
             "point": list(self.point),
+            "now": list(self.now),
             "set_aside": sorted(self._points.set_aside),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
         """Take over what :meth:`state_dict` gave."""
         self._layers = list(state["layers"])
+        self._network.restore(self.layers)
         if state["online"] is not None:
-            self.online = ProbeBank(self._layers, state["num_classes"], self._learning_rate)
+            self.online = ProbeBank(self.layers, state["num_classes"], self._learning_rate)
             self.online.load_state_dict(state["online"], device)
-        self.optimum.load_state_dict(state["optimum"], self._layers, state["num_classes"], device)
+        self.optimum.load_state_dict(state["optimum"], self.layers, state["num_classes"], device)
         self._totals = dict(state["totals"])
         self._first_depth = state["first_depth"]
         self._steps, self._samples = state["steps"], state["samples"]
-        self.point = tuple(state["point"])
+        self.point, self.now = tuple(state["point"]), tuple(state["now"])
         self._points.set_aside = set(state["set_aside"])
-
-    def _fix_layers(self) -> None:
-        if not self._layers:
-            self._layers = list(self._network.layers)
-            self._first_depth = 0 if self._network.has_input else 1
 
     def _about(self, known: Mapping[str, Row]) -> dict[str, Row]:
         recorder = self._network.recorder
@@ -217,7 +236,7 @@ class ProbingSession:
                 "converged": None,
                 **known.get(layer, {}),
             }
-            for i, layer in enumerate(self._layers)
+            for i, layer in enumerate(self.layers)
         }
 
     def _warn(self, unconverged: set[str]) -> None:

@@ -111,14 +111,18 @@ class ActivationRecorder:
         self.memory: dict[str, Tensor] = {}
         self._samples: int | None = None
         self._only: Container[str] | None = None
+        self._unhookable: dict[str, str] = {}
         self.widths: dict[str, int] = {}
         self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
 
     def attach(self, layers: Mapping[str, nn.Module], channels_first: Mapping[str, bool]) -> None:
         """Register one hook a layer; the modules stay as they are but for it."""
         self.detach()
-        self.widths, self.totals = {}, {}
+        self.widths, self.totals, self._unhookable = {}, {}, {}
         for layer, module in layers.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                self._unhookable[layer] = "it is a TorchScript module, which takes no hooks"
+                continue
             self._hooks[layer] = module.register_forward_hook(self._hook(layer, channels_first[layer]))
 
     def detach(self, layer: str | None = None) -> None:
@@ -136,7 +140,7 @@ class ActivationRecorder:
 
     def start(self, samples: int, only: Container[str] | None = None) -> None:
         """Record from now on, ``only`` some layers or all; ``samples`` is the number of labels of the batch."""
-        self.features, self.misfits, self._samples, self._only = {}, {}, samples, only
+        self.features, self.misfits, self._samples, self._only = {}, dict(self._unhookable), samples, only
 
     def stop(self) -> dict[str, Tensor]:
         """End the step; returns its features and lets go of them."""

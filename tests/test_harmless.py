@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,60 @@ class Contrast(Classifier):
         super().validation_step(batch, batch_idx)
 
 
+class Quirks(Classifier):
+    """Keeps states where nobody looks for them: everything that its forward writes to."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(16, 10))
+        self.words = nn.Embedding(2, 16, max_norm=0.9)  # rewrites its weight in forward, for some inputs
+        self.counter = nn.BatchNorm1d(16)
+        self.hidden = [{"teacher": nn.BatchNorm1d(16)}]  # a module that is not registered
+        self.generator = torch.Generator().manual_seed(3)
+        self.own_random, self.own_numpy = random.Random(3), np.random.default_rng(3)
+        self.history: Any = {"means": [], "last": deque(maxlen=3), "array": np.zeros(3), "counts": Counter()}
+        self.hooks_seen = 0
+        self.scripted = torch.jit.script(nn.Linear(16, 16))
+        # A module that another one reaches without being its parent.
+        self.reaching = Reaching([self.counter])
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.rand((), generator=self.generator) + self.own_random.random() + self.own_numpy.random()
+        z = self.words((x.flatten(1) > 0).long()).mean(dim=1) + 1e-3 * noise.float()
+        z = self.scripted(self.reaching(z)) + self.hidden[0]["teacher"](z)
+        self.history["means"].append(round(float(z.detach().mean()), 4))
+        self.history["last"].append(len(x))
+        self.history["array"] += 1
+        self.history["counts"]["forward"] += 1
+        self.hooks_seen += 1
+        return super().forward(z)
+
+    @property
+    def steps(self) -> dict[str, Any]:
+        return {
+            "history": {name: list(value) for name, value in self.history.items()},
+            "forward": (self.history["counts"]["forward"], self.hooks_seen),
+            "hidden": self.hidden[0]["teacher"].state_dict(),
+            "generators": [
+                self.generator.get_state(),
+                self.own_random.getstate(),
+                str(self.own_numpy.bit_generator.state),
+            ],
+        }
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 0.05)
+
+
+class Reaching(nn.Module):
+    def __init__(self, others: list[nn.Module]) -> None:
+        super().__init__()
+        self.others = others
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.others[0](x))  # type: ignore[no-any-return]
+
+
 NETWORKS: dict[str, Callable[[], LightningModule]] = {
     "mlp_with_dropout": lambda: Classifier(mlp(dropout=0.2)),
     "convnet_with_batchnorm": lambda: Classifier(convnet()),
@@ -66,6 +121,7 @@ NETWORKS: dict[str, Callable[[], LightningModule]] = {
     "gan": GAN,
     "frozen_submodule": FrozenBackbone,
     "queues_counts_and_metric": Contrast,
+    "states_in_odd_places": Quirks,
 }
 
 
@@ -174,7 +230,7 @@ def check_that_probes_were_fitted(probes: LinearProbeCallback, stages: set[str])
     assert {(row["stage"], row["epoch"]) for row in rows} == {(stage, epoch) for stage in stages for epoch in (0, 1, 2)}
     assert {(row["fitted_on"]["data"], row["fitted_on"]["samples"]) for row in rows} == {("train", 88)}
     assert all(math.isfinite(row["value"]) for row in rows)
-    assert probes.report.notes == []
+    assert [note for note in probes.report.notes if "scripted (it is a TorchScript" not in note] == []
 
 
 @pytest.mark.parametrize("data", ["plain", "own generator and workers", "no validation"])

@@ -858,3 +858,91 @@ def test_a_run_resumed_before_its_first_point_says_that_it_has_no_start(tmp_path
     make_trainer(tmp_path, probes).fit(small(), loader(96), loader(64, seed=1), ckpt_path=str(tmp_path / "early.ckpt"))
     assert probes.report.notes == ["no starting point: training was resumed before there was one"]
     assert [epoch for epoch, _ in points(probes, "val")] == [1, 2]
+
+
+class HeadFirst(Bare):
+    """Its head is declared before what it comes after."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        body, net = self.body, self.net
+        del self.body, self.net
+        self.net, self.body = net, body
+
+
+def test_validating_again_gives_each_layer_its_own_numbers(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, probes := LinearProbeCallback(["net", "body.*"]), max_epochs=1)
+    trainer.fit(model := HeadFirst(), loader(96), held_out := loader(300, 30, seed=1))
+    before = {row["layer"]: row["value"] for row in probes.report.select(stage="val", metric="error")}
+    assert len(set(before.values())) > 1
+    probes.report.rows.clear()
+    trainer.validate(model, held_out, verbose=False)
+    assert {row["layer"]: row["value"] for row in probes.report.select(stage="val", metric="error")} == before
+
+
+def test_probes_of_an_earlier_network_do_not_score_a_later_one(tmp_path: Path) -> None:
+    probes = LinearProbeCallback(every_n_epochs=2)
+    trainer = make_trainer(tmp_path, probes, max_epochs=3)
+    trainer.fit(model := small(), loader(96), held_out := loader(64, seed=1))
+    rows = list(probes.report.rows)
+    trainer.validate(model, held_out, verbose=False)
+    assert [row for row in probes.report.rows if row["epoch"] < 3] == rows
+    assert points(probes, "val") == [(0, 0), (2, 12), (3, 18)]
+    assert fitted_on(probes, epoch=3) == {"online"}
+
+
+def test_what_an_interrupted_validation_scored_is_forgotten(tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+            if trainer.current_epoch == 1:
+                raise RuntimeError("enough")
+
+    probes = LinearProbeCallback()
+    with pytest.raises(RuntimeError, match="enough"):
+        make_trainer(tmp_path, probes, Stop()).fit(model := small(), loader(96), loader(64, seed=1))
+    rows = list(probes.report.rows)
+    make_trainer(tmp_path, probes).test(model, loader(64, seed=1), verbose=False)
+    assert [row for row in probes.report.rows if row["stage"] != "test"] == rows
+
+
+def test_optimisers_that_lightning_does_not_count_keep_every_epoch(tmp_path: Path) -> None:
+    class Own(Classifier):
+        def __init__(self) -> None:
+            super().__init__(mlp(depth=1))
+            self.automatic_optimization = False
+            self.own = torch.optim.SGD(self.net.parameters(), 0.01)
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            self.own.zero_grad()
+            F.cross_entropy(self(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
+            self.own.step()
+
+        def configure_optimizers(self) -> Any:
+            return None
+
+    seed_everything(3, verbose=False)
+    make_trainer(tmp_path, probes := LinearProbeCallback("net.1")).fit(Own(), loader(96), loader(64, seed=1))
+    assert points(probes, "val") == points(probes, "train") == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_a_start_that_is_not_finite_does_not_set_a_layer_aside(tmp_path: Path) -> None:
+    seed_everything(3, verbose=False)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), Exploding(), nn.Linear(32, 10))
+    make_trainer(tmp_path, probes := LinearProbeCallback("net.3", input=None)).fit(
+        Classifier(net), loader(96), loader(64, seed=1)
+    )
+    values = [row["value"] for row in probes.report.select(stage="val", metric="error")]
+    assert [math.isnan(value) for value in values] == [True, False, False]
+
+
+class Exploding(nn.Module):
+    """Overflows as long as its counter of batches stands at nothing, as evaluation with unset statistics may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("batches", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.batches: Tensor = self.batches + 1
+        return torch.where(self.batches > 0, x, math.inf)

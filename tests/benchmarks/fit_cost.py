@@ -65,7 +65,7 @@ def measure(network: str, samples: int, batch_size: int) -> None:
     data = images(samples, size=32, channels=3)
     trainer.fit(Classifier(NETWORKS[network][1](), learning_rate=1e-3), DataLoader(data, batch_size=batch_size))
     seconds = probes.report.cost["seconds"]
-    fitted = {row["fitted_on"]["samples"] for row in probes.report.rows}
+    fitted = max(row["fitted_on"]["samples"] for row in probes.report.rows)
     print(f"\n{NETWORKS[network][0]}: {watch.step:.2f} s a step, {seconds:.1f} s to fit on {fitted} samples")
     for epoch, target in TARGETS.items():
         share = seconds / (watch.step * epoch / batch_size)

@@ -154,7 +154,8 @@ class LinearProbeCallback(Callback):
         # Hook the network again, with the probes of the checkpoint if one was loaded.
         if self._restored is not None:
             self._restore_probes(pl_module)
-        if self._session.is_ready():
+        self._session.leave_training()
+        if self._session.is_ready:
             self._network.attach(pl_module, trainer.datamodule, order=self._session.layers)  # type: ignore[attr-defined]
         else:
             rank_zero_warn("LinearProbeCallback: nothing to score: no probes were fitted, the checkpoint holds none")
@@ -204,8 +205,9 @@ class LinearProbeCallback(Callback):
         self._session.end(self.report)
 
     def state_dict(self) -> dict[str, Any]:
-        is_ready = self._session.optimum.fitted is not None or self._session.online is not None
-        return {"probes": self._session.state_dict(), "report": asdict(self.report)} if is_ready else {}
+        if not self._session.is_ready:
+            return {}
+        return {"probes": self._session.state_dict(), "report": asdict(self.report)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
@@ -225,7 +227,7 @@ class LinearProbeCallback(Callback):
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.state.fn != "fit":
-            return self._session.is_ready()
+            return self._session.is_ready
         return trainer.fit_loop.epoch_progress.current.ready % self._every_n_epochs == 0
 
     def _greet(self) -> None:

@@ -204,7 +204,7 @@ class ProbeFitter:
         Raises:
             Exception: whatever a module raises.
         """
-        device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         with frozen(model):
             replay = Replay(model, device=device, weights=weights)
             for batch in batches:
@@ -212,6 +212,11 @@ class ProbeFitter:
                     seen = self._network.observe(len(batch.targets), partial(replay.run, batch.calls))
                 raw = {layer: x.to(device) for layer, x in batch.raw.items()}
                 yield raw | seen, batch.targets.to(device)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the parameters of ``model`` are; the host for a model without any."""
+    return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
 
 
 def fitted(

@@ -17,7 +17,7 @@ from torchmetrics.utilities import rank_zero_warn
 from lightning_probes.bank import ProbeBank
 from lightning_probes.calls import CannotRunAgainError
 from lightning_probes.crossfit import CROSS_FITTED, CrossFitter
-from lightning_probes.fitting import Context, Fitted, KeptBatch, ProbeFitter, Seen
+from lightning_probes.fitting import Context, Fitted, KeptBatch, ProbeFitter, Seen, device_of
 from lightning_probes.points import Curve, Points
 from lightning_probes.probing import ProbedNetwork
 from lightning_probes.replay import copy_of_weights
@@ -140,7 +140,7 @@ class Optimum:
 
     def _fit_start(self, model: nn.Module, context: Context) -> None:
         assert self._initial is not None
-        device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         # There until the point is published: each batch of validation is run again on them.
         self._initial = {name: tensor.to(device) for name, tensor in self._initial.items()}
         self.start = self._fitter.fit(model, context, weights=self._initial)

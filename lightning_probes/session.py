@@ -63,11 +63,15 @@ class ProbingSession:
             self._first_depth = 0 if self._network.has_input else 1
         return self._layers
 
+    @property
     def is_ready(self) -> bool:
-        """Whether there are probes to score with, outside of training: of the network as it was left."""
-        if self.now != self.point:
-            self.optimum.fitted = None  # of an earlier network
+        """Whether there are probes to score with."""
         return self.optimum.fitted is not None or self.online is not None
+
+    def leave_training(self) -> None:
+        """What follows scores the network as training left it; probes fitted on an earlier one do not belong to it."""
+        if self.now != self.point:
+            self.optimum.fitted = None
 
     def forget(self) -> None:
         """What was scored of a validation that did not end; what was seen in training stays."""
@@ -93,8 +97,7 @@ class ProbingSession:
 
         Of more than 21 some have their turn in each step: it costs the same whatever their number.
         """
-        turns = 0 if self.online is None else math.ceil(len(self.online.layers) / _LAYERS_A_STEP)
-        if self.online is None or turns <= 1:
+        if self.online is None or (turns := math.ceil(len(self.online.layers) / _LAYERS_A_STEP)) <= 1:
             return None
         share = math.ceil(len(self.online.layers) / turns)
         first = self._steps % turns * share
@@ -157,9 +160,8 @@ class ProbingSession:
         """
         start = self.optimum.start
         self.optimum.conclude()
-        rows: list[Row] = []
-        if start is not None:
-            rows = self._points.publish("start", report, self._about(start.about), point=(0, 0))
+        first = self._about(start.about if start is not None else {})
+        rows = self._points.publish("start", report, first, point=(0, 0))
         new = self._points_of_now(report, epoch, step)
         if (epoch, step) != self.point:  # else: evaluated outside of training
             notes = [*report.notes, *self._network.notes, *filter(None, [self.optimum.note])]

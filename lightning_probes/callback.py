@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_probes.arguments import Layout, positive_float, whole
+from lightning_probes.kept import Room, enough_samples
 from lightning_probes.logs import Logs
 from lightning_probes.probing import ProbedNetwork
 from lightning_probes.report import ProbeReport
@@ -51,9 +52,11 @@ class LinearProbeCallback(Callback):
             (batch, tokens, width), averaged over tokens, ``channels`` for (batch, channels, length), pooled.
         learning_rate: of the Adam that trains probes along with the network.
         fit_samples: training samples, at most, on which the probes are brought to their optimum before each
-            publication; 0: not at all, the probes trained along are published.
-        fit_bytes: of them, at most, in bytes on the host: kept inputs and the features they become. The default holds
-            about 6 000 images of 3 x 224 x 224.
+            publication. Not given: 8 192, or 200 a class where that is more; 0: not at all, the probes trained along
+            are published.
+        fit_bytes: of them, at most, in bytes: kept inputs and the features they become. The default holds about 6 000
+            images of 3 x 224 x 224.
+        fit_on_device: keep them on the network's device and not on the host: faster, if there is room.
         every_n_epochs: publish at the end of every so many epochs.
         log_metrics: which metrics go to the loggers, of ``error`` (always), ``cross_entropy`` and ``lag``.
 
@@ -73,8 +76,9 @@ class LinearProbeCallback(Callback):
         name: str | None = None,
         layout: dict[str, Layout] | None = None,
         learning_rate: float = 3e-3,
-        fit_samples: int = 8192,
+        fit_samples: int | None = None,
         fit_bytes: int = 4 * 2**30,
+        fit_on_device: bool = False,
         every_n_epochs: int = 1,
         log_metrics: list[str] | None = None,
     ) -> None:
@@ -89,13 +93,9 @@ class LinearProbeCallback(Callback):
         )
         self._logs = Logs(name, log_metrics)
         self._state_key = self._generate_state_key(name=name)
-        self._new_session = partial(
-            ProbingSession,
-            self._network,
-            positive_float("learning_rate", learning_rate),
-            whole("fit_samples", fit_samples, least=0),
-            whole("fit_bytes", fit_bytes),
-        )
+        self._learning_rate = positive_float("learning_rate", learning_rate)
+        self._fit_samples = None if fit_samples is None else whole("fit_samples", fit_samples, least=0)
+        self._new_room = partial(Room, num_bytes=whole("fit_bytes", fit_bytes), on_device=fit_on_device)
         self._every_n_epochs = whole("every_n_epochs", every_n_epochs)
         self._is_prepared = False
         self.report = ProbeReport()
@@ -218,6 +218,10 @@ class LinearProbeCallback(Callback):
         has_validation = trainer.enable_validation and (epochs < 0 or every <= epochs)
         context = trainer.precision_plugin.forward_context
         self._session.prepare(pl_module, context, is_validation=is_validation, has_validation=has_validation)
+
+    def _new_session(self) -> ProbingSession:
+        samples = enough_samples(self._network.num_classes) if self._fit_samples is None else self._fit_samples
+        return ProbingSession(self._network, self._learning_rate, self._new_room(samples))
 
     def _restore_probes(self, pl_module: LightningModule) -> None:
         assert self._restored is not None

@@ -68,7 +68,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of ``module``. Tensors in ``args`` and ``kwargs`` are detached copies on the host, or markers."""
+    """A call of ``module``. Tensors in ``args`` and ``kwargs`` are detached copies, or markers."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -91,7 +91,7 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
 
 
 def num_bytes(calls: list[Call]) -> int:
-    """Host memory of the kept inputs, in bytes; a tensor given to several calls counts once."""
+    """Memory of the kept inputs, in bytes; a tensor given to several calls counts once."""
     kept = {id(leaf): leaf for call in calls for leaf in tensors_in((call.args, call.kwargs))}
     return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
 

@@ -56,7 +56,7 @@ def fit_probes(
         priors: ``{layer: (classes, features)}`` on the features as they are: weights that the penalty pulls towards.
         folds: ``(samples,)``, which of :class:`Folds` each belongs to; views of one sample to the same. Of those that
             occur the last one is held out. Default: drawn for each sample.
-        tolerance: see :func:`~lightning_probes.regression.solve`; strengths are told apart at half of it.
+        tolerance: see :func:`~lightning_probes.regression.solve`; also for the choice of a strength.
         max_iterations: likewise, for each fit.
 
     Raises:
@@ -86,7 +86,7 @@ def fit_probes(
             prior = torch.where(scale > 0, prior.to(x) / scale, 0.0)
         part = Folds().next(len(x)).to(x.device) if folds is None else folds.to(x.device)[counted]
         held = part == part.max() if len(part) else part > 0
-        l2, start = _choose(x, y, held, sorted(strengths, reverse=True), prior, tolerance / 2, max_iterations)
+        l2, start = _choose(x, y, held, sorted(strengths, reverse=True), prior, tolerance, max_iterations)
         best = solve(x, y, l2, start=start, prior=prior, tolerance=tolerance, max_iterations=max_iterations)
         found[layer] = replace(best, mean=mean, variance=variance)
     return found

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_probes.convergence import FOLDS, Folds, fit_probes, score
 from lightning_probes.fitting import Fitted, Seen, fitted
-from lightning_probes.kept import KeptBatches
+from lightning_probes.kept import KeptBatches, Room
 from lightning_probes.probing import ProbedNetwork
 from lightning_probes.regression import Solution
 from lightning_probes.scores import count_classes
@@ -22,13 +22,13 @@ class CrossFitter:
 
     Args:
         network: whose layers they are.
-        max_samples: bound of what is kept; of more batches a fair sample.
-        max_bytes: likewise.
+        room: for what is kept; of more batches a fair sample.
     """
 
-    def __init__(self, network: ProbedNetwork, max_samples: int, max_bytes: int) -> None:
+    def __init__(self, network: ProbedNetwork, room: Room) -> None:
         self._network = network
-        self._kept = KeptBatches[Seen](max_samples, max_bytes)
+        self._room = room
+        self._kept = KeptBatches[Seen](room)
 
     @property
     def num_bytes(self) -> int:
@@ -38,9 +38,9 @@ class CrossFitter:
     def add(self, seen: Seen) -> None:
         """Keep what a batch showed."""
         if self._kept.wants():
-            features = {layer: x.to("cpu", copy=True) for layer, x in seen[0].items()}
+            features = {layer: self._room.copy(x) for layer, x in seen[0].items()}
             size = sum(x.numel() * x.element_size() for x in features.values())
-            self._kept.add(len(seen[1]), (features, seen[1].cpu()), size)
+            self._kept.add(len(seen[1]), (features, self._room.copy(seen[1])), size)
 
     def fit(self) -> tuple[Tensor, Fitted, Tensor] | None:
         """Fit and score what has been kept, and let go of it.

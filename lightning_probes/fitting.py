@@ -15,7 +15,7 @@ from lightning_probes.bank import ProbeBank
 from lightning_probes.calls import Call, num_bytes
 from lightning_probes.convergence import Folds, fit_probes
 from lightning_probes.frozen import frozen
-from lightning_probes.kept import KeptBatches
+from lightning_probes.kept import KeptBatches, Room
 from lightning_probes.probing import INPUT, ProbedNetwork
 from lightning_probes.recording import CallRecorder
 from lightning_probes.regression import Solution
@@ -32,7 +32,7 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class KeptBatch:
-    """What runs a batch through the network again; all of it on the host."""
+    """What runs a batch through the network again; all of it copies."""
 
     calls: list[Call]
     targets: Tensor
@@ -64,17 +64,17 @@ class ProbeFitter:
 
     Args:
         network: hooked. It opens each batch; the fitter's :meth:`open` and :meth:`close` stand around it.
-        max_samples: bound of what is kept.
-        max_bytes: likewise; the inputs, and the features that they will become.
+        room: for what is kept: the inputs, and the features that they will become.
 
     Attributes:
         refusal: why the calls of training cannot be run again; empty as long as they can.
     """
 
-    def __init__(self, network: ProbedNetwork, max_samples: int, max_bytes: int) -> None:
+    def __init__(self, network: ProbedNetwork, room: Room) -> None:
         self._network = network
-        self._kept = KeptBatches[KeptBatch](max_samples, max_bytes)
-        self._calls = CallRecorder()
+        self._room = room
+        self._kept = KeptBatches[KeptBatch](room)
+        self._calls = CallRecorder(room)
         self._is_open = False
         self.refusal = ""
 
@@ -138,8 +138,8 @@ class ProbeFitter:
         if seen is None or not seen[0]:
             return None
         features, targets = seen
-        raw = {INPUT: features[INPUT].to("cpu", copy=True)} if INPUT in features else {}
-        return KeptBatch(calls, targets.to("cpu", copy=True), raw)
+        raw = {INPUT: self._room.copy(features[INPUT])} if INPUT in features else {}
+        return KeptBatch(calls, self._room.copy(targets), raw)
 
     def fit(
         self,
@@ -180,14 +180,14 @@ class ProbeFitter:
                 if online is not None:
                     online_sums.append(online.score(seen, labels))
                 for layer, x in seen.items():
-                    features.setdefault(layer, []).append(x.cpu())
-                    targets.setdefault(layer, []).append(repeat_views(labels, len(x)).cpu())
+                    features.setdefault(layer, []).append(self._room.copy(x))
+                    targets.setdefault(layer, []).append(self._room.copy(repeat_views(labels, len(x))))
                     parts.setdefault(layer, []).append(fold.repeat(len(x) // len(fold)))
         if not features:
             return None
         solutions: dict[str, Solution] = {}
         for layer in [layer for layer in self._network.layers if layer in features]:
-            # One layer at a time on the device, and gone from the host as soon as it is there.
+            # One layer at a time where the network is, and gone from where it was kept as soon as it is there.
             x, y, fold = (torch.cat(held.pop(layer)).to(classes[0].device) for held in (features, targets, parts))
             solutions |= fit_probes({layer: x}, y, folds=fold)
         return fitted(self._network, solutions, "train", sum(classes), sum(online_sums) if online_sums else None)

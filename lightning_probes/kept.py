@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much of the data may be kept, and where."""
+
+    samples: int
+    """At most; 0: nothing is kept."""
+    num_bytes: int
+    """At most."""
+    on_device: bool = False
+    """Where the network is, and not on the host."""
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A detached copy that may be kept."""
+        return tensor.detach().to(tensor.device if self.on_device else "cpu", copy=True)
+
+
+def enough_samples(num_classes: int) -> int:
+    """On how many a probe is fitted unless told otherwise: 8 192, or 200 a class where that is more.
+
+    On 8 192 samples of a hundred classes errors were 5 points too high on average (fidelity.py).
+    """
+    return max(8192, 200 * num_classes)
 
 
 class KeptBatches(Generic[T]):
@@ -21,9 +47,8 @@ class KeptBatches(Generic[T]):
         num_bytes: bytes that are kept.
     """
 
-    def __init__(self, max_samples: int, max_bytes: int, seed: int = 0) -> None:
-        self._max_samples = max_samples
-        self._max_bytes = max_bytes
+    def __init__(self, room: Room, seed: int = 0) -> None:
+        self._room = room
         self._generator = torch.Generator("cpu").manual_seed(seed)
         self.clear()
 
@@ -54,7 +79,7 @@ class KeptBatches(Generic[T]):
             return
         place, self._place = self._place, None
         own_samples, own_bytes = _sizes(self._kept)
-        fits = own_samples + samples <= self._max_samples and own_bytes + num_bytes <= self._max_bytes
+        fits = own_samples + samples <= self._room.samples and own_bytes + num_bytes <= self._room.num_bytes
         if not self._is_full and not fits:
             self._is_full, place = True, self._draw(self.seen)
             if place >= len(self._kept):
@@ -63,7 +88,7 @@ class KeptBatches(Generic[T]):
         self._before = self._before[1:]
         self._count()
         # Too much now: batches of the stretch before go first, then some, whichever they are.
-        while self.samples > self._max_samples or self.num_bytes > self._max_bytes:
+        while self.samples > self._room.samples or self.num_bytes > self._room.num_bytes:
             if self._before:
                 self._before.pop(0)
             else:

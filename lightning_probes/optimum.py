@@ -18,6 +18,7 @@ from lightning_probes.bank import ProbeBank
 from lightning_probes.calls import CannotRunAgainError
 from lightning_probes.crossfit import CROSS_FITTED, CrossFitter
 from lightning_probes.fitting import Context, Fitted, KeptBatch, ProbeFitter, Seen, device_of
+from lightning_probes.kept import Room
 from lightning_probes.points import Curve, Points
 from lightning_probes.probing import ProbedNetwork
 from lightning_probes.replay import copy_of_weights
@@ -31,27 +32,27 @@ class Optimum:
         network: hooked.
         points: where scores go: ``published``, ``start`` (the network as it was found) and, beside them on the same
             samples, ``online``.
-        samples: most training samples to fit on; 0: nothing is fitted, the online probes are published.
-        max_bytes: most bytes of them.
+        room: for the training samples to fit on; without any nothing is fitted, the online probes are published.
 
     Attributes:
+        room: as given.
         fitted: the probes at their optimum, on the network as it was when the last point was due.
         start: those on the network as it was found, while its point is scored.
         cost: as in :class:`~lightning_probes.ProbeReport`, without the share.
         note: why the probes are fitted in another way than on training run again, or the starting point is missing.
     """
 
-    def __init__(self, network: ProbedNetwork, points: Points, samples: int, max_bytes: int) -> None:
+    def __init__(self, network: ProbedNetwork, points: Points, room: Room) -> None:
         self.fitted: Fitted | None = None
         self.start: Fitted | None = None
         self.cost: dict[str, float] = {"seconds": 0.0, "kept_bytes": 0, "weights_bytes": 0}
-        self.note = "" if samples else "the online probes are published: fit_samples is 0"
+        self.note = "" if room.samples else "the online probes are published: fit_samples is 0"
         self._network = network
         self._points = points
-        self._fitter = ProbeFitter(network, samples, max_bytes)
-        self._is_off = not samples
+        self._fitter = ProbeFitter(network, room)
+        self.room = room
         self._cross_fitters: defaultdict[int, CrossFitter] | None = None
-        self._make_cross_fitter = partial(CrossFitter, network, samples, max_bytes)
+        self._make_cross_fitter = partial(CrossFitter, network, room)
         self._initial: dict[str, Tensor] | None = None
 
     def begin(self, model: nn.Module, *, is_new: bool, has_start: bool) -> str:
@@ -65,7 +66,7 @@ class Optimum:
         Returns:
             What a reader should know.
         """
-        if self._is_off:
+        if not self.room.samples:
             return ""
         self._fitter.attach(model)
         if not is_new:
@@ -95,7 +96,7 @@ class Optimum:
 
     def open(self) -> bool:
         """Before a training step: whether its batch will be kept."""
-        return not self._is_off and self._fitter.open()
+        return self.room.samples > 0 and self._fitter.open()
 
     def close(self, seen: Seen | None) -> None:
         """After a training step: what it showed; copied, where it is kept."""
@@ -122,7 +123,7 @@ class Optimum:
             has_validation: whether there will be any: the starting point waits for it.
         """
         self.fitted = self.start = self._cross_fitters = None
-        if self._is_off:
+        if not self.room.samples:
             return
         with self._timed():
             if not self._fitter.refusal:

@@ -1,4 +1,4 @@
-"""Hooks that write down the outermost module calls of a step, with their inputs on the host."""
+"""Hooks that write down the outermost module calls of a step, with copies of their inputs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_probes.activations import ActivationRecorder
 from lightning_probes.calls import Call, CannotRunAgainError, Link, View, Weight, renumber, tensors_in
+from lightning_probes.kept import Room
 
 _PLAIN: tuple[type, ...] = (type(None), bool, int, float, complex, str, bytes, slice, range, enum.Enum)
 _PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
@@ -30,9 +31,13 @@ class CallRecorder:
 
     Limit: a value computed between two calls with its gradient cut, other than by ``.detach()`` alone, looks like data
     and would be run again as it was.
+
+    Args:
+        room: where the inputs are kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: Room) -> None:
+        self._room = room
         self._model: nn.Module | None = None
         self._names: dict[int, str] = {}
         self._weights: dict[int, tuple[str, Tensor]] = {}
@@ -43,7 +48,7 @@ class CallRecorder:
 
     def __reduce__(self) -> Any:
         # Hooks travel with a module that is copied or pickled; the copy's recorder knows no module and records nothing.
-        return CallRecorder, ()
+        return CallRecorder, (self._room,)
 
     def _clear(self) -> None:
         for hook in self._hooks:
@@ -191,7 +196,7 @@ class CallRecorder:
             )
         if (seen := self._inputs.get(key)) is None or seen[1] != version:
             # Under the same key only the newest matters; calls hold on to the older copies themselves.
-            seen = self._inputs[key] = leaf.detach(), version, leaf.detach().to("cpu", copy=True)
+            seen = self._inputs[key] = leaf.detach(), version, self._room.copy(leaf)
         return seen[2]
 
     def _view_of_an_output(self, leaf: Tensor, version: int) -> Link | None:

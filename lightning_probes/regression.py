@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_probes.descent import Problem, minimise
 from lightning_probes.scores import Labels, tally
 
-TOLERANCE = 1e-3
-"""Of the gradient. At twice that a layer's held-out error was up to .23 points off scikit-learn's (solver.py)."""
+TOLERANCE = 5e-4
+"""Of the gradient. At twice that a layer's held-out error was up to .14 points off scikit-learn's (solver.py)."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.bank import ProbeBank
 from lightning_probes.fitting import Context
+from lightning_probes.kept import Room
 from lightning_probes.optimum import Optimum
 from lightning_probes.points import Points
 from lightning_probes.probing import INPUT, ProbedNetwork
@@ -29,8 +30,7 @@ class ProbingSession:
     Args:
         network: hooked; it opens each batch, the session closes it.
         learning_rate: of the online probes.
-        fit_samples: most training samples that probes are brought to their optimum on; 0: online probes are published.
-        fit_bytes: most bytes of them.
+        room: for the samples that probes are brought to their optimum on; without any, online probes are published.
 
     Attributes:
         online: the probes trained along; ``None`` before the first batch with labels, which tells layers and widths.
@@ -39,10 +39,10 @@ class ProbingSession:
         now: those of the last training step.
     """
 
-    def __init__(self, network: ProbedNetwork, learning_rate: float, fit_samples: int, fit_bytes: int) -> None:
+    def __init__(self, network: ProbedNetwork, learning_rate: float, room: Room) -> None:
         self.online: ProbeBank | None = None
         self._points = Points()
-        self.optimum = Optimum(network, self._points, fit_samples, fit_bytes)
+        self.optimum = Optimum(network, self._points, room)
         self.point = self.now = 0, 0
         self._network = network
         self._learning_rate = learning_rate

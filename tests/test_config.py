@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningCLI
 from omegaconf import OmegaConf
 
 from lightning_probes import LinearProbeCallback
+from lightning_probes.kept import Room
 
 CLI = Path(__file__).parent.parent / "examples" / "cli"
 CLASS = "lightning_probes.LinearProbeCallback"
@@ -100,7 +101,8 @@ def test_help_shows_every_argument_with_its_docstring(capsys: pytest.CaptureFixt
     assert list(texts) == list(ARGUMENTS)
     for name, text in texts.items():
         said = " ".join(text.split())
-        assert re.search(rf"--trainer\.callbacks\.{name} {name.upper()} {re.escape(said)} \(type: ", shown), name
+        value = rf"(?:{name.upper()}|\{{true,false\}})"
+        assert re.search(rf"--trainer\.callbacks\.{name} {value} {re.escape(said)} \(type: ", shown), name
 
 
 def from_yaml(init_args: Any) -> LinearProbeCallback:
@@ -124,6 +126,7 @@ layout:
 learning_rate: 1.0e-2
 fit_samples: 1000
 fit_bytes: 2000000
+fit_on_device: true
 every_n_epochs: 3
 log_metrics: [cross_entropy]
 """
@@ -142,7 +145,8 @@ def test_every_argument_can_be_written_in_yaml() -> None:
     assert network.recorder.max_features == 256
     assert probes.state_key == LinearProbeCallback(name="digit").state_key
     assert network._layout == written["layout"]
-    assert (*probes._new_session.args[1:], probes._every_n_epochs) == (0.01, 1000, 2_000_000, 3)
+    assert probes._new_session().optimum.room == Room(1000, 2_000_000, on_device=True)
+    assert (probes._learning_rate, probes._every_n_epochs) == (0.01, 3)
     assert probes._logs._metrics == ["error", "cross_entropy"]
 
 

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_probes.calls import Call, CannotRunAgainError, num_bytes
 from lightning_probes.frozen import frozen
+from lightning_probes.kept import Room
 from lightning_probes.recording import CallRecorder
 from lightning_probes.replay import Replay
 
@@ -34,7 +35,7 @@ def leaves(model: nn.Module) -> dict[str, nn.Module]:
 def record(
     model: nn.Module, step: Callable[[], Any], layers: Mapping[str, nn.Module] | None = None
 ) -> list[Call] | str:
-    recorder = CallRecorder()
+    recorder = CallRecorder(Room(8192, 2**30))
     recorder.attach(model, leaves(model) if layers is None else layers)
     recorder.start()
     step()
@@ -450,7 +451,7 @@ def test_an_input_of_several_calls_is_kept_once_and_without_a_graph() -> None:
 
 def test_recording_draws_nothing_and_detaching_leaves_nothing() -> None:
     model = Classifier(convnet())
-    recorder = CallRecorder()
+    recorder = CallRecorder(Room(8192, 2**30))
     recorder.attach(model, leaves(model))
     model.eval()
     before = rng_states()
@@ -466,7 +467,7 @@ def test_recording_draws_nothing_and_detaching_leaves_nothing() -> None:
 
 def test_a_forward_that_raises_leaves_the_recorder_usable() -> None:
     model = Classifier(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)))
-    recorder = CallRecorder()
+    recorder = CallRecorder(Room(8192, 2**30))
     recorder.attach(model, leaves(model))
     recorder.start()
     with pytest.raises(RuntimeError):
@@ -506,7 +507,7 @@ def test_a_root_that_stands_for_the_step_is_not_recorded() -> None:
 
 def test_copies_of_a_model_record_nothing_and_it_can_be_pickled() -> None:
     model = Steps()
-    recorder = CallRecorder()
+    recorder = CallRecorder(Room(8192, 2**30))
     recorder.attach(model, leaves(model))
     recorder.start()
     copy.deepcopy(model).body(X)

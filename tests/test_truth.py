@@ -328,6 +328,42 @@ def test_train_is_scored_on_the_samples_that_it_was_fitted_on(
     assert probes.report.cost["weights_bytes"] == 4 * 2410
 
 
+@pytest.mark.parametrize(
+    ("classes", "samples"), [(2, 8192), (40, 8192), (41, 8200), (100, 20_000)], ids=lambda value: str(value)
+)
+def test_many_classes_are_fitted_on_more_samples(classes: int, samples: int, tmp_path: Path) -> None:
+    probes = LinearProbeCallback(num_classes=classes)
+    make_trainer(tmp_path, probes, fast_dev_run=True).fit(small(), loader(32, classes=2))
+    assert probes._session.optimum.room.samples == samples
+
+
+def test_what_is_kept_on_the_device_gives_the_same_report(tmp_path: Path) -> None:
+    reports = []
+    for fit_on_device in (False, True):
+        probes = LinearProbeCallback(fit_on_device=fit_on_device)
+        make_trainer(tmp_path, probes).fit(small(), loader(96), loader(40))
+        reports.append(probes.report)
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("fit_on_device", [False, True], ids=["host", "device"])
+def test_what_is_kept_is_on_the_device_if_asked(fit_on_device: bool, tmp_path: Path) -> None:
+    found: list[str] = []
+
+    class Listening(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            kept = probes._session.optimum._fitter._kept.items()
+            found.extend(leaf.device.type for batch in kept for call in batch.calls for leaf in call.args)
+
+    probes = LinearProbeCallback(fit_on_device=fit_on_device)
+    trainer = make_trainer(tmp_path, Listening(), probes, accelerator="cuda", devices=1)
+    trainer.fit(small(), loader(96), loader(40))
+    assert set(found) == {"cuda" if fit_on_device else "cpu"}
+    assert fitted_on(probes) == {"train"}
+
+
 @pytest.mark.parametrize("arguments", [{"fit_samples": 10}, {"fit_bytes": 100}], ids=str)
 def test_bounds_without_room_for_one_batch_cross_fit_and_say_so(arguments: dict[str, Any], tmp_path: Path) -> None:
     probes = LinearProbeCallback(**arguments)

@@ -189,31 +189,31 @@ def features_of(model: nn.Module, layers: Mapping[str, nn.Module], images: Tenso
 
 
 def minimise(x: Tensor, y: Tensor, classes: int, l2: float, start: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``(features + 1, classes)``: scipy's L-BFGS on features whitened by their Gram matrix, in ``dtype``."""
+    """``(classes, features + 1)``: scipy's L-BFGS on features whitened by their Gram matrix, in ``dtype``."""
     x = torch.cat([x, x.new_ones(len(x), 1)], dim=1).to(dtype)
-    penalty = torch.full((x.shape[1], 1), l2, dtype=dtype)
+    penalty = torch.full((x.shape[1],), l2, dtype=dtype)
     penalty[-1] = 0
-    gram = x.T @ x * ((1 - 1 / classes) / classes / len(x)) + (penalty + 1e-6).flatten().diag()
+    gram = x.T @ x * ((1 - 1 / classes) / classes / len(x)) + (penalty + 1e-6).diag()
     lower = torch.linalg.cholesky(gram)
     white = torch.linalg.solve_triangular(lower, x.T, upper=False).T.contiguous()
-    targets = F.one_hot(y, classes).to(dtype)
+    targets = F.one_hot(y, classes).to(dtype).T.contiguous()
 
     def objective(flat: Any) -> tuple[float, Any]:
-        v = torch.from_numpy(flat).to(dtype).view(-1, classes)
-        log_p = (white @ v).log_softmax(dim=1)
-        w = torch.linalg.solve_triangular(lower.T, v, upper=True)
+        v = torch.from_numpy(flat).to(dtype).view(classes, -1)
+        log_p = (v @ white.T).log_softmax(dim=0)
+        w = torch.linalg.solve_triangular(lower, v, upper=False, left=False)
         value = -(log_p * targets).sum() / len(x) + (penalty * w * w).sum() / 2
-        gradient = white.T @ (log_p.exp_() - targets) / len(x)
-        gradient += torch.linalg.solve_triangular(lower, penalty * w, upper=False)
+        gradient = (log_p.exp_() - targets) @ white / len(x)
+        gradient += torch.linalg.solve_triangular(lower.T, penalty * w, upper=True, left=False)
         return float(value), gradient.double().numpy().ravel()
 
-    first = torch.zeros(x.shape[1], classes) if start is None else lower.T @ start.to(dtype)
+    first = torch.zeros(classes, x.shape[1]) if start is None else start.to(dtype) @ lower
     options = {"maxcor": 20, "maxiter": 500, "gtol": 1e-5, "ftol": 1e-9 if dtype == torch.float64 else 1e-7}
     found = scipy.optimize.minimize(
         objective, first.double().numpy().ravel(), jac=True, method="L-BFGS-B", options=options
     )
-    v = torch.from_numpy(found.x).to(dtype).view(-1, classes)
-    return torch.linalg.solve_triangular(lower.T, v, upper=True)  # type: ignore[no-any-return]
+    v = torch.from_numpy(found.x).to(dtype).view(classes, -1)
+    return torch.linalg.solve_triangular(lower, v, upper=False, left=False)  # type: ignore[no-any-return]
 
 
 def exact_error(train: Split, held_out: Split, classes: int, with_sklearn: bool) -> tuple[float, float]:
@@ -225,13 +225,13 @@ def exact_error(train: Split, held_out: Split, classes: int, with_sklearn: bool)
     start: Tensor | None = None
     for l2 in STRENGTHS:
         start = minimise(x[~is_held], train[1][~is_held], classes, l2, start, torch.float32)
-        loss = F.cross_entropy(x[is_held] @ start[:-1] + start[-1], train[1][is_held]).item()
+        loss = F.cross_entropy(x[is_held] @ start[:, :-1].T + start[:, -1], train[1][is_held]).item()
         if loss >= best[0]:
             break  # the held-out loss has one minimum along the path
         best = loss, l2, start
     w = minimise(x, train[1], classes, best[1], best[2], torch.float32)
     w = minimise(x, train[1], classes, best[1], w, torch.float64)
-    error = ((held_x.double() @ w[:-1] + w[-1]).argmax(dim=1) != held_out[1]).double().mean().item()
+    error = ((held_x.double() @ w[:, :-1].T + w[:, -1]).argmax(dim=1) != held_out[1]).double().mean().item()
     if not with_sklearn:
         return error, float("nan")
     reference = LogisticRegression(C=1 / (len(x) * best[1]), max_iter=3000, tol=1e-4).fit(x.numpy(), train[1].numpy())
@@ -284,7 +284,7 @@ def measure(network: str, seed: int, args: argparse.Namespace) -> list[dict[str,
     training = time.perf_counter() - begun - heads.seconds - probes.report.cost["seconds"]
     print(f"  fit: {probes.report.cost['seconds'] / training:.0%} of training ({training:.0f} s)", flush=True)
     order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(seed))
-    known = recorded(args.record)
+    known, is_first = recorded(args.record), seed == args.seeds[0]
     inputs: dict[str, tuple[float, float]] = {}
     rows: list[dict[str, Any]] = []
     for epoch, state in enumerate(heads.states):
@@ -293,13 +293,15 @@ def measure(network: str, seed: int, args: argparse.Namespace) -> list[dict[str,
         model.load_state_dict(state)
         images = torch.stack([dataset[int(i)][0] for i in order])
         found, held = (features_of(model, layers, x) for x in (images, held_out[0]))
-        others = refits(found, train[1][order], held, held_out[1], classes, heads.online[epoch]) if args.refits else {}
+        others: dict[str, dict[str, float]] = {}
+        if args.refits and is_first:
+            others = refits(found, train[1][order], held, held_out[1], classes, heads.online[epoch])
         for layer, x in found.items():
             pair = (x, train[1][order]), (held[layer], held_out[1])
             if found_before := known.get((network, seed, epoch, layer)):
                 inputs[layer] = found_before
             elif layer != "input" or not inputs:
-                inputs[layer] = exact_error(*pair, classes, args.sklearn)
+                inputs[layer] = exact_error(*pair, classes, args.sklearn and is_first)
             published = probes.report.select(epoch=epoch, stage="val", layer=layer)
             values = {row["metric"]: row["value"] for row in published}
             row = {"network": network, "seed": seed, "epoch": epoch, "layer": layer, "exact": inputs[layer][0]}
@@ -321,7 +323,8 @@ def recorded(path: Path | None) -> dict[tuple[str, int, int, str], tuple[float, 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Gaps of a network: mean (worst layer) by epoch, averaged over seeds; all epochs; the worst epoch of any seed."""
-    ways = [key for key in rows[0] | rows[-1] if key not in ("network", "seed", "epoch", "layer", "exact", "sklearn")]
+    every = list(dict.fromkeys(key for row in rows for key in row))
+    ways = [key for key in every if key not in ("network", "seed", "epoch", "layer", "exact", "sklearn")]
     epochs = sorted({row["epoch"] for row in rows})
     print(f"  {'mean (worst layer), points':<28}" + "".join(f"{f'epoch {e}':>15}" for e in epochs) + f"{'all':>15}")
     for way in ways:
@@ -348,8 +351,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20_000, help="training images")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="for which to compare")
-    parser.add_argument("--refits", action="store_true", help="also fewer and more samples than the default")
-    parser.add_argument("--sklearn", action="store_true", help="also scikit-learn at the same L2; slow")
+    parser.add_argument("--refits", action="store_true", help="first seed: also other numbers of samples")
+    parser.add_argument("--sklearn", action="store_true", help="first seed: also scikit-learn at the same L2; slow")
     parser.add_argument("--record", type=Path, help="file of JSON lines that keeps the rows")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_probes.regression import TOLERANCE, Solution, floating, solve, sums_of
-from lightning_probes.standardise import inverse_deviation, moved_statistics, standardise_
+from lightning_probes.regression import TOLERANCE, Solution, solve, sums_of
+from lightning_probes.rows import Parts, Rows, Total, alone, statistics
+from lightning_probes.standardise import inverse_deviation, standardise_
 
 _FEWEST = 20
 """Samples below which a fifth of them says nothing about a strength."""
@@ -34,9 +35,10 @@ class Folds:
 
 @torch.no_grad()
 def fit_probes(
-    features: Mapping[str, Tensor],
+    features: Mapping[str, Tensor | Parts],
     targets: Tensor,
     *,
+    total: Total = alone,
     strengths: Sequence[float] = (1e-2, 1e-3, 1e-4),
     priors: Mapping[str, Tensor] | None = None,
     folds: Tensor | None = None,
@@ -50,8 +52,10 @@ def fit_probes(
     fewer than 20 samples nothing is chosen: the largest is taken.
 
     Args:
-        features: ``{layer: (samples, features)}``. A layer with a value or variance that is not finite gets NaN.
+        features: ``{layer: (samples, features)}``; parts are read again for each product and never all there. A layer
+            with a value or variance that is not finite gets NaN.
         targets: ``(samples, classes)``, distributions; zero rows are left out.
+        total: sums over the processes among which the samples are shared out; each calls this with its own.
         strengths: of the L2 penalty.
         priors: ``{layer: (classes, features)}`` on the features as they are: weights that the penalty pulls towards.
         folds: ``(samples,)``, which of :class:`Folds` each belongs to; views of one sample to the same. Of those that
@@ -68,26 +72,23 @@ def fit_probes(
     counted = targets.sum(dim=1) > 0
     y = targets[counted]
     for layer, values in features.items():
-        if len(values) != len(targets):
-            raise ValueError(f"{layer}: {len(values)} samples, {len(targets)} targets")
-        x = floating(values[counted])  # indexing by a mask has copied
-        if not len(x):
-            mean, variance = x.new_zeros(2, x.shape[1])
-        else:
-            none = x.new_zeros(1, 1, x.shape[1])
-            mean, variance = (s.flatten() for s in moved_statistics(x[None], none, none, 1.0))
-        if not (x.isfinite().all() and variance.isfinite().all()):
-            found[layer] = _nothing(x, y, max(strengths))
+        parts = values if isinstance(values, Parts) else Parts([len(values)], lambda _, x=values: x)  # type: ignore[misc]
+        if sum(parts.lengths) != len(targets):
+            raise ValueError(f"{layer}: {sum(parts.lengths)} samples, {len(targets)} targets")
+        parts = parts if counted.all() else parts.where(counted)
+        mean, variance = statistics(parts, total)
+        if not (mean.isfinite().all() and variance.isfinite().all()):
+            found[layer] = _nothing(mean, y, max(strengths))
             continue
-        x = standardise_(x[None], mean[None, None], variance[None, None])[0]
+        rows = Rows.standardised(parts, mean, variance, total)
+        rows = rows if isinstance(values, Parts) else rows.kept()
         prior = (priors or {}).get(layer)
         if prior is not None:
             scale = inverse_deviation(mean, variance)
-            prior = torch.where(scale > 0, prior.to(x) / scale, 0.0)
-        part = Folds().next(len(x)).to(x.device) if folds is None else folds.to(x.device)[counted]
-        held = part == part.max() if len(part) else part > 0
-        l2, start = _choose(x, y, held, sorted(strengths, reverse=True), prior, tolerance, max_iterations)
-        best = solve(x, y, l2, start=start, prior=prior, tolerance=tolerance, max_iterations=max_iterations)
+            prior = torch.where(scale > 0, prior.to(mean) / scale, 0.0)
+        part = Folds().next(len(y)).to(y.device) if folds is None else folds.to(y.device)[counted]
+        l2, start = _choose(rows, y, part, sorted(strengths, reverse=True), prior, tolerance, max_iterations)
+        best = solve(rows, y, l2, start=start, prior=prior, tolerance=tolerance, max_iterations=max_iterations)
         found[layer] = replace(best, mean=mean, variance=variance)
     return found
 
@@ -102,22 +103,23 @@ def score(solution: Solution, features: Tensor, targets: Tensor) -> Tensor:
     """
     x = features.to(solution.weight.dtype, copy=True)
     x = standardise_(x[None], solution.mean[None, None], solution.variance[None, None])[0]
-    return sums_of(x, targets, solution.weight, solution.bias)
+    return sums_of(Rows.of(x), targets, solution.weight, solution.bias)
 
 
 def _choose(
-    x: Tensor,
+    x: Rows,
     y: Tensor,
-    held: Tensor,
+    part: Tensor,
     strengths: Sequence[float],
     prior: Tensor | None,
     tolerance: float,
     max_iterations: int,
 ) -> tuple[float, tuple[Tensor, Tensor] | None]:
     """The strength with the lowest held-out cross-entropy, and the probe that had it."""
-    if len(x) < _FEWEST or len(strengths) == 1:
+    if x.total(torch.tensor(float(len(y)))) < _FEWEST or len(strengths) == 1:
         return strengths[0], None
-    fit, fit_y, rest, rest_y = x[~held], y[~held], x[held], y[held]
+    held = part == part.max() if len(part) else part > 0
+    fit, fit_y, rest, rest_y = x.where(~held), y[~held], x.where(held), y[held]
     lowest, chosen, start = float("inf"), strengths[0], None
     # Never from a probe that has seen the held-out part: short of its optimum it would remember it.
     best: tuple[Tensor, Tensor] | None = None
@@ -132,8 +134,8 @@ def _choose(
     return chosen, best
 
 
-def _nothing(x: Tensor, targets: Tensor, l2: float) -> Solution:
-    nan = x.new_full((targets.shape[1], x.shape[1]), float("nan"))
-    sums = sums_of(x[:0], targets[:0], nan, nan.new_zeros(len(nan))) * float("nan")
-    width = x.new_full((x.shape[1],), float("nan"))
-    return Solution(nan, nan.sum(dim=1), width, width, l2, False, 0, float("nan"), sums)
+def _nothing(mean: Tensor, targets: Tensor, l2: float) -> Solution:
+    width = torch.full_like(mean, float("nan"))
+    weight = width.expand(targets.shape[1], -1).clone()
+    sums = torch.full_like(sums_of(Rows.of(weight[:0]), targets[:0], weight, weight[:, 0]), float("nan"))
+    return Solution(weight, weight[:, 0].clone(), width, width, l2, False, 0, float("nan"), sums)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_probes.rows import Rows
+
 _MEMORY = 30
 """Pairs of steps and changes of gradient that are kept."""
 
@@ -23,28 +25,33 @@ _REFRESH = 50
 
 @dataclass(frozen=True)
 class Problem:
-    """Mean cross-entropy of ``offset + v x^T`` plus ``penalty/2 v^2``; the last of ``x`` is 1, of ``penalty`` 0."""
+    """Mean cross-entropy of ``offset + v x^T`` plus ``penalty/2 v^2``; the last of ``x`` is 1, of ``penalty`` 0.
 
-    x: Tensor  # (samples, features + 1)
+    Scores, targets and offset are those of the samples of this process; all that is a mean over samples is one over the
+    samples of all processes, each of which does the same and comes to the same.
+    """
+
+    x: Rows  # (samples, features + 1)
     y: Tensor  # (classes, samples), distributions
     offset: Tensor  # (classes, samples): what the prior already says
     penalty: Tensor  # (features + 1,)
+    samples: float  # of all processes
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same in another precision."""
-        return Problem(self.x.to(dtype), self.y.to(dtype), self.offset.to(dtype), self.penalty.to(dtype))
+        return Problem(self.x.to(dtype), self.y.to(dtype), self.offset.to(dtype), self.penalty.to(dtype), self.samples)
 
     def scores(self, v: Tensor) -> Tensor:
         """``(classes, samples)``."""
-        return torch.addmm(self.offset, v, self.x.T)
+        return self.x.scores(v, self.offset)
 
     def gradient(self, v: Tensor, scores: Tensor) -> Tensor:
         """``(classes, features + 1)``, at ``v`` with these scores."""
-        return (scores.softmax(dim=0) - self.y) @ self.x / len(self.x) + self.penalty * v
+        return self.x.weighted(scores.softmax(dim=0) - self.y) / self.samples + self.penalty * v
 
     def objective(self, v: Tensor) -> float:
         """In nats."""
-        loss = -(self.scores(v).log_softmax(dim=0) * self.y).sum() / len(self.x)
+        loss = -self.x.total((self.scores(v).log_softmax(dim=0) * self.y).sum()) / self.samples
         return float(loss + (self.penalty * v * v).sum() / 2)
 
     def factor(self, scores: Tensor) -> Tensor:
@@ -52,8 +59,8 @@ class Problem:
         p = scores.softmax(dim=0)
         # Half way to even weights: from a warm start p (1 - p) alone took up to a fifth more iterations.
         weights = (p * (1 - p)).mean(dim=0)
-        rows = self.x * ((weights + weights.mean()) / 2).sqrt()[:, None]
-        gram = rows.T @ rows / len(rows)
+        mean = self.x.total(weights.sum()) / self.samples
+        gram = self.x.gram((weights + mean) / 2) / self.samples
         # Collinear features and saturated samples leave it singular to rounding: more on the diagonal until it holds.
         ridge = 100 * torch.finfo(gram.dtype).eps * float(gram.diagonal().mean()) + 1e-10
         gram.diagonal().add_(self.penalty + ridge)
@@ -95,7 +102,7 @@ def _descend(problem: Problem, v: Tensor, limit: float, max_iterations: int) -> 
         if factor is None or iteration % _REFRESH == 0:
             factor = problem.factor(scores)
         direction = _direction(gradient, pairs, factor)
-        change = direction @ problem.x.T
+        change = problem.x.scores(direction)
         step = _line_search(problem, v, scores, direction, change, float((gradient * direction).sum()))
         if not step or since > 2 * _REFRESH:
             return v, iteration, False
@@ -132,7 +139,7 @@ def _line_search(problem: Problem, v: Tensor, scores: Tensor, direction: Tensor,
     low, high, slopes, step = 0.0, 0.0, (slope, 0.0), 1.0
     for _ in range(30):
         residual = (scores + step * change).softmax(dim=0) - problem.y
-        here = float((residual * change).sum()) / len(problem.x) + shrink + step * bend
+        here = float(problem.x.total((residual * change).sum())) / problem.samples + shrink + step * bend
         if abs(here) <= -0.3 * slope:
             return step
         if here < 0:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_probes.descent import Problem, minimise
+from lightning_probes.rows import Rows, alone, floating
 from lightning_probes.scores import Labels, tally
 
 TOLERANCE = 5e-4
@@ -43,7 +44,7 @@ class Solution:
 
 @torch.no_grad()
 def solve(
-    x: Tensor,
+    x: Tensor | Rows,
     targets: Tensor,
     l2: float,
     *,
@@ -60,7 +61,8 @@ def solve(
     certain, separable data without a penalty stop at the tolerance, and without samples the answer is the prior.
 
     Args:
-        x: ``(samples, features)``, standardised, finite; computed in its own dtype, at least float32.
+        x: ``(samples, features)``, standardised, finite; computed in its own dtype, at least float32. Rows may be read
+            part by part, and may be shared out among processes, each of which calls this with its own.
         targets: ``(samples, classes)``, distributions; zero rows are left out.
         l2: at least 0.
         start: ``(weight, bias)`` to begin from, unless zero weights are better.
@@ -71,18 +73,21 @@ def solve(
     Raises:
         ValueError: on data never; where ``x`` and ``targets`` differ in length, or ``l2`` or ``tolerance`` is negative.
     """
-    if len(x) != len(targets) or l2 < 0 or tolerance < 0:
-        raise ValueError(f"{len(x)} samples, {len(targets)} targets, l2={l2}, tolerance={tolerance}")
-    with torch.autocast(x.device.type, enabled=False):
+    rows = x if isinstance(x, Rows) else Rows.of(floating(x))
+    if rows.samples != len(targets) or l2 < 0 or tolerance < 0:
+        raise ValueError(f"{rows.samples} samples, {len(targets)} targets, l2={l2}, tolerance={tolerance}")
+    with torch.autocast(targets.device.type, enabled=False):
         counted = targets.sum(dim=1) > 0
-        x, y = floating(x[counted]), targets[counted]
+        if not counted.all():
+            rows = rows.where(counted)
+        y = targets[counted].to(rows.dtype)
         if prior is None or not prior.isfinite().all():
-            prior = x.new_zeros(targets.shape[1], x.shape[1])
-        return _solve(x, y, l2, start, prior.to(x), tolerance, max_iterations)
+            prior = y.new_zeros(y.shape[1], rows.width - 1)
+        return _solve(rows, y, l2, start, prior.to(y), tolerance, max_iterations)
 
 
 def _solve(
-    x: Tensor,
+    x: Rows,
     targets: Tensor,
     l2: float,
     start: tuple[Tensor, Tensor] | None,
@@ -90,60 +95,57 @@ def _solve(
     tolerance: float,
     max_iterations: int,
 ) -> Solution:
-    if not len(x) or not x.shape[1] * len(prior):
-        return _without_choice(x, targets, l2, prior)
-    y = (targets / targets.sum(dim=1, keepdim=True)).to(x).T.contiguous()
-    full = _pose(x, y, l2, prior)
+    total = x.total(targets.sum(dim=0))
+    samples = float(x.total(targets.new_tensor([float(len(targets))])))
+    if not samples or not (x.width - 1) * len(prior):
+        return _without_choice(x, targets, total, l2, prior)
+    y = (targets / targets.sum(dim=1, keepdim=True)).T.contiguous()
+    full = _pose(x, y, l2, prior, samples)
     cold = torch.zeros_like(_joined(prior, prior.new_zeros(len(prior))))
-    frequency = y.mean(dim=1)
+    frequency = x.total(y.sum(dim=1)) / samples
     cold[:, -1] = frequency.clamp(min=1e-12).log()
-    scale = max(float(((frequency[:, None] - y) @ full.x / len(x)).norm()), 1e-3)
+    scale = max(float((x.weighted(frequency[:, None] - y) / samples).norm()), 1e-3)
     v = cold
     if start is not None:
-        warm = _joined(start[0].to(x) - prior, start[1].to(x))
+        warm = _joined(start[0].to(y) - prior, start[1].to(y))
         v = warm if full.objective(warm) <= full.objective(cold) else cold
     # A step moves weights only within the span of the samples: few of them are a problem as small as they are.
-    basis = torch.linalg.qr(x.T) if 2 * len(x) < x.shape[1] else None
-    small = full
-    if basis is not None:
-        small = replace(_pose(basis[1].T, y, l2, None), offset=full.offset)
+    basis, small = None, full
+    if x.whole is not None and x.total is alone and 2 * samples < x.width - 1:
+        basis = torch.linalg.qr(x.whole[:, :-1].T)
+        small = replace(_pose(Rows.of(basis[1].T), y, l2, None, samples), offset=full.offset)
         v = _joined(v[:, :-1] @ basis[0], v[:, -1])
     # A margin, so that what rounding adds on the way back does not undo the criterion.
     v, iterations = minimise(small, v, 0.9 * tolerance * scale, max_iterations)
     weight = v[:, :-1] if basis is None else v[:, :-1] @ basis[0].T.to(v)
-    weight, bias = (weight + prior).to(x.dtype), v[:, -1].to(x.dtype)
+    weight, bias = (weight + prior).to(y.dtype), v[:, -1].to(y.dtype)
     reached = _joined(weight.to(v) - prior, bias.to(v))
     exact = full.to(v.dtype)
     norm = float(exact.gradient(reached, exact.scores(reached)).norm()) / scale
-    zero, sums = x.new_zeros(x.shape[1]), sums_of(x, targets, weight, bias)
+    zero, sums = y.new_zeros(x.width - 1), sums_of(x, targets, weight, bias)
     return Solution(weight, bias, zero, zero + 1, l2, norm <= tolerance, iterations, norm, sums)
 
 
-def _pose(x: Tensor, y: Tensor, l2: float, prior: Tensor | None) -> Problem:
-    penalty = torch.cat([x.new_full((x.shape[1],), l2), x.new_zeros(1)])
-    offset = torch.zeros_like(y) if prior is None else prior @ x.T
-    return Problem(torch.cat([x, x.new_ones(len(x), 1)], dim=1), y, offset, penalty)
+def _pose(x: Rows, y: Tensor, l2: float, prior: Tensor | None, samples: float) -> Problem:
+    penalty = y.new_full((x.width,), l2)
+    penalty[-1] = 0
+    offset = torch.zeros_like(y) if prior is None else x.scores(_joined(prior, prior.new_zeros(len(prior))))
+    return Problem(x, y, offset, penalty, samples)
 
 
 def _joined(weight: Tensor, bias: Tensor) -> Tensor:
     return torch.cat([weight, bias[:, None]], dim=1)
 
 
-def floating(x: Tensor) -> Tensor:
-    """``x`` in at least float32."""
-    return x if x.dtype == torch.float64 else x.float()
+def sums_of(x: Rows, targets: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The ``(3,)`` sums of :func:`~lightning_probes.scores.tally` of a probe, of all processes."""
+    log_p = x.scores(_joined(weight, bias)).log_softmax(dim=0)
+    return x.total(tally(log_p[None], Labels.of(targets.to(log_p)))[:, 0])
 
 
-def sums_of(x: Tensor, targets: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The ``(3,)`` sums of :func:`~lightning_probes.scores.tally` of a probe on standardised ``x``."""
-    log_p = torch.addmm(bias[:, None], weight, x.T).log_softmax(dim=0)
-    return tally(log_p[None], Labels.of(targets.to(x)))[:, 0]
-
-
-def _without_choice(x: Tensor, targets: Tensor, l2: float, prior: Tensor) -> Solution:
+def _without_choice(x: Rows, targets: Tensor, total: Tensor, l2: float, prior: Tensor) -> Solution:
     """The optimum where there are no samples or no features: the prior and the classes' log frequencies."""
-    total = targets.sum(dim=0).to(x)
     frequency = total / total.sum().clamp(min=1)
-    bias = frequency.clamp(min=1e-12).log() if len(x) else torch.zeros_like(total)
-    zero = x.new_zeros(x.shape[1])
+    bias = frequency.clamp(min=1e-12).log() if total.any() else torch.zeros_like(total)
+    zero = prior.new_zeros(x.width - 1)
     return Solution(prior.clone(), bias, zero, zero + 1, l2, True, 0, 0.0, sums_of(x, targets, prior, bias))

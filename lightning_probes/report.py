@@ -38,7 +38,8 @@ class ProbeReport:
             after Wilson: it covers the scored sample, not the fit; ``None`` for other metrics), ``features`` and
             ``features_total`` (after and before reduction), ``fitted_on`` (``{"data", "samples"}``: ``train`` for kept
             training samples run again, ``val, cross-fitted``, or ``online`` for a probe trained along with the network)
-            and ``converged`` (whether the probe is at its optimum; ``None`` for an online one).
+            and ``converged`` (whether the probe is at its optimum; ``None`` for an online one); of
+            :func:`~lightning_probes.probe` also ``network`` (``as given``, ``untrained``, or a checkpoint's path).
         baseline: ``{stage: error}`` of always answering that stage's most frequent class.
         notes: what a reader should know of the run.
         cost: of bringing the probes to their optimum, since this run began or was resumed: ``seconds``, ``share`` of
@@ -186,7 +187,7 @@ class ProbeReport:
         baseline = {"majority class": self.baseline[stage]} if stage in self.baseline else {}
         return error_by_depth(
             layers,
-            {point_name(point, by_step): across(curves[point]) for point in shown},
+            {point_name(point, by_step, curves[point]): across(curves[point]) for point in shown},
             interval=(across(last, "low"), across(last, "high")),
             references={**baseline, **(references or {})},
             title=f"What each layer knows: linear probes, {stage} error",

@@ -35,13 +35,14 @@ def error_table(
     left = max(len("majority class"), *(len(name) for name in names.values()))
     is_error = metric == "error"
     by_step = has_points_inside_epochs(curves)
-    times = {point: str(point[by_step]) if any(point) else "start" for point in curves}
+    times = {point: _time(point, by_step, curve) for point, curve in curves.items()}
     texts = [*times.values(), *(_cell(row, metric) for curve in curves.values() for row in curve.values())]
     column = max(7, 1 + max(map(len, texts)))
     shown = spread(list(curves), (_WIDTH - left - 10 - 12 * is_error) // column)
+    when = "step" if by_step else "epoch"
     unit = "error in %" if is_error else "cross-entropy in nats" if metric == "cross_entropy" else metric
     lines = [
-        f"probe {unit}, {where}, after {'step' if by_step else 'epoch'}",
+        f"probe {unit}, {where}" + f", after {when}" * any(name.isdigit() for name in times.values()),
         f"{'layer':<{left}}{'features':>10}"
         + "".join(f"{times[point]:>{column}}" for point in shown)
         + f"{'95 % range':>12}" * is_error,
@@ -62,10 +63,17 @@ def has_points_inside_epochs(curves: Mapping[Point, Any]) -> bool:
     return len({epoch for epoch, _ in curves}) < len(curves) or any(step and not epoch for epoch, step in curves)
 
 
-def point_name(point: Point, by_step: bool) -> str:
-    """``epoch 3``, ``step 400``, or ``start`` for the network as it was found."""
-    epoch, step = point
-    return "start" if point == (0, 0) else f"step {step}" if by_step else f"epoch {epoch}"
+def point_name(point: Point, by_step: bool, curve: Mapping[str, Mapping[str, Any]]) -> str:
+    """``epoch 3``, ``step 400``, ``start`` for the network as `fit` found it, or what a network without a time is."""
+    name = _time(point, by_step, curve)
+    return f"{'step' if by_step else 'epoch'} {name}" if name.isdigit() else name
+
+
+def _time(point: Point, by_step: bool, curve: Mapping[str, Mapping[str, Any]]) -> str:
+    network = next(iter(curve.values())).get("network")
+    if network in ("untrained", "as given") and point in ((0, 0), (0, 1)):
+        return str(network)
+    return str(point[by_step]) if any(point) else "start"
 
 
 def spread(points: list[Point], room: int) -> list[Point]:

@@ -1,0 +1,130 @@
+"""Checkpoints on disk: which there are, when in training each was written, and its weights into a model."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_probes.layers import clean
+
+
+class CheckpointError(ValueError):
+    """Why a checkpoint cannot be probed."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file, and when in training it was written; ``(0, 0)`` for one that does not say."""
+
+    path: Path
+    epoch: int
+    """Epochs completed."""
+    step: int
+
+
+def find_checkpoints(ckpt_path: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that are named, each once.
+
+    Args:
+        ckpt_path: a path, a glob (``**`` across folders), or a list of them.
+
+    Raises:
+        FileNotFoundError: a path is none, or a glob finds nothing; the message names what is there.
+    """
+    found: dict[Path, None] = {}
+    for pattern in [ckpt_path] if isinstance(ckpt_path, (str, Path)) else ckpt_path:
+        path = Path(pattern)
+        paths = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(str(pattern), recursive=True))]
+        paths = [path for path in paths if path.is_file()]
+        if not paths:
+            folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+            there = sorted(str(p) for p in folder.rglob("*") if p.suffix in (".ckpt", ".pt", ".pth"))
+            near = difflib.get_close_matches(str(path), there, 3, 0.3) or there[:3]
+            hint = f"; under {folder} there are: {', '.join(near)}" if near else f"; under {folder} there is none"
+            raise FileNotFoundError(f"ckpt_path: no checkpoint {str(pattern)!r}{hint}")
+        found |= dict.fromkeys(paths)
+    return list(found)
+
+
+def read_checkpoint(path: Path, *, weights_only: bool = True) -> tuple[Checkpoint, dict[str, Any]]:
+    """A checkpoint and its content; tensors stay in the file until they are used.
+
+    Raises:
+        CheckpointError: it is none, or cannot be loaded.
+    """
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+        except RuntimeError:  # an older format, which cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except pickle.UnpicklingError as error:
+        known = weights_only and "weights_only" in str(error).lower()
+        hint = " (it holds more than tensors and plain types: weights_only=False loads it, if you trust it)" * known
+        raise CheckpointError(f"{path} is no checkpoint{hint}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever a damaged file makes of it
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, Mapping) or not _weights_in(content):
+        raise CheckpointError(f"{path} is no checkpoint: it holds a {type(content).__name__} without any weights")
+    epoch, step = _when(content)
+    return Checkpoint(path, epoch, step), dict(content)
+
+
+def load_weights(model: nn.Module, path: Path, content: dict[str, Any]) -> None:
+    """Put the weights of a checkpoint into ``model``.
+
+    Raises:
+        CheckpointError: it is one of another architecture; the message names the first keys and shapes that differ.
+    """
+    if callable(hook := getattr(model, "on_load_checkpoint", None)):
+        hook(content)
+    weights = {clean(name): tensor for name, tensor in _weights_in(content).items()}
+    own = model.state_dict()
+    names = {clean(name): name for name in own}
+    shapes = [
+        f"{name} {list(weights[name].shape)}, not {list(own[names[name]].shape)}"
+        for name in names
+        if isinstance(own[names[name]], Tensor) and name in weights and weights[name].shape != own[names[name]].shape
+    ]
+    differences = {
+        "missing": [name for name in names if name not in weights],
+        "unexpected": [name for name in weights if name not in names],
+        "of another shape": shapes,
+    }
+    is_strict = getattr(model, "strict_loading", True)
+    if any(differences.values()) if is_strict else shapes:
+        told = "; ".join(f"{what}: {_first(keys)}" for what, keys in differences.items() if keys)
+        raise CheckpointError(f"{path} is a checkpoint of another architecture than {type(model).__name__}; {told}")
+    model.load_state_dict({names[name]: tensor for name, tensor in weights.items() if name in names}, strict=is_strict)
+
+
+def _first(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _weights_in(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a Lightning checkpoint, or of a plain state dict."""
+    weights = content.get("state_dict", content)
+    if not isinstance(weights, Mapping):
+        return {}
+    is_plain = weights is content
+    found = {str(name): value for name, value in weights.items() if isinstance(value, Tensor) or not is_plain}
+    return found if any(isinstance(value, Tensor) for value in found.values()) else {}
+
+
+def _when(content: Mapping[str, Any]) -> tuple[int, int]:
+    """Epochs completed and ``global_step``, as far as the checkpoint says."""
+    epoch, step = content.get("epoch", 0), content.get("global_step", 0)
+    loop = content.get("loops", {}).get("fit_loop", {}) if isinstance(content.get("loops"), Mapping) else {}
+    begun = loop.get("epoch_progress", {}).get("current", {}).get("ready")
+    if isinstance(begun, int):
+        is_last = loop.get("epoch_loop.batch_progress", {}).get("is_last_batch", False)
+        epoch = begun if is_last else begun - 1
+    return (int(epoch), int(step)) if isinstance(epoch, int) and isinstance(step, int) else (0, 0)

@@ -1,0 +1,236 @@
+"""One pass of data through a model that is not trained, by Lightning's own loop: what its layers say to each batch."""
+
+from __future__ import annotations
+
+import inspect
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+from lightning_probes.fitting import Seen
+from lightning_probes.frozen import frozen
+from lightning_probes.probing import ProbedNetwork
+from lightning_probes.targets import Where, describe, pick
+
+Take = Callable[[int, int, Seen], None]
+"""What is done with a batch: index of the loader, samples of the pass before it (of this process), what it showed."""
+
+
+class Pass(LightningModule):
+    """Stands in for a model in Lightning's prediction loop, whose batches no sample is repeated or left out of.
+
+    A batch is given to the model's own ``validation_step``; a model without one is called on the batch's input.
+
+    Args:
+        model: a LightningModule or any module.
+        network: probes it; hooked while a pass runs.
+        input: where in a batch the model's input is.
+        loaders: ``{"train", "val"}``; ``None`` for those of the datamodule or of the model.
+        datamodule: whose loaders and hooks for batches are used, if given.
+
+    Raises:
+        TypeError: there is no way to run the model.
+        ValueError: nobody has a loader.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        network: ProbedNetwork,
+        input: Where | None,
+        loaders: Mapping[str, Any],
+        datamodule: LightningDataModule | None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._take: Take = _leave
+        self._loaders = loaders
+        self._stage = "train"
+        self._network = network
+        self._input = input
+        self._owners = [owner for owner in (datamodule, model) if owner is not None]
+        self._is_ready = False
+        self._samples = 0
+        self._step = _step_of(model)
+        for stage, loader in loaders.items():
+            if loader is None and not any(self._with(f"{stage}_dataloader")):
+                raise ValueError(
+                    f"{stage}_dataloaders: not given, and neither a datamodule nor {type(model).__name__} has a "
+                    f"{stage}_dataloader"
+                )
+
+    def begin(self, stage: str, take: Take) -> None:
+        """The next pass is over the data of ``stage``, and ``take`` gets what its batches show."""
+        self._stage, self._take, self._samples = stage, take, 0
+
+    def prepare_data(self) -> None:
+        if self._needs_setup():
+            for owner in self._with("prepare_data"):
+                owner.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        if self._needs_setup():
+            for owner in self._with("setup"):
+                owner.setup("fit")
+        self._is_ready = True
+
+    def predict_dataloader(self) -> Any:
+        given, name = self._loaders[self._stage], f"{self._stage}_dataloader"
+        return given if given is not None else getattr(next(self._with(name)), name)()
+
+    def _needs_setup(self) -> bool:
+        return not self._is_ready and any(loader is None for loader in self._loaders.values())
+
+    def on_predict_start(self) -> None:
+        order = self._network.layers or None
+        self._network.attach(self.model, *self._owners, order=order)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> int:
+        self._network.open(batch)
+        if self._step is not None:
+            self._step(batch, batch_idx, dataloader_idx)
+        else:
+            self.model(self._input_of(batch))
+        # Lightning runs in inference mode; what is kept will be used outside of it.
+        with torch.inference_mode(False):
+            seen = self._network.close()
+            if seen is not None:
+                features, targets = seen
+                seen = {layer: x.clone() for layer, x in features.items()}, targets.clone()
+                before, self._samples = self._samples, self._samples + len(targets)
+                self._take(dataloader_idx, before, seen)
+        return batch_idx  # of no use, but Lightning warns of a step that returns nothing
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._hook("on_before_batch_transfer")(batch, dataloader_idx)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return self._hook("transfer_batch_to_device")(batch, device, dataloader_idx)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._hook("on_after_batch_transfer")(batch, dataloader_idx)
+
+    def _hook(self, name: str) -> Any:
+        owner = next(self._with(name), None)
+        return getattr(owner if owner is not None else super(), name)
+
+    def _hosts(self) -> list[Any]:
+        return [owner for owner in self._owners if isinstance(owner, (LightningModule, LightningDataModule))]
+
+    def _with(self, name: str) -> Iterator[Any]:
+        return (owner for owner in self._hosts() if is_overridden(name, owner))
+
+    def _input_of(self, batch: Any) -> Any:
+        if self._input is None:
+            raise TypeError(
+                f"{type(self.model).__name__} has no validation_step, and input=None says of no part of the batch that "
+                f"it is what the model is called on; the batch is {describe(batch)}"
+            )
+        return pick(batch, self._input, "input")
+
+
+def _step_of(model: nn.Module) -> Callable[[Any, int, int], Any] | None:
+    """The model's own ``validation_step``, called with as many arguments as it takes; ``None`` if it has none.
+
+    Raises:
+        TypeError: nor has it a ``forward``.
+    """
+    if isinstance(model, LightningModule) and is_overridden("validation_step", model):
+        step = model.validation_step
+        names = list(inspect.signature(step).parameters.values())
+        takes = len(names) if all(p.kind is not p.VAR_POSITIONAL for p in names) else 3
+        return lambda *given: step(*given[:takes])
+    if type(model).forward in (nn.Module.forward, LightningModule.forward):
+        raise TypeError(
+            f"{type(model).__name__} has no validation_step that consumes a batch and no forward that could be called "
+            "on its input: there is no way to run it"
+        )
+    return None
+
+
+def _leave(dataloader: int, before: int, seen: Seen) -> None: ...
+
+
+class _Bar(TQDMProgressBar):
+    """Says what the pass is for."""
+
+    doing = ""
+
+    @property
+    def predict_description(self) -> str:
+        return self.doing
+
+
+class Runner:
+    """Runs passes with one Trainer, which keeps nothing of them.
+
+    Args:
+        trainer: the user's, whose callbacks (but for progress bars) and loggers are set aside meanwhile; default: one
+            device of what there is.
+    """
+
+    def __init__(self, trainer: Trainer | None) -> None:
+        self._bar = _Bar()
+        self._trainer = trainer or Trainer(
+            logger=False,
+            devices=1,
+            callbacks=[self._bar],
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where models run."""
+        return self._trainer.strategy.root_device
+
+    @property
+    def processes(self) -> tuple[int, int]:
+        """Rank and number."""
+        return self._trainer.global_rank, self._trainer.world_size
+
+    def run(self, model: Pass, stage: str, take: Take) -> None:
+        """Give every batch of a stage to ``model``, and what it shows to ``take``.
+
+        Raises:
+            KeyboardInterrupt: by Ctrl-C.
+            Exception: whatever loaders, model or ``take`` raise.
+        """
+        self._bar.doing = "features to fit on" if stage == "train" else "features to score"
+        model.begin(stage, take)
+        trainer: Any = self._trainer
+        handler = signal.getsignal(signal.SIGINT)
+        set_aside = trainer.callbacks, trainer.loggers
+        trainer.callbacks = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
+        trainer.loggers = []
+        try:
+            with _unchanged(model.model):
+                trainer.predict(model, return_predictions=False)
+        except SystemExit as error:  # what Lightning makes of Ctrl-C, for good: it would be deaf from now on
+            raise KeyboardInterrupt from error
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            trainer.callbacks, trainer.loggers = set_aside
+            model._network.detach()
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """As :func:`~lightning_probes.frozen.frozen`, and parameters are where and in which precision they were."""
+    saved = [(parameter, parameter.data, parameter.grad) for parameter in model.parameters()]
+    try:
+        with frozen(model):
+            # The same shuffling and augmentation in each pass and in all processes.
+            torch.manual_seed(0)
+            yield
+    finally:
+        for parameter, data, grad in saved:
+            if parameter.data is not data:
+                parameter.data, parameter.grad = data, grad

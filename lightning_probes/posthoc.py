@@ -1,0 +1,227 @@
+"""``probe()``: the probes of networks that are trained already, or not at all, and of checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_probes.arguments import Layout, whole
+from lightning_probes.checkpoints import CheckpointError
+from lightning_probes.convergence import Folds, fit_probes
+from lightning_probes.fitting import Fitted, Seen, fitted
+from lightning_probes.passes import Pass, Runner
+from lightning_probes.points import Points
+from lightning_probes.probing import ProbedNetwork
+from lightning_probes.regression import Solution
+from lightning_probes.report import ProbeReport, Row
+from lightning_probes.rows import alone
+from lightning_probes.scores import count_classes
+from lightning_probes.series import AS_GIVEN, Network, copied, series
+from lightning_probes.store import FeatureStore
+
+
+def probe(
+    model: nn.Module,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    datamodule: LightningDataModule | None = None,
+    *,
+    ckpt_path: str | Path | Sequence[str | Path] | None = None,
+    untrained: bool = False,
+    layers: str | list[str] | None = None,
+    exclude: str | list[str] | None = None,
+    num_classes: int | None = None,
+    input: int | Callable[[Any], Any] | str | None = 0,
+    target: int | Callable[[Any], Any] | str = 1,
+    max_features: int = 1024,
+    layout: dict[str, Layout] | None = None,
+    max_bytes: int = 4 * 2**30,
+    weights_only: bool = True,
+    trainer: Trainer | None = None,
+) -> ProbeReport:
+    """What each layer of a network that is not being trained knows: its probe, fitted on all training data.
+
+    One pass over the training data in eval mode keeps the reduced features, the probes are brought to their optimum,
+    and one pass over the validation data scores them. The model is given batches by its own ``validation_step``; a
+    module without one is called on ``input``. Nothing in the model changes: weights, buffers, flags, its trainer; nor
+    do the random states.
+
+    Args:
+        model: a LightningModule, or any module.
+        train_dataloaders: one loader or a list; what the probes are fitted on. Not given: those of the datamodule or
+            the LightningModule.
+        val_dataloaders: likewise; what they are scored on.
+        datamodule: has both.
+        ckpt_path: checkpoints whose weights are probed in the place of the model's own: a path, a glob, or a list.
+            One that cannot be probed is told of in ``report.notes``; the others go on.
+        untrained: also a copy with its parameters initialised anew, as epoch 0, step 0.
+        layers: as for :class:`~lightning_probes.LinearProbeCallback`, like the arguments up to ``layout``.
+        exclude: layers to take away.
+        num_classes: number of classes.
+        input: where in the batch the network's input is.
+        target: where the labels are.
+        max_features: most features of a map.
+        layout: what three dimensions mean, by layer pattern.
+        max_bytes: of features in memory; more go to temporary files (in the folder that TMPDIR names).
+        weights_only: read nothing but tensors and plain types from checkpoints; without it one can run any code.
+        trainer: the Lightning Trainer that runs the model: device, precision, strategy. Its callbacks and loggers are
+            set aside meanwhile. Default: one device, the fastest there is.
+
+    Returns:
+        The report; ``epoch`` and ``step`` of a row are those of its checkpoint, of the model's own trainer for the
+        model as it is, and 0 where nobody knows; ``network`` says which it is. After Ctrl-C it holds what was done.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: there is nothing to fit or score on, fewer samples than classes, a layer that was named never runs,
+            or no checkpoint can be probed.
+        TypeError: the model can be called in no way.
+        LookupError: the batches have no labels where ``target`` says.
+        OSError: no space for features.
+        KeyboardInterrupt: before anything was done.
+    """
+    network = ProbedNetwork(
+        layers,
+        exclude,
+        num_classes=num_classes,
+        input=input,
+        target=target,
+        max_features=max_features,
+        layout=layout,
+    )
+    model = getattr(model, "_orig_mod", model)  # compiled code has no hooks
+    runner = Runner(trainer)
+    loaders = {"train": train_dataloaders, "val": val_dataloaders}
+    networks = list(series(model, ckpt_path, untrained, weights_only))
+    # A checkpoint needs a model of its own to be loaded into.
+    own = model if all(one.name == AS_GIVEN for one in networks) else copied(model)
+    posthoc = _Posthoc(network, runner, whole("max_bytes", max_bytes))
+    for number, one in enumerate(networks, 1):
+        subject = model if one.name == AS_GIVEN else own
+        stand_in = Pass(subject, network, input, loaders, datamodule)
+        try:
+            if len(networks) > 1:
+                rank_zero_info(f"probe: {one.name} ({number} of {len(networks)})")
+            one.prepare(subject)
+            posthoc.probe(stand_in, one)
+        except CheckpointError as error:
+            posthoc.fail(str(error))
+        except KeyboardInterrupt:
+            if not posthoc.report.rows:
+                raise
+            missing = ", ".join(other.name for other in networks[number - 1 :])
+            posthoc.fail(f"interrupted; not probed: {missing}")
+            break
+    if not posthoc.report.rows:
+        raise CheckpointError("; ".join(posthoc.report.notes))
+    return posthoc.report
+
+
+class _Posthoc:
+    """Fits and scores the probes of one network after the other."""
+
+    def __init__(self, network: ProbedNetwork, runner: Runner, max_bytes: int) -> None:
+        self.report = ProbeReport(cost={"seconds": 0.0, "share": 0.0, "kept_bytes": 0, "weights_bytes": 0})
+        self._network = network
+        self._runner = runner
+        self._max_bytes = max_bytes
+        self._begun = time.perf_counter()
+
+    def fail(self, reason: str) -> None:
+        """A network that is not probed."""
+        self.report.notes.append(reason)
+        rank_zero_warn(f"probe: {reason}")
+
+    def probe(self, model: Pass, one: Network) -> None:
+        """Enter the points of a network, in whose model its weights are."""
+        points, store = Points(), FeatureStore(self._max_bytes)
+        try:
+            found = self._fit(model, store)
+        finally:
+            store.close()
+        rank = self._runner.processes[0]
+        assert found.sums is not None
+        assert found.classes is not None
+        points.add("published", "train", 0, found.sums * (not rank), found.classes)
+
+        def score(dataloader: int, before: int, seen: Seen) -> None:
+            points.add("published", "val", dataloader, found.bank.score(*seen), count_classes(seen[1]))
+
+        self._runner.run(model, "val", score)
+        if not points.has("published", "val"):
+            raise ValueError(
+                "val_dataloaders: no batch with labels came out of it; the probes have nothing to be scored on"
+            )
+        points.publish("published", self.report, self._about(found, one), point=one.point)
+        share = self.report.cost["seconds"] / (time.perf_counter() - self._begun)
+        self.report.cost |= {"share": share}
+        self._note(store)
+
+    def _fit(self, model: Pass, store: FeatureStore) -> Fitted:
+        rank, processes = self._runner.processes
+
+        def keep(dataloader: int, before: int, seen: Seen) -> None:
+            store.add(*seen, (before + torch.arange(len(seen[1]))) * processes + rank)
+
+        self._runner.run(model, "train", keep)
+        begun = time.perf_counter()
+        total = alone if processes == 1 else _over_processes
+        samples = int(total(torch.tensor(float(store.samples), device=self._runner.device)))
+        self._check(store, samples)
+        folds = Folds().next(samples)
+        solutions: dict[str, Solution] = {}
+        for layer in self._network.layers:
+            parts, y, positions = store.read(layer, self._runner.device)
+            x = parts if 4 * store.values(layer) > self._max_bytes / 4 else torch.cat(list(parts))
+            solutions |= fit_probes({layer: x}, y, folds=folds[positions % samples], total=total)
+        self.report.cost["seconds"] += time.perf_counter() - begun
+        self.report.cost["kept_bytes"] = max(self.report.cost["kept_bytes"], store.memory_bytes + store.file_bytes)
+        return fitted(self._network, solutions, "train", store.classes)
+
+    def _check(self, store: FeatureStore, samples: int) -> None:
+        if not samples:
+            raise ValueError(
+                "train_dataloaders: no batch with labels came out of it; the probes have nothing to be fitted on"
+            )
+        if samples < self._network.num_classes:
+            raise ValueError(
+                f"train_dataloaders: {samples} samples are too few to tell {self._network.num_classes} classes apart"
+            )
+        silent = [layer for layer in self._network.layers if layer not in store.layers]
+        if silent:
+            raise ValueError(
+                f"layers: {', '.join(map(repr, silent))} never ran on the training data, or had no features"
+            )
+
+    def _about(self, found: Fitted, one: Network) -> dict[str, Row]:
+        recorder = self._network.recorder
+        first = 0 if self._network.has_input else 1
+        return {
+            layer: {
+                "depth": first + i,
+                "features": found.bank.widths[layer],
+                "features_total": recorder.totals.get(layer, 0),
+                "network": one.name,
+                **found.about[layer],
+            }
+            for i, layer in enumerate(self._network.layers)
+        }
+
+    def _note(self, store: FeatureStore) -> None:
+        where = f"{store.memory_bytes / 2**20:,.0f} MiB of features in memory"
+        where += f", {store.file_bytes / 2**20:,.0f} MiB in temporary files" * (store.file_bytes > 0)
+        notes = [*self.report.notes, *self._network.notes, where]
+        self.report.notes = list(dict.fromkeys(notes))
+
+
+def _over_processes(tensor: Tensor) -> Tensor:
+    summed = tensor.clone()
+    torch.distributed.all_reduce(summed)
+    return summed

@@ -82,15 +82,10 @@ class LinearProbeCallback(Callback):
         every_n_epochs: int = 1,
         log_metrics: list[str] | None = None,
     ) -> None:
-        self._network = ProbedNetwork(
-            layers,
-            exclude,
-            num_classes=num_classes,
-            input=input,
-            target=target,
-            max_features=max_features,
-            layout=layout,
-        )
+        # As it was given: with the same, the command line probes checkpoints.
+        self.selection: dict[str, Any] = {"layers": layers, "exclude": exclude, "num_classes": num_classes}
+        self.selection |= {"input": input, "target": target, "max_features": max_features, "layout": layout}
+        self._network = ProbedNetwork(**self.selection)
         self._logs = Logs(name, log_metrics)
         self._state_key = self._generate_state_key(name=name)
         self._learning_rate = positive_float("learning_rate", learning_rate)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import glob
 import pickle
+import re
+import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,6 @@ class CheckpointError(ValueError):
     """Why a checkpoint cannot be probed."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A file, and when in training it was written; ``(0, 0)`` for one that does not say."""
-
-    path: Path
-    epoch: int
-    """Epochs completed."""
-    step: int
-
-
 def find_checkpoints(ckpt_path: str | Path | Sequence[str | Path]) -> list[Path]:
     """The files that are named, each once.
 
@@ -39,7 +30,7 @@ def find_checkpoints(ckpt_path: str | Path | Sequence[str | Path]) -> list[Path]
     Raises:
         FileNotFoundError: a path is none, or a glob finds nothing; the message names what is there.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}  # by what a link leads to: a last.ckpt may be one
     for pattern in [ckpt_path] if isinstance(ckpt_path, (str, Path)) else ckpt_path:
         path = Path(pattern)
         paths = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(str(pattern), recursive=True))]
@@ -50,12 +41,16 @@ def find_checkpoints(ckpt_path: str | Path | Sequence[str | Path]) -> list[Path]
             near = difflib.get_close_matches(str(path), there, 3, 0.3) or there[:3]
             hint = f"; under {folder} there are: {', '.join(near)}" if near else f"; under {folder} there is none"
             raise FileNotFoundError(f"ckpt_path: no checkpoint {str(pattern)!r}{hint}")
-        found |= dict.fromkeys(paths)
-    return list(found)
+        for path in paths:
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
 
 
-def read_checkpoint(path: Path, *, weights_only: bool = True) -> tuple[Checkpoint, dict[str, Any]]:
-    """A checkpoint and its content; tensors stay in the file until they are used.
+def read_checkpoint(path: Path, *, weights_only: bool = True) -> tuple[tuple[int, int] | None, dict[str, Any]]:
+    """A checkpoint, whose tensors stay in the file until they are used.
+
+    Returns:
+        ``(epochs completed, global_step)`` when it was written, or ``None`` if it does not say; its content.
 
     Raises:
         CheckpointError: it is none, or cannot be loaded.
@@ -66,15 +61,19 @@ def read_checkpoint(path: Path, *, weights_only: bool = True) -> tuple[Checkpoin
         except RuntimeError:  # an older format, which cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=weights_only)
     except pickle.UnpicklingError as error:
-        known = weights_only and "weights_only" in str(error).lower()
-        hint = " (it holds more than tensors and plain types: weights_only=False loads it, if you trust it)" * known
-        raise CheckpointError(f"{path} is no checkpoint{hint}: {str(error).splitlines()[0]}") from error
+        if not (weights_only and zipfile.is_zipfile(path)):  # a text that somebody named so: nothing to be trusted
+            raise CheckpointError(f"{path} is no checkpoint") from error
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" ({found[1]})" if found else ""
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain types{what}: weights_only=False loads it, if you trust it"
+        ) from error
     except Exception as error:  # whatever a damaged file makes of it
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        first = (str(error).splitlines() or ["it is empty"])[0]
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {first}") from error
     if not isinstance(content, Mapping) or not _weights_in(content):
         raise CheckpointError(f"{path} is no checkpoint: it holds a {type(content).__name__} without any weights")
-    epoch, step = _when(content)
-    return Checkpoint(path, epoch, step), dict(content)
+    return _when(content), dict(content)
 
 
 def load_weights(model: nn.Module, path: Path, content: dict[str, Any]) -> None:
@@ -84,7 +83,11 @@ def load_weights(model: nn.Module, path: Path, content: dict[str, Any]) -> None:
         CheckpointError: it is one of another architecture; the message names the first keys and shapes that differ.
     """
     if callable(hook := getattr(model, "on_load_checkpoint", None)):
-        hook(content)
+        try:
+            hook(content)
+        except Exception as error:  # it may want more than there is
+            what = f"on_load_checkpoint raised {type(error).__name__}: {error}"
+            raise CheckpointError(f"{path} cannot be loaded: {what}") from error
     weights = {clean(name): tensor for name, tensor in _weights_in(content).items()}
     own = model.state_dict()
     names = {clean(name): name for name in own}
@@ -119,12 +122,11 @@ def _weights_in(content: Mapping[str, Any]) -> dict[str, Any]:
     return found if any(isinstance(value, Tensor) for value in found.values()) else {}
 
 
-def _when(content: Mapping[str, Any]) -> tuple[int, int]:
-    """Epochs completed and ``global_step``, as far as the checkpoint says."""
-    epoch, step = content.get("epoch", 0), content.get("global_step", 0)
+def _when(content: Mapping[str, Any]) -> tuple[int, int] | None:
+    epoch, step = content.get("epoch"), content.get("global_step")
     loop = content.get("loops", {}).get("fit_loop", {}) if isinstance(content.get("loops"), Mapping) else {}
     begun = loop.get("epoch_progress", {}).get("current", {}).get("ready")
     if isinstance(begun, int):
         is_last = loop.get("epoch_loop.batch_progress", {}).get("is_last_batch", False)
         epoch = begun if is_last else begun - 1
-    return (int(epoch), int(step)) if isinstance(epoch, int) and isinstance(step, int) else (0, 0)
+    return (epoch, step) if isinstance(epoch, int) and isinstance(step, int) else None

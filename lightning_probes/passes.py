@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -71,22 +72,22 @@ class Pass(LightningModule):
         self._stage, self._take, self._samples = stage, take, 0
 
     def prepare_data(self) -> None:
-        if self._needs_setup():
-            for owner in self._with("prepare_data"):
-                owner.prepare_data()
+        for owner in self._to_set_up("prepare_data"):
+            owner.prepare_data()
 
     def setup(self, stage: str) -> None:
-        if self._needs_setup():
-            for owner in self._with("setup"):
-                owner.setup("fit")
+        for owner in self._to_set_up("setup"):
+            owner.setup("fit")
         self._is_ready = True
 
     def predict_dataloader(self) -> Any:
         given, name = self._loaders[self._stage], f"{self._stage}_dataloader"
         return given if given is not None else getattr(next(self._with(name)), name)()
 
-    def _needs_setup(self) -> bool:
-        return not self._is_ready and any(loader is None for loader in self._loaders.values())
+    def _to_set_up(self, name: str) -> Iterator[Any]:
+        if any(loader is None for loader in self._loaders.values()):
+            # What the model sets up in itself is gone after each pass, like all that a pass changes in it.
+            yield from (owner for owner in self._with(name) if owner is self.model or not self._is_ready)
 
     def on_predict_start(self) -> None:
         order = self._network.layers or None
@@ -207,30 +208,41 @@ class Runner:
         model.begin(stage, take)
         trainer: Any = self._trainer
         handler = signal.getsignal(signal.SIGINT)
-        set_aside = trainer.callbacks, trainer.loggers
+        set_aside, connected = (trainer.callbacks, trainer.loggers), trainer.lightning_module
         trainer.callbacks = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
         trainer.loggers = []
         try:
-            with _unchanged(model.model):
+            with warnings.catch_warnings(), _unchanged(model.model):
+                # Of a loader that shuffles: an order is nothing to a probe.
+                warnings.filterwarnings("ignore", ".*sampler has shuffling enabled.*")
                 trainer.predict(model, return_predictions=False)
         except SystemExit as error:  # what Lightning makes of Ctrl-C, for good: it would be deaf from now on
             raise KeyboardInterrupt from error
         finally:
-            signal.signal(signal.SIGINT, handler)
+            if signal.getsignal(signal.SIGINT) is not handler:  # which only the main thread may set
+                signal.signal(signal.SIGINT, handler)
             trainer.callbacks, trainer.loggers = set_aside
+            trainer.strategy.connect(connected)  # whose weights the trainer's next checkpoint has
             model._network.detach()
 
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """As :func:`~lightning_probes.frozen.frozen`, and parameters are where and in which precision they were."""
-    saved = [(parameter, parameter.data, parameter.grad) for parameter in model.parameters()]
+    """As :func:`~lightning_probes.frozen.frozen`, and parameters are what and where they were, in their precision."""
+    # Moving a module replaces the data of its gradients too; and some networks write to parameters in forward.
+    grads = [(p, p.grad, p.grad.data) for p in model.parameters() if p.grad is not None]
+    saved = [(parameter, parameter.data, parameter.data.to("cpu", copy=True)) for parameter in model.parameters()]
+    flags = [(module, module.training) for module in model.modules()]
     try:
         with frozen(model):
             # The same shuffling and augmentation in each pass and in all processes.
             torch.manual_seed(0)
             yield
     finally:
-        for parameter, data, grad in saved:
-            if parameter.data is not data:
-                parameter.data, parameter.grad = data, grad
+        for parameter, data, content in saved:
+            parameter.grad, parameter.data = None, data.copy_(content)
+        for parameter, grad, data in grads:
+            grad.data, parameter.grad = data, grad
+        for module, flag in flags:
+            if module.training != flag:  # of TorchScript, which has it elsewhere
+                module.training = flag

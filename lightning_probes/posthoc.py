@@ -76,7 +76,8 @@ def probe(
 
     Returns:
         The report; ``epoch`` and ``step`` of a row are those of its checkpoint, of the model's own trainer for the
-        model as it is, and 0 where nobody knows; ``network`` says which it is. After Ctrl-C it holds what was done.
+        model as it is, and 0 where nobody knows (checkpoints that do not say are counted: steps 1, 2, ...); ``network``
+        says which it is. After Ctrl-C it holds what was done.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
@@ -85,6 +86,7 @@ def probe(
         TypeError: the model can be called in no way.
         LookupError: the batches have no labels where ``target`` says.
         OSError: no space for features.
+        Exception: whatever else the model raises. Once something is done this and all of the above become notes.
         KeyboardInterrupt: before anything was done.
     """
     network = ProbedNetwork(
@@ -97,31 +99,15 @@ def probe(
         layout=layout,
     )
     model = getattr(model, "_orig_mod", model)  # compiled code has no hooks
-    runner = Runner(trainer)
     loaders = {"train": train_dataloaders, "val": val_dataloaders}
     networks = list(series(model, ckpt_path, untrained, weights_only))
     # A checkpoint needs a model of its own to be loaded into.
     own = model if all(one.name == AS_GIVEN for one in networks) else copied(model)
-    posthoc = _Posthoc(network, runner, whole("max_bytes", max_bytes))
-    for number, one in enumerate(networks, 1):
-        subject = model if one.name == AS_GIVEN else own
-        stand_in = Pass(subject, network, input, loaders, datamodule)
-        try:
-            if len(networks) > 1:
-                rank_zero_info(f"probe: {one.name} ({number} of {len(networks)})")
-            one.prepare(subject)
-            posthoc.probe(stand_in, one)
-        except CheckpointError as error:
-            posthoc.fail(str(error))
-        except KeyboardInterrupt:
-            if not posthoc.report.rows:
-                raise
-            missing = ", ".join(other.name for other in networks[number - 1 :])
-            posthoc.fail(f"interrupted; not probed: {missing}")
-            break
-    if not posthoc.report.rows:
-        raise CheckpointError("; ".join(posthoc.report.notes))
-    return posthoc.report
+
+    def stand_in(one: Network) -> Pass:
+        return Pass(model if one.name == AS_GIVEN else own, network, input, loaders, datamodule)
+
+    return _Posthoc(network, Runner(trainer), whole("max_bytes", max_bytes)).probe_all(networks, stand_in)
 
 
 class _Posthoc:
@@ -133,14 +119,40 @@ class _Posthoc:
         self._runner = runner
         self._max_bytes = max_bytes
         self._begun = time.perf_counter()
+        self._done: dict[tuple[int, int], str] = {}
 
-    def fail(self, reason: str) -> None:
-        """A network that is not probed."""
+    def probe_all(self, networks: Sequence[Network], stand_in: Callable[[Network], Pass]) -> ProbeReport:
+        """Probe one after the other; what goes wrong once something is done becomes a note."""
+        for number, one in enumerate(networks):
+            if len(networks) > 1:
+                rank_zero_info(f"probe: {one.name} ({number + 1} of {len(networks)})")
+            try:
+                self._probe(stand_in(one), one)
+            except KeyboardInterrupt:
+                if not self.report.rows:
+                    raise
+                missing = ", ".join(other.name for other in networks[number:])
+                self._tell(f"interrupted; not probed: {missing}")
+                break
+            except CheckpointError as error:
+                self._tell(str(error))
+            except Exception as error:
+                if not self.report.rows:
+                    raise
+                self._tell(f"{one.name} is not probed: {type(error).__name__}: {error}")
+        if not self.report.rows:
+            raise CheckpointError("; ".join(self.report.notes))
+        return self.report
+
+    def _tell(self, reason: str) -> None:
         self.report.notes.append(reason)
         rank_zero_warn(f"probe: {reason}")
 
-    def probe(self, model: Pass, one: Network) -> None:
-        """Enter the points of a network, in whose model its weights are."""
+    def _probe(self, model: Pass, one: Network) -> None:
+        """Enter the points of a network."""
+        one.prepare(model.model)
+        if one.point in self._done:
+            raise CheckpointError(f"{one.name} is of the same epoch and step as {self._done[one.point]}: left out")
         points, store = Points(), FeatureStore(self._max_bytes)
         try:
             found = self._fit(model, store)
@@ -155,14 +167,15 @@ class _Posthoc:
             points.add("published", "val", dataloader, found.bank.score(*seen), count_classes(seen[1]))
 
         self._runner.run(model, "val", score)
-        if not points.has("published", "val"):
+        rows = points.publish("published", self.report, self._about(found, one), point=one.point)
+        if all(row["stage"] != "val" for row in rows):
             raise ValueError(
                 "val_dataloaders: no batch with labels came out of it; the probes have nothing to be scored on"
             )
-        points.publish("published", self.report, self._about(found, one), point=one.point)
         share = self.report.cost["seconds"] / (time.perf_counter() - self._begun)
         self.report.cost |= {"share": share}
         self._note(store)
+        self._done[one.point] = one.name
 
     def _fit(self, model: Pass, store: FeatureStore) -> Fitted:
         rank, processes = self._runner.processes
@@ -173,8 +186,8 @@ class _Posthoc:
         self._runner.run(model, "train", keep)
         begun = time.perf_counter()
         total = alone if processes == 1 else _over_processes
-        samples = int(total(torch.tensor(float(store.samples), device=self._runner.device)))
-        self._check(store, samples)
+        samples, labelled = total(torch.tensor([store.samples, store.labelled], device=self._runner.device)).tolist()
+        self._check(store, labelled)
         folds = Folds().next(samples)
         solutions: dict[str, Solution] = {}
         for layer in self._network.layers:

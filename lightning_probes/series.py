@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_probes.checkpoints import Checkpoint, CheckpointError, find_checkpoints, load_weights, read_checkpoint
+from lightning_probes.checkpoints import CheckpointError, find_checkpoints, load_weights, read_checkpoint
 
 AS_GIVEN, UNTRAINED = "as given", "untrained"
 
@@ -34,35 +33,50 @@ def series(model: nn.Module, ckpt_path: Any, untrained: bool, weights_only: bool
         yield Network(UNTRAINED, (0, 0), _initialise)
     if ckpt_path is None:
         trainer = getattr(model, "_trainer", None)
-        point = (trainer.current_epoch, trainer.global_step) if trainer is not None else (0, 0)
+        now = (trainer.current_epoch, trainer.global_step) if trainer is not None else (0, 0)
         # Where nobody knows when it is from it is at least later than the untrained one.
-        yield Network(AS_GIVEN, point if any(point) or not untrained else (0, 1), lambda _: None)
+        yield Network(AS_GIVEN, now if any(now) or not untrained else (0, 1), lambda _: None)
         return
-    found: list[tuple[int, int, Network]] = []
-    for i, path in enumerate(find_checkpoints(ckpt_path)):
-        try:
-            known, _ = read_checkpoint(path, weights_only=weights_only)
-        except CheckpointError:  # told of when it is its turn
-            known = Checkpoint(path, 0, 0)
-        load = partial(_load, path=path, weights_only=weights_only)
-        found.append((known.step, i, Network(str(path), (known.epoch, known.step), load)))
-    yield from (one for _, _, one in sorted(found, key=lambda item: item[:2]))
+    found = [_written(path, weights_only) for path in find_checkpoints(ckpt_path)]
+    for i, (point, path) in enumerate(sorted(found, key=lambda item: (item[0] or (0, 0))[::-1]), 1):
+        # Those that do not say when they were written are counted: they come first, in the order of their names.
+        load = partial(_load, source=model, path=path, weights_only=weights_only)
+        yield Network(str(path), point or (0, i), load)
 
 
-def _load(model: nn.Module, path: Path, weights_only: bool) -> None:
+def _written(path: Path, weights_only: bool) -> tuple[tuple[int, int] | None, Path]:
+    try:
+        return read_checkpoint(path, weights_only=weights_only)[0], path
+    except CheckpointError:  # told of when it is its turn
+        return None, path
+
+
+def _load(model: nn.Module, source: nn.Module, path: Path, weights_only: bool) -> None:
+    _take_weights(model, source)
     load_weights(model, path, read_checkpoint(path, weights_only=weights_only)[1])
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; the trainer that a LightningModule knows is no part of it."""
-    trainer = getattr(model, "_trainer", None)
-    if isinstance(model, LightningModule):
-        model._trainer = None
+    """A deep copy; the trainer that LightningModules know is no part of it, nor is a graph that a tensor is from."""
+    modules = list(model.modules())
+    known = [(vars(module), vars(module)["_trainer"]) for module in modules if "_trainer" in vars(module)]
+    held = [value for module in modules for value in (*vars(module).values(), *module.buffers(recurse=False))]
+    memo = {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
     try:
-        return copy.deepcopy(model)
+        for own, _ in known:
+            own["_trainer"] = None
+        return copy.deepcopy(model, memo)
     finally:
-        if isinstance(model, LightningModule):
-            model._trainer = trainer
+        for own, trainer in known:
+            own["_trainer"] = trainer
+
+
+def _take_weights(model: nn.Module, source: nn.Module) -> None:
+    """Give a copy the parameters and buffers of what it is a copy of: not every checkpoint has all of them."""
+    with torch.no_grad():
+        for own, others in ((model.parameters(), source.parameters()), (model.buffers(), source.buffers())):
+            for tensor, other in zip(own, others, strict=True):
+                tensor.copy_(other)
 
 
 def _initialise(model: nn.Module) -> None:

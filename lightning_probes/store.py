@@ -35,8 +35,8 @@ class _Filed:
 class FeatureStore:
     """Keeps features batch by batch; read again as often as a solver wants, a block at a time.
 
-    float32 is kept as float16, in deviations from the mean of the layer's first batch: the relative rounding of 2^-11
-    is far below what a probe can tell. What would overflow there, and float64, is kept as it is.
+    float32 is kept as float16, in deviations from the mean of the layer's first batch that has some: the relative
+    rounding of 2^-11 is far below what a probe can tell. What would overflow there, and float64, is kept as it is.
 
     Args:
         max_bytes: of features in memory; what comes after goes to a temporary file a layer.
@@ -45,6 +45,7 @@ class FeatureStore:
         memory_bytes: of features in memory.
         file_bytes: of features in files.
         samples: batches' samples so far; a layer with several views of each has a multiple.
+        labelled: those of them that are not left out.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -57,7 +58,7 @@ class FeatureStore:
         self._widths: dict[str, int] = {}
         self._targets: list[Tensor] = []
         self._positions: list[Tensor] = []
-        self.memory_bytes = self.file_bytes = self.samples = 0
+        self.memory_bytes = self.file_bytes = self.samples = self.labelled = 0
 
     @property
     def layers(self) -> list[str]:
@@ -88,6 +89,7 @@ class FeatureStore:
         self._targets.append((targets.bool() if is_hard else targets).cpu())
         self._positions.append(positions)
         self.samples += len(targets)
+        self.labelled += int((targets.sum(dim=1) > 0).sum())
         for layer, x in features.items():
             part = self._encode(layer, x)
             size = part.numel() * part.element_size()
@@ -133,8 +135,9 @@ class FeatureStore:
             deviation = x.std(dim=0, unbiased=False)
             # Features that are constant in the first batch will move later.
             scale = deviation + 1e-2 * deviation.mean()
-            usable = scale.isfinite() & (scale > 0)
-            self._shift[layer] = x.mean(dim=0).nan_to_num(0, 0, 0), torch.where(usable, scale, 1.0)
+            if not bool((scale.isfinite() & (scale > 0)).all()):  # a batch of one sample, say: nothing to measure with
+                return x.cpu()
+            self._shift[layer] = x.mean(dim=0), scale
         mean, scale = (part.to(x.device) for part in self._shift[layer])
         moved = (x - mean) / scale
         return moved.half().cpu() if bool((moved.abs() <= _LARGEST).all()) else x.cpu()

@@ -1,0 +1,246 @@
+"""The feature store and what solvers read out of it: the features as they were, within bounds, and no files left."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_probes.regression import solve
+from lightning_probes.rows import Parts, Rows, statistics
+from lightning_probes.store import FeatureStore
+
+SCALES = st.sampled_from([1e-8, 1e-4, 1.0, 1e4, 1e8])
+
+
+def labels_of(samples: int, classes: int = 3) -> Tensor:
+    return torch.eye(classes)[torch.arange(samples) % classes]
+
+
+def add(store: FeatureStore, layer: str, x: Tensor, batch: int, views: int = 1) -> None:
+    """Batch by batch; a batch has its samples once for each view."""
+    for first in range(0, len(x) // views, batch):
+        part = torch.cat([view[first : first + batch] for view in x.chunk(views)])
+        samples = len(part) // views
+        positions = first + torch.arange(samples)
+        store.add({layer: part}, labels_of(len(x))[positions], positions)
+
+
+def read(store: FeatureStore, layer: str) -> Tensor:
+    return torch.cat(list(store.read(layer)[0]))
+
+
+def in_batches(x: Tensor, batch: int, views: int) -> Tensor:
+    """In the order of the pass."""
+    chunks = x.chunk(views)
+    firsts = range(0, len(chunks[0]), batch)
+    return torch.cat([view[first : first + batch] for first in firsts for view in chunks])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 1000),
+    samples=st.integers(2, 30),
+    batch=st.sampled_from([1, 2, 7, 30]),
+    views=st.integers(1, 3),
+    scale=SCALES,
+    shift=st.sampled_from([0.0, 1.0, 100.0]),
+    constant=st.booleans(),
+    outlier=st.sampled_from([0.0, 1e3, 1e7]),
+    max_bytes=st.sampled_from([1, 100, 10**6]),
+)
+def test_features_are_read_as_they_were_to_half_precision_of_their_deviation(
+    seed: int,
+    samples: int,
+    batch: int,
+    views: int,
+    scale: float,
+    shift: float,
+    constant: bool,
+    outlier: float,
+    max_bytes: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(views * samples, 4, generator=generator) + shift
+    if constant:
+        x[:, 1] = 3.0
+    x[-1, 2] += outlier
+    x *= scale
+    store = FeatureStore(max_bytes)
+    try:
+        add(store, "layer", x, batch, views)
+        found, expected = read(store, "layer"), in_batches(x, batch, views)
+        assert found.shape == expected.shape
+        assert found.dtype == torch.float32
+        # Every value in deviations from the first batch's mean, and of the whole layer where there is next to none.
+        first = expected[: views * min(batch, samples)].mean(dim=0)
+        deviation = x.std(dim=0, unbiased=False)
+        deviation = deviation + 1e-3 * deviation.mean()
+        rounding = 2**-11 * ((expected - first).abs() + deviation) + 2**-22 * (expected.abs() + first.abs())
+        assert ((found - expected).abs() <= rounding).all()
+        assert store.memory_bytes <= max_bytes
+        assert store.memory_bytes + store.file_bytes >= 2 * x.numel()
+        assert store.values("layer") == x.numel()
+        assert store.samples == samples
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("max_bytes", [1, 10**6], ids=["on disk", "in memory"])
+@pytest.mark.parametrize(
+    ("bad", "where"), [(bad, where) for bad in (math.nan, math.inf, -math.inf) for where in (0, 25)] + [(1e38, 25)]
+)
+def test_what_half_precision_cannot_hold_is_kept_as_it_is(bad: float, where: int, max_bytes: int) -> None:
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    x[where, 1] = bad
+    store = FeatureStore(max_bytes)
+    add(store, "layer", x, 8)
+    found = read(store, "layer")
+    batch = slice(8 * (where // 8), 8 * (where // 8) + 8)
+    assert torch.equal(found[batch].nan_to_num(), x[batch].nan_to_num())
+    assert torch.equal(found.isfinite(), x.isfinite())
+    fine = x.isfinite() & (x.abs() < 1e30)
+    torch.testing.assert_close(found[fine], x[fine], rtol=2e-3, atol=2e-3)
+    store.close()
+
+
+@pytest.mark.parametrize("max_bytes", [1, 10**6], ids=["on disk", "in memory"])
+def test_double_precision_stays(max_bytes: int) -> None:
+    x = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e-12 + 1
+    store = FeatureStore(max_bytes)
+    add(store, "layer", x, 8)
+    assert torch.equal(read(store, "layer"), x)
+    store.close()
+
+
+def test_a_layer_that_is_constant_at_first_and_tiny_later_does_not_vanish() -> None:
+    x = torch.cat([torch.zeros(8, 3), 1e-8 * torch.randn(32, 3, generator=torch.Generator().manual_seed(0))])
+    store = FeatureStore(10**6)
+    add(store, "layer", x, 8)
+    torch.testing.assert_close(read(store, "layer"), x, rtol=2e-3, atol=1e-11)
+    store.close()
+
+
+@pytest.mark.parametrize("max_bytes", [1, 1000, 10**9])
+def test_views_have_the_label_and_the_position_of_their_sample(max_bytes: int) -> None:
+    # Each feature says which sample it is of.
+    samples = 5000
+    x = torch.arange(samples).float().view(-1, 1).repeat(2, 1)
+    store = FeatureStore(max_bytes)
+    add(store, "two views", x, 64, views=2)
+    parts, y, positions = store.read("two views")
+    found = torch.cat(list(parts))
+    assert torch.equal(positions, in_batches(torch.arange(samples).repeat(2), 64, 2))
+    assert torch.equal(y, labels_of(samples)[positions])
+    assert (found.flatten() - positions).abs().max() <= 0.5 * 5000 / 64
+    # No more than so many at a time.
+    assert len(parts) == len(parts.lengths) > 1
+    assert max(parts.lengths) <= 2048
+    assert [len(part) for part in parts] == list(parts.lengths)
+    assert torch.equal(parts[-1], parts[len(parts) - 1])
+    assert torch.equal(parts[1], parts[1])
+    store.close()
+
+
+def test_files_are_there_while_they_are_needed_and_gone_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    x = torch.randn(40, 3)
+    store = FeatureStore(100)
+    add(store, "one", x[:8], 8)
+    assert (store.memory_bytes, store.file_bytes) == (48, 0)
+    assert list(tmp_path.iterdir()) == []
+    add(store, "two", x, 8)
+    assert (store.memory_bytes, store.file_bytes) == (96, 48 * 4)
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*.features")) == store.file_bytes
+    kept = store.read("two")[0]
+    before = torch.cat(list(kept))
+    store.close()
+    assert list(tmp_path.iterdir()) == []
+    assert torch.isfinite(before).all()
+
+
+def test_soft_labels_are_kept_as_they_are() -> None:
+    soft = torch.softmax(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    store = FeatureStore(100)
+    store.add({"layer": torch.randn(8, 2)}, soft, torch.arange(8))
+    store.add({"layer": torch.randn(4, 2)}, torch.eye(3)[torch.tensor([0, 0, 1, 2])], 8 + torch.arange(4))
+    assert torch.equal(store.read("layer")[1][:8], soft)
+    assert torch.equal(
+        store.classes,
+        torch.bincount(soft.argmax(dim=1), minlength=3).double() + torch.tensor([2.0, 1.0, 1.0]).double(),
+    )
+
+
+# Rows
+
+
+@st.composite
+def cuts(draw: st.DrawFn) -> tuple[int, list[int]]:
+    lengths = draw(st.lists(st.integers(0, 9), min_size=1, max_size=5))
+    return draw(st.integers(0, 1000)), lengths
+
+
+@settings(deadline=None, max_examples=60)
+@given(cuts())
+def test_products_of_parts_are_those_of_the_whole(drawn: tuple[int, list[int]]) -> None:
+    seed, lengths = drawn
+    generator = torch.Generator().manual_seed(seed)
+    samples = sum(lengths)
+    x = torch.randn(samples, 3, generator=generator, dtype=torch.float64)
+    ones = torch.cat([x, torch.ones(samples, 1, dtype=torch.float64)], dim=1)
+    pieces = ones.split(lengths)  # type: ignore[no-untyped-call]
+    parts = Rows(Parts(lengths, lambda i: pieces[i]), 4, torch.float64)
+    weights = torch.rand(2, samples, generator=generator, dtype=torch.float64)
+    v = torch.randn(2, 4, generator=generator, dtype=torch.float64)
+    offset = torch.randn(2, samples, generator=generator, dtype=torch.float64)
+    mask = torch.rand(samples, generator=generator) < 0.5
+    for rows, there, its in (
+        (parts, ones, slice(None)),
+        (Rows.of(x), ones, slice(None)),
+        (parts.kept(), ones, slice(None)),
+        (parts.where(mask), ones[mask], mask),
+        (Rows.of(x).where(mask), ones[mask], mask),
+        (parts.to(torch.float32), ones.float(), slice(None)),
+    ):
+        w, u, o = (part.to(there) for part in (weights[:, its], v, offset[:, its]))
+        off = 1e-4 if there.dtype == torch.float32 else 1e-9
+        assert rows.samples == len(there)
+        assert rows.width == 4
+        torch.testing.assert_close(rows.scores(u), u @ there.T, rtol=off, atol=off)
+        torch.testing.assert_close(rows.scores(u, o), o + u @ there.T, rtol=off, atol=off)
+        torch.testing.assert_close(rows.weighted(w), w @ there, rtol=off, atol=off)
+        torch.testing.assert_close(rows.gram(w[0]), there.T @ torch.diag(w[0]) @ there, rtol=off, atol=off)
+
+
+@settings(deadline=None, max_examples=40)
+@given(cuts(), st.sampled_from([1e-8, 1.0, 1e8]))
+def test_statistics_of_parts_are_those_of_the_whole(drawn: tuple[int, list[int]], scale: float) -> None:
+    seed, lengths = drawn
+    x = scale * torch.randn(sum(lengths), 3, generator=torch.Generator().manual_seed(seed))
+    pieces = x.split(lengths)  # type: ignore[no-untyped-call]
+    mean, variance = statistics(Parts(lengths, lambda i: pieces[i]))
+    expected = x.double() if len(x) else torch.zeros(1, 3, dtype=torch.float64)
+    torch.testing.assert_close(mean.double(), expected.mean(dim=0), rtol=1e-4, atol=1e-5 * scale)
+    torch.testing.assert_close(
+        variance.double(), expected.var(dim=0, unbiased=False), rtol=1e-4, atol=1e-5 * scale * scale
+    )
+
+
+def test_a_solver_finds_the_same_in_parts_as_in_the_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(200, 5, generator=generator), labels_of(200)
+    pieces = torch.cat([x, torch.ones(200, 1)], dim=1).split(60)  # type: ignore[no-untyped-call]
+    lengths = [len(piece) for piece in pieces]
+    whole = solve(Rows.of(x), y, 1e-3)
+    parted = solve(Rows(Parts(lengths, lambda i: pieces[i]), 6, torch.float32), y, 1e-3)
+    torch.testing.assert_close(parted.weight, whole.weight, rtol=1e-2, atol=1e-3)
+    assert parted.sums[2] == whole.sums[2] == 200
+    assert abs(parted.sums[0] - whole.sums[0]) <= 1

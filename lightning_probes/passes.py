@@ -1,22 +1,19 @@
-"""One pass of data through a model that is not trained, by Lightning's own loop: what its layers say to each batch."""
+"""A stand-in for a model that is not trained, in Lightning's prediction loop: what its layers say to each batch."""
 
 from __future__ import annotations
 
 import inspect
-import signal
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_probes.fitting import Seen
-from lightning_probes.frozen import frozen
 from lightning_probes.probing import ProbedNetwork
 from lightning_probes.targets import Where, describe, pick
 
@@ -82,7 +79,13 @@ class Pass(LightningModule):
 
     def predict_dataloader(self) -> Any:
         given, name = self._loaders[self._stage], f"{self._stage}_dataloader"
-        return given if given is not None else getattr(next(self._with(name)), name)()
+        loaders = given if given is not None else getattr(next(self._with(name)), name)()
+        return tree_map(self._as_it_is, loaders)
+
+    def _as_it_is(self, loader: Any) -> Any:
+        # For predictions Lightning makes batch samplers anew, which those of a user's own kind do not survive.
+        is_own = isinstance(loader, DataLoader) and type(loader.batch_sampler) not in (BatchSampler, type(None))
+        return _AsItIs(loader) if is_own and self.trainer.world_size == 1 else loader
 
     def _to_set_up(self, name: str) -> Iterator[Any]:
         if any(loader is None for loader in self._loaders.values()):
@@ -137,6 +140,19 @@ class Pass(LightningModule):
         return pick(batch, self._input, "input")
 
 
+class _AsItIs:
+    """The batches of a loader, and no more of it."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._loader)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+
 def _step_of(model: nn.Module) -> Callable[[Any, int, int], Any] | None:
     """The model's own ``validation_step``, called with as many arguments as it takes; ``None`` if it has none.
 
@@ -157,92 +173,3 @@ def _step_of(model: nn.Module) -> Callable[[Any, int, int], Any] | None:
 
 
 def _leave(dataloader: int, before: int, seen: Seen) -> None: ...
-
-
-class _Bar(TQDMProgressBar):
-    """Says what the pass is for."""
-
-    doing = ""
-
-    @property
-    def predict_description(self) -> str:
-        return self.doing
-
-
-class Runner:
-    """Runs passes with one Trainer, which keeps nothing of them.
-
-    Args:
-        trainer: the user's, whose callbacks (but for progress bars) and loggers are set aside meanwhile; default: one
-            device of what there is.
-    """
-
-    def __init__(self, trainer: Trainer | None) -> None:
-        self._bar = _Bar()
-        self._trainer = trainer or Trainer(
-            logger=False,
-            devices=1,
-            callbacks=[self._bar],
-            enable_checkpointing=False,
-            enable_model_summary=False,
-        )
-
-    @property
-    def device(self) -> torch.device:
-        """Where models run."""
-        return self._trainer.strategy.root_device
-
-    @property
-    def processes(self) -> tuple[int, int]:
-        """Rank and number."""
-        return self._trainer.global_rank, self._trainer.world_size
-
-    def run(self, model: Pass, stage: str, take: Take) -> None:
-        """Give every batch of a stage to ``model``, and what it shows to ``take``.
-
-        Raises:
-            KeyboardInterrupt: by Ctrl-C.
-            Exception: whatever loaders, model or ``take`` raise.
-        """
-        self._bar.doing = "features to fit on" if stage == "train" else "features to score"
-        model.begin(stage, take)
-        trainer: Any = self._trainer
-        handler = signal.getsignal(signal.SIGINT)
-        set_aside, connected = (trainer.callbacks, trainer.loggers), trainer.lightning_module
-        trainer.callbacks = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
-        trainer.loggers = []
-        try:
-            with warnings.catch_warnings(), _unchanged(model.model):
-                # Of a loader that shuffles: an order is nothing to a probe.
-                warnings.filterwarnings("ignore", ".*sampler has shuffling enabled.*")
-                trainer.predict(model, return_predictions=False)
-        except SystemExit as error:  # what Lightning makes of Ctrl-C, for good: it would be deaf from now on
-            raise KeyboardInterrupt from error
-        finally:
-            if signal.getsignal(signal.SIGINT) is not handler:  # which only the main thread may set
-                signal.signal(signal.SIGINT, handler)
-            trainer.callbacks, trainer.loggers = set_aside
-            trainer.strategy.connect(connected)  # whose weights the trainer's next checkpoint has
-            model._network.detach()
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """As :func:`~lightning_probes.frozen.frozen`, and parameters are what and where they were, in their precision."""
-    # Moving a module replaces the data of its gradients too; and some networks write to parameters in forward.
-    grads = [(p, p.grad, p.grad.data) for p in model.parameters() if p.grad is not None]
-    saved = [(parameter, parameter.data, parameter.data.to("cpu", copy=True)) for parameter in model.parameters()]
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        with frozen(model):
-            # The same shuffling and augmentation in each pass and in all processes.
-            torch.manual_seed(0)
-            yield
-    finally:
-        for parameter, data, content in saved:
-            parameter.grad, parameter.data = None, data.copy_(content)
-        for parameter, grad, data in grads:
-            grad.data, parameter.grad = data, grad
-        for module, flag in flags:
-            if module.training != flag:  # of TorchScript, which has it elsewhere
-                module.training = flag

@@ -16,12 +16,13 @@ from lightning_probes.arguments import Layout, whole
 from lightning_probes.checkpoints import CheckpointError
 from lightning_probes.convergence import Folds, fit_probes
 from lightning_probes.fitting import Fitted, Seen, fitted
-from lightning_probes.passes import Pass, Runner
+from lightning_probes.passes import Pass
 from lightning_probes.points import Points
 from lightning_probes.probing import ProbedNetwork
 from lightning_probes.regression import Solution
 from lightning_probes.report import ProbeReport, Row
 from lightning_probes.rows import alone
+from lightning_probes.runs import Runner
 from lightning_probes.scores import count_classes
 from lightning_probes.series import AS_GIVEN, Network, copied, series
 from lightning_probes.store import FeatureStore
@@ -129,7 +130,7 @@ class _Posthoc:
             try:
                 self._probe(stand_in(one), one)
             except KeyboardInterrupt:
-                if not self.report.rows:
+                if not self._done:
                     raise
                 missing = ", ".join(other.name for other in networks[number:])
                 self._tell(f"interrupted; not probed: {missing}")
@@ -137,10 +138,10 @@ class _Posthoc:
             except CheckpointError as error:
                 self._tell(str(error))
             except Exception as error:
-                if not self.report.rows:
+                if not self._done:
                     raise
                 self._tell(f"{one.name} is not probed: {type(error).__name__}: {error}")
-        if not self.report.rows:
+        if not self._done:
             raise CheckpointError("; ".join(self.report.notes))
         return self.report
 

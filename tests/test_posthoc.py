@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +366,27 @@ def test_several_loaders_are_told_apart_in_validation_and_are_one_in_training() 
     expected = [run(usual, DataLoader(both, 16), scored) for scored in (held_out, more)]
     for i, alone in enumerate(expected):
         assert errors(report, dataloader=i) == errors(alone)
+
+
+class Buckets:
+    """Batches of a kind of the user's own: one of its arguments Lightning does not know."""
+
+    def __init__(self, samples: int, width: int) -> None:
+        self.samples, self.batch_size, self.drop_last = samples, width, False
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(torch.arange(self.samples).split(self.batch_size))  # type: ignore[no-untyped-call]
+
+    def __len__(self) -> int:
+        return -(-self.samples // self.batch_size)
+
+
+@pytest.mark.parametrize("kind", ["list", "sampler"])
+def test_batches_that_a_sampler_of_the_users_makes_are_taken_as_they_are(kind: str) -> None:
+    model, (train, held_out) = small(), data()
+    batches = Buckets(60, 16)
+    own = DataLoader(train.dataset, batch_sampler=batches if kind == "sampler" else list(batches))
+    check_same(run(model, own, held_out), run(model, train, held_out))
 
 
 @pytest.mark.parametrize("how", ["wrapped", "in place", "inside"])

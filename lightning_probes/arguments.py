@@ -26,6 +26,17 @@ def whole(argument: str, value: Any, least: int = 1) -> int:
     return value
 
 
+def flag(argument: str, value: Any) -> bool:
+    """``value`` if it is true or false.
+
+    Raises:
+        TypeError: naming the argument and what was given.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument}: expected true or false, found {value!r}")
+    return value
+
+
 def positive_float(argument: str, value: Any) -> float:
     """``value`` if it is a positive finite number.
 

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_probes.arguments import Layout, positive_float, whole
+from lightning_probes.arguments import Layout, flag, positive_float, whole
 from lightning_probes.kept import Room, enough_samples
 from lightning_probes.logs import Logs
 from lightning_probes.probing import ProbedNetwork
@@ -90,7 +90,9 @@ class LinearProbeCallback(Callback):
         self._state_key = self._generate_state_key(name=name)
         self._learning_rate = positive_float("learning_rate", learning_rate)
         self._fit_samples = None if fit_samples is None else whole("fit_samples", fit_samples, least=0)
-        self._new_room = partial(Room, num_bytes=whole("fit_bytes", fit_bytes), on_device=fit_on_device)
+        self._new_room = partial(
+            Room, num_bytes=whole("fit_bytes", fit_bytes), on_device=flag("fit_on_device", fit_on_device)
+        )
         self._every_n_epochs = whole("every_n_epochs", every_n_epochs)
         self._is_prepared = False
         self.report = ProbeReport()

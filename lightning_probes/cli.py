@@ -119,7 +119,7 @@ class ProbeCLI(LightningCLI):
             sys.exit(INTERRUPTED)
         if trainer.is_global_zero:
             print(report)
-        if any(note.startswith("interrupted") for note in report.notes):
+        if any(note.startswith("interrupted; not probed") for note in report.notes):
             sys.exit(INTERRUPTED)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:

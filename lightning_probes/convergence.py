@@ -116,7 +116,7 @@ def _choose(
     max_iterations: int,
 ) -> tuple[float, tuple[Tensor, Tensor] | None]:
     """The strength with the lowest held-out cross-entropy, and the probe that had it."""
-    if x.total(torch.tensor(float(len(y)))) < _FEWEST or len(strengths) == 1:
+    if x.total(y.new_tensor(float(len(y)))) < _FEWEST or len(strengths) == 1:
         return strengths[0], None
     held = part == part.max() if len(part) else part > 0
     fit, fit_y, rest, rest_y = x.where(~held), y[~held], x.where(held), y[held]

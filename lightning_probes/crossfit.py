@@ -29,6 +29,7 @@ class CrossFitter:
         self._network = network
         self._room = room
         self._kept = KeptBatches[Seen](room)
+        self._device = torch.device("cpu")
 
     @property
     def num_bytes(self) -> int:
@@ -40,6 +41,7 @@ class CrossFitter:
         if self._kept.wants():
             features = {layer: self._room.copy(x) for layer, x in seen[0].items()}
             size = sum(x.numel() * x.element_size() for x in features.values())
+            self._device = seen[1].device
             self._kept.add(len(seen[1]), (features, self._room.copy(seen[1])), size)
 
     def fit(self) -> tuple[Tensor, Fitted, Tensor] | None:
@@ -59,9 +61,9 @@ class CrossFitter:
             parts = [(x[layer], y, fold) for (x, y), fold in zip(batches, of_batch, strict=True) if layer in x]
             if not parts:
                 continue
-            x = torch.cat([x for x, _, _ in parts])
-            y = torch.cat([repeat_views(y, len(x)) for x, y, _ in parts])
-            fold = torch.cat([fold.repeat(len(x) // len(fold)) for x, _, fold in parts])
+            x = torch.cat([x for x, _, _ in parts]).to(self._device)
+            y = torch.cat([repeat_views(y, len(x)) for x, y, _ in parts]).to(self._device)
+            fold = torch.cat([fold.repeat(len(x) // len(fold)) for x, _, fold in parts]).to(self._device)
             solutions |= fit_probes({layer: x}, y, folds=fold)
             held[layer] = torch.zeros_like(solutions[layer].sums)
             for i in range(FOLDS):
@@ -72,5 +74,5 @@ class CrossFitter:
             return None
         none = torch.zeros_like(next(iter(held.values())))
         sums = torch.stack([held.get(layer, none) for layer in self._network.layers], dim=1)
-        classes = torch.stack([count_classes(y) for _, y in batches]).sum(dim=0)
+        classes = torch.stack([count_classes(y) for _, y in batches]).sum(dim=0).to(self._device)
         return sums, fitted(self._network, solutions, CROSS_FITTED, classes), classes

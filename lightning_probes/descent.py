@@ -28,7 +28,7 @@ class Problem:
     """Mean cross-entropy of ``offset + v x^T`` plus ``penalty/2 v^2``; the last of ``x`` is 1, of ``penalty`` 0.
 
     Scores, targets and offset are those of the samples of this process; all that is a mean over samples is one over the
-    samples of all processes, each of which does the same and comes to the same.
+    samples of all processes, each of which does the same and comes to the same (on devices that round alike).
     """
 
     x: Rows  # (samples, features + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ class Pass(LightningModule):
         self._is_ready = False
         self._samples = 0
         self._step = _step_of(model)
+        self._restore: list[Callable[[], Any]] = []
+        self.num_loaders = 0
         for stage, loader in loaders.items():
             if loader is None and not any(self._with(f"{stage}_dataloader")):
                 raise ValueError(
@@ -68,11 +71,23 @@ class Pass(LightningModule):
         """The next pass is over the data of ``stage``, and ``take`` gets what its batches show."""
         self._stage, self._take, self._samples = stage, take, 0
 
+    def end(self) -> None:
+        """The pass is over, however it ended: no hooks, and the loaders' generators as they were."""
+        self._take = _leave
+        self._network.detach()
+        for restore in self._restore:
+            restore()
+        self._restore = []
+
     def prepare_data(self) -> None:
         for owner in self._to_set_up("prepare_data"):
             owner.prepare_data()
 
     def setup(self, stage: str) -> None:
+        for owner in self._hosts():
+            if isinstance(owner, LightningDataModule):
+                self._restore.append(partial(setattr, owner, "trainer", owner.trainer))
+                owner.trainer = self.trainer
         for owner in self._to_set_up("setup"):
             owner.setup("fit")
         self._is_ready = True
@@ -83,6 +98,9 @@ class Pass(LightningModule):
         return tree_map(self._as_it_is, loaders)
 
     def _as_it_is(self, loader: Any) -> Any:
+        for holder in (loader, getattr(loader, "sampler", None)):
+            if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
+                self._restore.append(partial(generator.set_state, generator.get_state()))
         # For predictions Lightning makes batch samplers anew, which those of a user's own kind do not survive.
         is_own = isinstance(loader, DataLoader) and type(loader.batch_sampler) not in (BatchSampler, type(None))
         return _AsItIs(loader) if is_own and self.trainer.world_size == 1 else loader
@@ -95,6 +113,11 @@ class Pass(LightningModule):
     def on_predict_start(self) -> None:
         order = self._network.layers or None
         self._network.attach(self.model, *self._owners, order=order)
+        self.num_loaders = self.trainer.predict_loop.num_dataloaders
+        for name in ("on_validation_start", "on_validation_epoch_start"):
+            # A validation_step counts on what they set up.
+            if self._step is not None and is_overridden(name, self.model):
+                getattr(self.model, name)()
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> int:
         self._network.open(batch)
@@ -102,8 +125,8 @@ class Pass(LightningModule):
             self._step(batch, batch_idx, dataloader_idx)
         else:
             self.model(self._input_of(batch))
-        # Lightning runs in inference mode; what is kept will be used outside of it.
-        with torch.inference_mode(False):
+        # Lightning runs in inference mode; what is kept will be used outside of it. Nor are probes in mixed precision.
+        with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
             seen = self._network.close()
             if seen is not None:
                 features, targets = seen

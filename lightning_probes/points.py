@@ -35,10 +35,6 @@ class Points:
             curves[stage, dataloader] = ProbeScores(sums.shape[1], len(classes), sums.device)
         curves[stage, dataloader].update(sums, classes)
 
-    def has(self, probes: str, stage: str) -> bool:
-        """Whether something of a stage has been scored."""
-        return any(scored == stage for scored, _ in self._scores.get(probes, {}))
-
     def clear(self, probes: Iterable[str] | None = None) -> None:
         """Forget what was scored, by some probes or by all."""
         for key in list(self._scores) if probes is None else probes:

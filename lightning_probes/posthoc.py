@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_probes.arguments import Layout, whole
 from lightning_probes.checkpoints import CheckpointError
@@ -100,13 +102,16 @@ def probe(
         layout=layout,
     )
     model = getattr(model, "_orig_mod", model)  # compiled code has no hooks
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise ValueError("model: it has parameters without a shape; run a batch through it first")
     loaders = {"train": train_dataloaders, "val": val_dataloaders}
     networks = list(series(model, ckpt_path, untrained, weights_only))
     # A checkpoint needs a model of its own to be loaded into.
     own = model if all(one.name == AS_GIVEN for one in networks) else copied(model)
 
-    def stand_in(one: Network) -> Pass:
-        return Pass(model if one.name == AS_GIVEN else own, network, input, loaders, datamodule)
+    @cache
+    def stand_in(is_given: bool) -> Pass:
+        return Pass(model if is_given else own, network, input, loaders, datamodule)
 
     return _Posthoc(network, Runner(trainer), whole("max_bytes", max_bytes)).probe_all(networks, stand_in)
 
@@ -122,13 +127,16 @@ class _Posthoc:
         self._begun = time.perf_counter()
         self._done: dict[tuple[int, int], str] = {}
 
-    def probe_all(self, networks: Sequence[Network], stand_in: Callable[[Network], Pass]) -> ProbeReport:
-        """Probe one after the other; what goes wrong once something is done becomes a note."""
+    def probe_all(self, networks: Sequence[Network], stand_in: Callable[[bool], Pass]) -> ProbeReport:
+        """Probe one after the other; what goes wrong once something is done becomes a note.
+
+        Not where it may go wrong in one process only, and the others would wait for it.
+        """
         for number, one in enumerate(networks):
             if len(networks) > 1:
                 rank_zero_info(f"probe: {one.name} ({number + 1} of {len(networks)})")
             try:
-                self._probe(stand_in(one), one)
+                self._probe(stand_in(one.name == AS_GIVEN), one)
             except KeyboardInterrupt:
                 if not self._done:
                     raise
@@ -138,7 +146,7 @@ class _Posthoc:
             except CheckpointError as error:
                 self._tell(str(error))
             except Exception as error:
-                if not self._done:
+                if not self._done or self._runner.processes[1] > 1:
                     raise
                 self._tell(f"{one.name} is not probed: {type(error).__name__}: {error}")
         if not self._done:
@@ -151,7 +159,8 @@ class _Posthoc:
 
     def _probe(self, model: Pass, one: Network) -> None:
         """Enter the points of a network."""
-        one.prepare(model.model)
+        if note := one.prepare(model.model):
+            self._tell(note)
         if one.point in self._done:
             raise CheckpointError(f"{one.name} is of the same epoch and step as {self._done[one.point]}: left out")
         points, store = Points(), FeatureStore(self._max_bytes)
@@ -159,20 +168,23 @@ class _Posthoc:
             found = self._fit(model, store)
         finally:
             store.close()
-        rank = self._runner.processes[0]
         assert found.sums is not None
         assert found.classes is not None
-        points.add("published", "train", 0, found.sums * (not rank), found.classes)
+        is_first = not self._runner.processes[0]  # what is summed already counts once
+        points.add("published", "train", 0, found.sums * is_first, found.classes)
+        labelled = torch.zeros((), dtype=torch.long)
 
         def score(dataloader: int, before: int, seen: Seen) -> None:
-            points.add("published", "val", dataloader, found.bank.score(*seen), count_classes(seen[1]))
+            classes = count_classes(seen[1])
+            labelled.add_(int(classes.sum()))
+            points.add("published", "val", dataloader, found.bank.score(*seen), classes)
 
         self._runner.run(model, "val", score)
-        rows = points.publish("published", self.report, self._about(found, one), point=one.point)
-        if all(row["stage"] != "val" for row in rows):
-            raise ValueError(
-                "val_dataloaders: no batch with labels came out of it; the probes have nothing to be scored on"
-            )
+        if not self._runner.total(labelled):
+            raise ValueError("val_dataloaders: no batch with labels came out of it; there is nothing to score on")
+        for dataloader in range(model.num_loaders):  # of which a process may have had no batch
+            points.add("published", "val", dataloader, found.sums.nan_to_num() * 0, found.classes * 0)
+        points.publish("published", self.report, self._about(found, one), point=one.point)
         share = self.report.cost["seconds"] / (time.perf_counter() - self._begun)
         self.report.cost |= {"share": share}
         self._note(store)
@@ -186,9 +198,11 @@ class _Posthoc:
 
         self._runner.run(model, "train", keep)
         begun = time.perf_counter()
-        total = alone if processes == 1 else _over_processes
-        samples, labelled = total(torch.tensor([store.samples, store.labelled], device=self._runner.device)).tolist()
-        self._check(store, labelled)
+        self._network.restore(self._runner.agreed(self._network.layers))
+        seen = [store.samples, store.labelled, *(layer in store.layers for layer in self._network.layers)]
+        samples, labelled, *ran = self._runner.total(torch.tensor(seen)).tolist()
+        self._check(labelled, [x for x, n in zip(self._network.layers, ran, strict=True) if n < processes])
+        total = self._runner.total if processes > 1 else alone
         folds = Folds().next(samples)
         solutions: dict[str, Solution] = {}
         for layer in self._network.layers:
@@ -197,18 +211,16 @@ class _Posthoc:
             solutions |= fit_probes({layer: x}, y, folds=folds[positions % samples], total=total)
         self.report.cost["seconds"] += time.perf_counter() - begun
         self.report.cost["kept_bytes"] = max(self.report.cost["kept_bytes"], store.memory_bytes + store.file_bytes)
-        return fitted(self._network, solutions, "train", store.classes)
+        self.report.notes = list(dict.fromkeys([*self.report.notes, *self._network.notes]))
+        return fitted(self._network, solutions, "train", store.classes.to(self._runner.device))
 
-    def _check(self, store: FeatureStore, samples: int) -> None:
+    def _check(self, samples: int, silent: list[str]) -> None:
         if not samples:
-            raise ValueError(
-                "train_dataloaders: no batch with labels came out of it; the probes have nothing to be fitted on"
-            )
+            raise ValueError("train_dataloaders: no batch with labels came out of it; there is nothing to fit on")
         if samples < self._network.num_classes:
             raise ValueError(
                 f"train_dataloaders: {samples} samples are too few to tell {self._network.num_classes} classes apart"
             )
-        silent = [layer for layer in self._network.layers if layer not in store.layers]
         if silent:
             raise ValueError(
                 f"layers: {', '.join(map(repr, silent))} never ran on the training data, or had no features"
@@ -231,11 +243,4 @@ class _Posthoc:
     def _note(self, store: FeatureStore) -> None:
         where = f"{store.memory_bytes / 2**20:,.0f} MiB of features in memory"
         where += f", {store.file_bytes / 2**20:,.0f} MiB in temporary files" * (store.file_bytes > 0)
-        notes = [*self.report.notes, *self._network.notes, where]
-        self.report.notes = list(dict.fromkeys(notes))
-
-
-def _over_processes(tensor: Tensor) -> Tensor:
-    summed = tensor.clone()
-    torch.distributed.all_reduce(summed)
-    return summed
+        self.report.notes = list(dict.fromkeys([*self.report.notes, where]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,7 +78,7 @@ def solve(
     rows = x if isinstance(x, Rows) else Rows.of(floating(x))
     if rows.samples != len(targets) or l2 < 0 or tolerance < 0:
         raise ValueError(f"{rows.samples} samples, {len(targets)} targets, l2={l2}, tolerance={tolerance}")
-    with torch.autocast(targets.device.type, enabled=False):
+    with torch.autocast(targets.device.type, enabled=False), _in_full_precision():
         counted = targets.sum(dim=1) > 0
         if not counted.all():
             rows = rows.where(counted)
@@ -84,6 +86,17 @@ def solve(
         if prior is None or not prior.isfinite().all():
             prior = y.new_zeros(y.shape[1], rows.width - 1)
         return _solve(rows, y, l2, start, prior.to(y), tolerance, max_iterations)
+
+
+@contextmanager
+def _in_full_precision() -> Iterator[None]:
+    """A user may have allowed products in less than float32: training bears them, a checked gradient does not."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
 
 
 def _solve(

@@ -36,15 +36,15 @@ class ProbeReport:
             ``cross_entropy`` in nats, ``lag``: the online probe's error minus this one's on the same samples),
             ``value`` (NaN for a layer set aside), ``samples`` scored, ``low`` and ``high`` (95 % interval of an error,
             after Wilson: it covers the scored sample, not the fit; ``None`` for other metrics), ``features`` and
-            ``features_total`` (after and before reduction), ``fitted_on`` (``{"data", "samples"}``: ``train`` for kept
-            training samples run again, ``val, cross-fitted``, or ``online`` for a probe trained along with the network)
+            ``features_total`` (after and before reduction), ``fitted_on`` (``{"data", "samples"}``: ``train`` for
+            samples of training, ``val, cross-fitted``, or ``online`` for a probe trained along with the network)
             and ``converged`` (whether the probe is at its optimum; ``None`` for an online one); of
             :func:`~lightning_probes.probe` also ``network`` (``as given``, ``untrained``, or a checkpoint's path).
         baseline: ``{stage: error}`` of always answering that stage's most frequent class.
         notes: what a reader should know of the run.
         cost: of bringing the probes to their optimum, since this run began or was resumed: ``seconds``, ``share`` of
-            its time, and the most bytes on the host that kept batches (``kept_bytes``) and the copy of the first
-            weights (``weights_bytes``) took. Reports that differ in it alone are equal.
+            its time, and the most bytes that kept batches or features (``kept_bytes``, those in files included) and the
+            copy of the first weights (``weights_bytes``) took. Reports that differ in it alone are equal.
     """
 
     rows: list[Row] = field(default_factory=list)

@@ -6,15 +6,18 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
-from torch import nn
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor, nn
 
 from lightning_probes.frozen import frozen
 from lightning_probes.passes import Pass, Take
+
+T = TypeVar("T")
 
 
 class _Bar(TQDMProgressBar):
@@ -33,6 +36,9 @@ class Runner:
     Args:
         trainer: the user's, whose callbacks (but for progress bars) and loggers are set aside meanwhile; default: one
             device of what there is.
+
+    Raises:
+        ValueError: its strategy starts processes of its own.
     """
 
     def __init__(self, trainer: Trainer | None) -> None:
@@ -44,6 +50,11 @@ class Runner:
             enable_checkpointing=False,
             enable_model_summary=False,
         )
+        if isinstance(self._trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError(
+                "trainer: its strategy runs the model in processes that keep what they find to themselves; expected "
+                "strategy='ddp', or a launcher like torchrun"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -54,6 +65,17 @@ class Runner:
     def processes(self) -> tuple[int, int]:
         """Rank and number."""
         return self._trainer.global_rank, self._trainer.world_size
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        summed = tensor.to(self.device, copy=True)
+        if self.processes[1] > 1:
+            torch.distributed.all_reduce(summed)
+        return summed.to(tensor.device)
+
+    def agreed(self, value: T) -> T:
+        """That of the first process."""
+        return self._trainer.strategy.broadcast(value)
 
     def run(self, model: Pass, stage: str, take: Take) -> None:
         """Give every batch of a stage to ``model``, and what it shows to ``take``.
@@ -70,6 +92,8 @@ class Runner:
         trainer.callbacks = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
         trainer.loggers = []
         try:
+            if self.device.type == "cuda":
+                torch.cuda.init()  # type: ignore[no-untyped-call]  # its random states can be put back only if there are some
             with warnings.catch_warnings(), _unchanged(model.model):
                 # Of a loader that shuffles: an order is nothing to a probe.
                 warnings.filterwarnings("ignore", ".*sampler has shuffling enabled.*")
@@ -81,7 +105,7 @@ class Runner:
                 signal.signal(signal.SIGINT, handler)
             trainer.callbacks, trainer.loggers = set_aside
             trainer.strategy.connect(connected)  # whose weights the trainer's next checkpoint has
-            model._network.detach()
+            model.end()
 
 
 @contextmanager
@@ -94,7 +118,9 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     try:
         with frozen(model):
             # The same shuffling and augmentation in each pass and in all processes.
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                torch.cuda.manual_seed_all(0)
             yield
     finally:
         for parameter, data, content in saved:

@@ -6,11 +6,11 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_probes.checkpoints import CheckpointError, find_checkpoints, load_weights, read_checkpoint
@@ -24,7 +24,8 @@ class Network:
 
     name: str
     point: tuple[int, int]
-    prepare: Callable[[nn.Module], Any] = field(repr=False)
+    prepare: Callable[[nn.Module], str] = field(repr=False)
+    """Returns what a reader should know of it."""
 
 
 def series(model: nn.Module, ckpt_path: Any, untrained: bool, weights_only: bool) -> Iterator[Network]:
@@ -35,13 +36,15 @@ def series(model: nn.Module, ckpt_path: Any, untrained: bool, weights_only: bool
         trainer = getattr(model, "_trainer", None)
         now = (trainer.current_epoch, trainer.global_step) if trainer is not None else (0, 0)
         # Where nobody knows when it is from it is at least later than the untrained one.
-        yield Network(AS_GIVEN, now if any(now) or not untrained else (0, 1), lambda _: None)
+        yield Network(AS_GIVEN, now if any(now) or not untrained else (0, 1), lambda _: "")
         return
     found = [_written(path, weights_only) for path in find_checkpoints(ckpt_path)]
-    for i, (point, path) in enumerate(sorted(found, key=lambda item: (item[0] or (0, 0))[::-1]), 1):
-        # Those that do not say when they were written are counted: they come first, in the order of their names.
+    known = {point for point, _ in found}
+    # Those that do not say when they were written are counted: they come first, in the order of their names.
+    free = ((0, i) for i in count(1) if (0, i) not in known)
+    for point, path in sorted(found, key=lambda item: (item[0] or (0, 0))[::-1]):
         load = partial(_load, source=model, path=path, weights_only=weights_only)
-        yield Network(str(path), point or (0, i), load)
+        yield Network(str(path), point or next(free), load)
 
 
 def _written(path: Path, weights_only: bool) -> tuple[tuple[int, int] | None, Path]:
@@ -51,9 +54,10 @@ def _written(path: Path, weights_only: bool) -> tuple[tuple[int, int] | None, Pa
         return None, path
 
 
-def _load(model: nn.Module, source: nn.Module, path: Path, weights_only: bool) -> None:
+def _load(model: nn.Module, source: nn.Module, path: Path, weights_only: bool) -> str:
     _take_weights(model, source)
     load_weights(model, path, read_checkpoint(path, weights_only=weights_only)[1])
+    return ""
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -79,17 +83,16 @@ def _take_weights(model: nn.Module, source: nn.Module) -> None:
                 tensor.copy_(other)
 
 
-def _initialise(model: nn.Module) -> None:
+def _initialise(model: nn.Module) -> str:
     """Draw all parameters anew, by each module's own ``reset_parameters``, and leave the random states as they were."""
     drawn: set[int] = set()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices={p.device for p in model.parameters() if p.device.type == "cuda"}):
+        torch.default_generator.manual_seed(0)
         for module in model.modules():
-            if callable(reset := getattr(module, "reset_parameters", None)):
+            reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
+            if callable(reset):
                 reset()
                 drawn |= {id(parameter) for parameter in module.parameters(recurse=False)}
-    if left := [name for name, parameter in model.named_parameters() if id(parameter) not in drawn]:
-        some = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-        rank_zero_warn(
-            f"probe: in the untrained network {some} stay as they are: their modules have no reset_parameters"
-        )
+    left = [name for name, parameter in model.named_parameters() if id(parameter) not in drawn]
+    some = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+    return f"in the untrained network {some} stay as they are: their modules have no reset_parameters" if left else ""

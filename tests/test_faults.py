@@ -99,6 +99,7 @@ def has_hooks(model: nn.Module) -> bool:
         ({"fit_samples": 2.5}, TypeError, "fit_samples: expected .*, found 2.5"),
         ({"fit_samples": 0.0}, TypeError, "fit_samples: expected .*, found 0.0"),
         ({"fit_samples": False}, TypeError, "fit_samples: expected .*, found False"),
+        ({"fit_on_device": "cpu"}, TypeError, "fit_on_device: expected true or false, found 'cpu'"),
         ({"fit_bytes": 0}, ValueError, "fit_bytes: expected a positive integer, found 0"),
         ({"fit_bytes": "4 GiB"}, TypeError, "fit_bytes: expected a positive integer, found '4 GiB'"),
         ({"every_n_epochs": 0}, ValueError, "every_n_epochs: expected a positive integer, found 0"),

@@ -417,6 +417,87 @@ def test_mixed_precision_is_that_of_the_network_and_not_of_the_probes() -> None:
     check_gaps([Exact(samples[0], batch=TRAIN).gap(published, *samples) / 2])
 
 
+class Collecting(Classifier):
+    """The usual way to gather outputs: a list that is begun anew before each validation."""
+
+    def on_validation_epoch_start(self) -> None:
+        self.outputs: list[Tensor] = []
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.outputs.append(self(batch[0]))
+
+
+def test_what_a_validation_begins_with_is_there_for_its_steps() -> None:
+    model = Collecting(small().net)
+    check_same(run(model, *data()), run(small(), *data()))
+    assert not hasattr(model, "outputs")
+
+
+class Aware(LightningDataModule):
+    """Asks its trainer what is going on."""
+
+    num_classes = 10
+
+    def train_dataloader(self) -> Any:
+        return data()[0]
+
+    def val_dataloader(self) -> Any:
+        return data()[1]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        assert self.trainer is not None
+        return [torch.zeros_like(batch[0]), batch[1]] if self.trainer.training else batch
+
+
+def test_a_datamodule_knows_the_trainer_as_long_as_it_runs() -> None:
+    datamodule = Aware()
+    check_same(run(small(), datamodule=datamodule), run(small(), *data()))
+    assert datamodule.trainer is None
+
+
+class WithUnused(Classifier):
+    """A layer that no batch goes through."""
+
+    def __init__(self) -> None:
+        super().__init__(small().net)
+        self.unused = nn.Linear(2, 2)
+
+
+def test_how_the_layers_were_chosen_is_in_the_notes() -> None:
+    report = run(WithUnused(), *data())
+    assert any("left out: unused" in note for note in report.notes)
+    assert list(errors(report)) == list(errors(run(small(), *data())))
+
+
+def test_a_model_without_shapes_is_refused_and_stays_as_it_was() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    with pytest.raises(ValueError, match="parameters without a shape"):
+        run(model, *data(), num_classes=10)
+    assert model(torch.zeros(2, 1, 4, 4)).shape == (2, 10)
+
+
+def test_errors_in_training_and_validation_are_counted_in_the_same_precision() -> None:
+    batches, _ = data(400)
+    trainer = Trainer(**QUIET, precision="bf16-mixed")
+    report = run(small(), batches, batches, layers="net.1", trainer=trainer)
+    for stage in ("train", "val"):
+        assert errors(report, stage)["input"] == errors(run(small(), batches, batches, layers="net.1"), stage)["input"]
+    assert errors(report, "train")["input"] == errors(report, "val")["input"]
+
+
+def test_strategies_that_keep_what_they_find_to_themselves_are_refused() -> None:
+    trainer = Trainer(**{**QUIET, "devices": 2}, strategy="ddp_spawn")
+    with pytest.raises(ValueError, match="strategy='ddp'"):
+        run(small(), *data(), trainer=trainer)
+
+
+def test_the_untrained_network_has_new_attention_weights_too() -> None:
+    seed_everything(0, verbose=False)
+    model = nn.Sequential(nn.Flatten(2), nn.TransformerEncoderLayer(16, 2, 8, batch_first=True))
+    report = run(model, *data(), num_classes=10, layers="1", untrained=True)
+    assert not any("stay as they are" in note for note in report.notes)
+
+
 # What cannot be probed
 
 

@@ -265,3 +265,11 @@ def test_what_the_model_logs_goes_nowhere() -> None:
     trainer = Trainer(**QUIET)
     assert run(Logging(mlp(depth=1)), trainer=trainer).rows
     assert (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics) == ({}, {}, {})
+
+
+def test_the_order_in_which_a_loader_will_give_its_data_next_is_what_it_would_have_been() -> None:
+    generator = torch.Generator().manual_seed(5)
+    shuffling = DataLoader(images(40, size=4), batch_size=8, shuffle=True, generator=generator)
+    before = generator.get_state()
+    probe(Classifier(mlp(inputs=16)), shuffling, shuffling, trainer=Trainer(**QUIET))
+    assert torch.equal(generator.get_state(), before)

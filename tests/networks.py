@@ -10,6 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Options of a Trainer that shows and writes nothing."""
+
 
 class BasicBlock(nn.Module):
     def __init__(self, channels_in: int, channels: int, stride: int = 1) -> None:

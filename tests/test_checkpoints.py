@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from networks import Classifier, convnet, loader, mlp
+from networks import QUIET, Classifier, convnet, loader, mlp
 from test_harmless import differences
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,20 +20,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_probes import LinearProbeCallback, ProbeReport, probe
 from lightning_probes.checkpoints import CheckpointError, find_checkpoints
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
-
 BATCHES = loader(80, 16, size=4, seed=1), loader(60, 16, size=4, seed=2)
 
 
 def run(model: nn.Module, **arguments: Any) -> ProbeReport:
     """Without a progress bar; the warnings are those of the notes."""
-    trainer = Trainer(**QUIET, enable_checkpointing=False)
+    trainer = Trainer(**QUIET)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="probe: ")
         return probe(model, *BATCHES, **{"trainer": trainer, **arguments})
@@ -59,7 +51,9 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ProbeRepor
     folder = tmp_path_factory.mktemp("training")
     probes = LinearProbeCallback(fit_samples=80)
     each = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
-    Trainer(**QUIET, max_epochs=3, callbacks=[probes, each], default_root_dir=folder).fit(small(), *BATCHES)
+    Trainer(
+        **{**QUIET, "enable_checkpointing": True}, max_epochs=3, callbacks=[probes, each], default_root_dir=folder
+    ).fit(small(), *BATCHES)
     return folder, probes.report
 
 
@@ -124,14 +118,16 @@ def test_parameters_that_no_module_draws_are_told_of() -> None:
             super().__init__(mlp(inputs=16, width=12, depth=1))
             self.position = nn.Parameter(torch.zeros(4))
 
-    trainer = Trainer(**QUIET, enable_checkpointing=False)
+    trainer = Trainer(**QUIET)
     with pytest.warns(UserWarning, match="untrained network position stay as they are"):
         probe(WithPosition(), *BATCHES, untrained=True, trainer=trainer)
 
 
 def test_a_checkpoint_inside_an_epoch_counts_the_epochs_completed(tmp_path: Path) -> None:
     inside = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=2)
-    Trainer(**QUIET, max_epochs=2, callbacks=[inside], default_root_dir=tmp_path).fit(small(), *BATCHES)
+    Trainer(**{**QUIET, "enable_checkpointing": True}, max_epochs=2, callbacks=[inside], default_root_dir=tmp_path).fit(
+        small(), *BATCHES
+    )
     report = run(small(), ckpt_path=str(tmp_path / "*.ckpt"))
     assert list(networks(report).values()) == [(0, 2), (0, 4), (1, 6), (1, 8), (2, 10)]
 
@@ -166,7 +162,7 @@ class Nested(Classifier):
 def test_neither_a_trainer_nor_a_graph_is_copied_with_the_model(tmp_path: Path) -> None:
     model = Nested()
     data = DataLoader(Uncopyable(*BATCHES[0].dataset.tensors), 16)  # type: ignore[attr-defined]
-    trainer = Trainer(**QUIET, enable_checkpointing=False, max_epochs=1, default_root_dir=tmp_path)
+    trainer = Trainer(**QUIET, max_epochs=1, default_root_dir=tmp_path)
     trainer.fit(model, data)
     assert isinstance(model.net, Classifier)
     known = model._trainer, model.net._trainer
@@ -297,7 +293,7 @@ def test_a_checkpoint_that_cannot_be_probed_is_told_of_and_the_others_go_on(case
     with pytest.raises(CheckpointError, match=message):
         run(small(), ckpt_path=bad)
     paths = [good(tmp_path), bad, good(tmp_path, "later.ckpt", 10)]
-    trainer = Trainer(**QUIET, enable_checkpointing=False)
+    trainer = Trainer(**QUIET)
     with pytest.warns(UserWarning, match=f"probe: .*{bad.name}"):
         report = probe(small(), *BATCHES, ckpt_path=paths, trainer=trainer)
     assert networks(report) == {str(paths[0]): (0, 5), str(paths[2]): (0, 10)}

@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from networks import Classifier, ResNet, ViT, convnet, images, loader, mlp
+from networks import QUIET, Classifier, ResNet, ViT, convnet, images, loader, mlp
 from test_truth import Exact, check_gaps, features_by_hand
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -24,15 +24,6 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from lightning_probes import LinearProbeCallback, ProbeReport, probe
 
 TRAIN, HELD_OUT = 640, 400
-
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 def run(model: nn.Module, *args: Any, **arguments: Any) -> ProbeReport:
@@ -496,6 +487,12 @@ def test_the_untrained_network_has_new_attention_weights_too() -> None:
     model = nn.Sequential(nn.Flatten(2), nn.TransformerEncoderLayer(16, 2, 8, batch_first=True))
     report = run(model, *data(), num_classes=10, layers="1", untrained=True)
     assert not any("stay as they are" in note for note in report.notes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_finds_what_the_cpu_finds() -> None:
+    check_same(run(small(), *data(), trainer=Trainer(**{**QUIET, "accelerator": "cuda"})), run(small(), *data()), 2.01)
 
 
 # What cannot be probed

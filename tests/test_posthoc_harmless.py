@@ -13,22 +13,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from networks import Classifier, FrozenBackbone, ViT, images, loader, mlp
+from networks import QUIET, Classifier, FrozenBackbone, ViT, images, loader, mlp
 from test_harmless import Contrast, Quirks, differences, rng_states
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Metric
 
 from lightning_probes import ProbeReport, probe
-
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 BATCHES = loader(60, 16), loader(40, 16, seed=1)
 

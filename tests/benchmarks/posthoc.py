@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.fidelity import convolutions, exact_error, features_of, load
-from networks import Classifier, ResNet, convnet
+from networks import QUIET, Classifier, ResNet, convnet
 
 from lightning_probes import LinearProbeCallback, ProbeReport, probe
 from lightning_probes.convergence import Folds
@@ -44,14 +44,6 @@ MANY, FEW = 40_000, 10_000
 
 BUDGET = 8 * 2**20
 """Bytes of features in memory; those of the few samples take 50 MiB."""
-
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 def show(what: str, value: float, target: float, unit: str = "") -> None:

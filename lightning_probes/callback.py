@@ -52,7 +52,7 @@ class LinearProbeCallback(Callback):
             (batch, tokens, width), averaged over tokens, ``channels`` for (batch, channels, length), pooled.
         learning_rate: of the Adam that trains probes along with the network.
         fit_samples: training samples, at most, on which the probes are brought to their optimum before each
-            publication. Not given: 8 192, or 200 a class where that is more; 0: not at all, the probes trained along
+            publication. Not given: 10 240, or 200 a class where that is more; 0: not at all, the probes trained along
             are published.
         fit_bytes: of them, at most, in bytes: kept inputs and the features they become. The default holds about 6 000
             images of 3 x 224 x 224.

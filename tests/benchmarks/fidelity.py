@@ -42,6 +42,7 @@ from lightning_probes.standardise import inverse_deviation
 
 Split = tuple[Tensor, Tensor]
 STRENGTHS = (1e-2, 1e-3, 1e-4)
+WAYS = (("2048", 2048), ("4096", 4096), ("8192", 8192), ("16384", 16384), ("8192, towards online", 8192))
 
 
 def convolutions(classes: int = 10, stem_stride: int = 2, dropout: float = 0.0) -> nn.Sequential:
@@ -248,7 +249,7 @@ def refits(
 ) -> dict[str, dict[str, float]]:
     """Ways that were considered: fewer and more fresh samples, a pull of L2 towards the online weights."""
     found: dict[str, dict[str, float]] = {}
-    for way, samples in (("2048", 2048), ("4096", 4096), ("16384", 16384), ("8192, towards online", 8192)):
+    for way, samples in WAYS:
         if (towards := "towards" in way) and not online:
             continue
         y, held_y = F.one_hot(labels[:samples], classes).float(), F.one_hot(held_labels, classes).float()

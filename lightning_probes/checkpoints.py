@@ -103,12 +103,13 @@ def load_weights(model: nn.Module, path: Path, content: dict[str, Any]) -> None:
     }
     is_strict = getattr(model, "strict_loading", True)
     if any(differences.values()) if is_strict else shapes:
-        told = "; ".join(f"{what}: {_first(keys)}" for what, keys in differences.items() if keys)
+        told = "; ".join(f"{what}: {first_of(keys)}" for what, keys in differences.items() if keys)
         raise CheckpointError(f"{path} is a checkpoint of another architecture than {type(model).__name__}; {told}")
     model.load_state_dict({names[name]: tensor for name, tensor in weights.items() if name in names}, strict=is_strict)
 
 
-def _first(keys: Sequence[str]) -> str:
+def first_of(keys: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 

@@ -93,13 +93,7 @@ def probe(
         KeyboardInterrupt: before anything was done.
     """
     network = ProbedNetwork(
-        layers,
-        exclude,
-        num_classes=num_classes,
-        input=input,
-        target=target,
-        max_features=max_features,
-        layout=layout,
+        layers, exclude, num_classes=num_classes, input=input, target=target, max_features=max_features, layout=layout
     )
     model = getattr(model, "_orig_mod", model)  # compiled code has no hooks
     if any(is_lazy(parameter) for parameter in model.parameters()):

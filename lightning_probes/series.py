@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_probes.checkpoints import CheckpointError, find_checkpoints, load_weights, read_checkpoint
+from lightning_probes.checkpoints import CheckpointError, find_checkpoints, first_of, load_weights, read_checkpoint
 
 AS_GIVEN, UNTRAINED = "as given", "untrained"
 
@@ -94,5 +94,6 @@ def _initialise(model: nn.Module) -> str:
                 reset()
                 drawn |= {id(parameter) for parameter in module.parameters(recurse=False)}
     left = [name for name, parameter in model.named_parameters() if id(parameter) not in drawn]
-    some = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-    return f"in the untrained network {some} stay as they are: their modules have no reset_parameters" if left else ""
+    if not left:
+        return ""
+    return f"in the untrained network {first_of(left)} stay as they are: their modules have no reset_parameters"

@@ -52,6 +52,7 @@ def solve(
     *,
     start: tuple[Tensor, Tensor] | None = None,
     prior: Tensor | None = None,
+    gram: Tensor | None = None,
     tolerance: float = TOLERANCE,
     max_iterations: int = 500,
 ) -> Solution:
@@ -69,6 +70,8 @@ def solve(
         l2: at least 0.
         start: ``(weight, bias)`` to begin from, unless zero weights are better.
         prior: ``(classes, features)``; default 0. One that is not finite counts as none.
+        gram: ``(features + 1, features + 1)``, the mean of ``x x^T`` over these samples or more of the kind, of rows that
+            end in a 1: where it is known it need not be computed.
         tolerance: of the criterion.
         max_iterations: a bound; ``converged`` says whether it was enough.
 
@@ -85,7 +88,7 @@ def solve(
         y = targets[counted].to(rows.dtype)
         if prior is None or not prior.isfinite().all():
             prior = y.new_zeros(y.shape[1], rows.width - 1)
-        return _solve(rows, y, l2, start, prior.to(y), tolerance, max_iterations)
+        return _solve(rows, y, l2, start, prior.to(y), gram, tolerance, max_iterations)
 
 
 @contextmanager
@@ -105,6 +108,7 @@ def _solve(
     l2: float,
     start: tuple[Tensor, Tensor] | None,
     prior: Tensor,
+    gram: Tensor | None,
     tolerance: float,
     max_iterations: int,
 ) -> Solution:
@@ -125,12 +129,15 @@ def _solve(
     # A step moves weights only within the span of the samples: few of them are a problem as small as they are.
     basis, small = None, full
     if x.whole is not None and x.total is alone and 2 * samples < x.width - 1:
-        basis = torch.linalg.qr(x.whole[:, :-1].T)
-        small = replace(_pose(Rows.of(basis[1].T), y, l2, None, samples), offset=full.offset)
-        v = _joined(v[:, :-1] @ basis[0], v[:, -1])
+        basis, across = torch.linalg.qr(x.whole[:, :-1].T)
+        size = across.norm(dim=1, keepdim=True)
+        # Collinear samples leave directions that are rounding, along which without a penalty anything can be fitted.
+        across = across.where(size > 100 * torch.finfo(y.dtype).eps * size.max(), 0.0)
+        small = replace(_pose(Rows.of(across.T), y, l2, None, samples), offset=full.offset)
+        v, gram = _joined(v[:, :-1] @ basis, v[:, -1]), None
     # A margin, so that what rounding adds on the way back does not undo the criterion.
-    v, iterations = minimise(small, v, 0.9 * tolerance * scale, max_iterations)
-    weight = v[:, :-1] if basis is None else v[:, :-1] @ basis[0].T.to(v)
+    v, iterations = minimise(small, v, 0.9 * tolerance * scale, max_iterations, gram)
+    weight = v[:, :-1] if basis is None else v[:, :-1] @ basis.T.to(v)
     weight, bias = (weight + prior).to(y.dtype), v[:, -1].to(y.dtype)
     reached = _joined(weight.to(v) - prior, bias.to(v))
     exact = full.to(v.dtype)

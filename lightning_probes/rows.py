@@ -122,12 +122,13 @@ class Rows:
             found = found.addmm_(weights[:, first:end], part)
         return self.total(found)
 
-    def gram(self, weights: Tensor) -> Tensor:
+    def gram(self, weights: Tensor | None = None) -> Tensor:
         """``x^T diag(weights) x``, ``(features + 1, features + 1)``; of all processes."""
-        found = weights.new_zeros(self.width, self.width)
+        found: Tensor | None = None
         for part, (first, end) in zip(self.parts, self._places(), strict=True):
-            rows = part * weights[first:end, None].sqrt()
-            found = found.addmm_(rows.T, rows)
+            rows = part if weights is None else part * weights[first:end, None].sqrt()
+            found = rows.T @ rows if found is None else found.addmm_(rows.T, rows)
+        assert found is not None
         return self.total(found)
 
     def _places(self) -> list[tuple[int, int]]:
@@ -137,23 +138,21 @@ class Rows:
 def statistics(parts: Parts, total: Total = alone) -> tuple[Tensor, Tensor]:
     """Mean and variance ``(features,)`` of all samples of all processes, of the population; zeros without any.
 
+    Taken around a sample: a constant has no variance, and what differs in its last places has the right one.
     ``parts`` has at least one, which may be empty.
     """
-    mean = variance = None
+    first = floating(parts[next((i for i, samples in enumerate(parts.lengths) if samples), 0)])[:1]
+    around = total(first.sum(dim=0)) / total(first.new_tensor(float(len(first)))).clamp(min=1)
+    mean, variance = first.new_zeros(2, 1, 1, first.shape[1])
     samples = 0
     for part in parts:
-        x = floating(part)[None]
-        if mean is None or variance is None:
-            mean, variance = x.new_zeros(2, 1, 1, x.shape[2])
         if len(part):
             samples += len(part)
-            mean, variance = moved_statistics(x, mean, variance, len(part) / samples)
-    assert mean is not None
-    assert variance is not None
-    if total is alone:
-        return mean.flatten(), variance.flatten()
-    own = mean.new_tensor([float(samples)])
-    share = own / total(own).clamp(min=1)
-    # As in `moved_statistics`: never is one large square subtracted from another.
-    middle = total(share * mean)
-    return middle.flatten(), total(share * (variance + (mean - middle).square())).flatten()
+            mean, variance = moved_statistics(floating(part)[None] - around, mean, variance, len(part) / samples)
+    if total is not alone:
+        own = mean.new_tensor([float(samples)])
+        share = own / total(own).clamp(min=1)
+        middle = total(share * mean)
+        # As in `moved_statistics`: never is one large square subtracted from another.
+        mean, variance = middle, total(share * (variance + (mean - middle).square()))
+    return around + mean.flatten(), variance.flatten()

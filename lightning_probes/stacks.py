@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from lightning_probes.standardise import moved_statistics, standardise_
+from lightning_probes.standardise import moved_statistics, standardise_, without_rounding
 
 _SHORTEST_MEMORY = 0.01
 """Weight of a batch in the running mean and variance once the first hundred have been averaged evenly."""
@@ -74,7 +74,7 @@ class Run:
         mean, variance = moved_statistics(x, self["mean"], self["variance"], weight)
         alive = self["alive"].logical_and_(torch.isfinite(variance).all(dim=2, keepdim=True))
         self["mean"].copy_(torch.where(alive, mean, self["mean"]))
-        self["variance"].copy_(torch.where(alive, variance, self["variance"]))
+        self["variance"].copy_(torch.where(alive, without_rounding(mean, variance), self["variance"]))
         return standardise_(x, self["mean"], self["variance"])
 
     def log_probabilities(self, x: Tensor) -> Tensor:

@@ -29,9 +29,9 @@ def moved_statistics(x: Tensor, mean: Tensor, variance: Tensor, weight: float) -
 
 
 def standardise_(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """``(x - mean) / deviation`` in place; a feature that is constant to rounding becomes 0.
+    """``(x - mean) / deviation`` in place; a feature that is constant becomes 0.
 
-    A feature that hardly ever moves would explode when it does: the deviation is at least a thousandth of the layer's.
+    One that differs in its last places only does not: deep in an untrained network those are all that is left. A feature that hardly ever moves would explode when it does: the deviation is at least a thousandth of the layer's.
 
     Args:
         x: ``(layers, samples, width)``.
@@ -43,6 +43,14 @@ def standardise_(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 def inverse_deviation(mean: Tensor, variance: Tensor) -> Tensor:
     """What :func:`standardise_` multiplies features by, 0 for those that are constant to rounding."""
-    rounding = 4 * torch.finfo(mean.dtype).eps * mean.abs()
-    softened = variance + 1e-6 * variance.mean(dim=-1, keepdim=True)
-    return torch.where(variance > rounding * rounding, softened.rsqrt(), 0.0)
+    return torch.where(_moves(mean, variance, 1 / 16), (variance + 1e-6 * variance.mean(dim=-1, keepdim=True)).rsqrt(), 0.0)
+
+
+def without_rounding(mean: Tensor, variance: Tensor) -> Tensor:
+    """Running ``variance`` without what the rounding of a running mean alone can amount to."""
+    return torch.where(_moves(mean, variance, 4), variance, 0.0)
+
+
+def _moves(mean: Tensor, variance: Tensor, places: float) -> Tensor:
+    """Whether features spread by more than ``places`` in the last place of their mean."""
+    return variance > (places * torch.finfo(mean.dtype).eps * mean).square()

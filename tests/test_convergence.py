@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from lightning_probes.convergence import fit_probes, score
 from lightning_probes.regression import Solution, solve
+from lightning_probes.rows import Parts, statistics
 from lightning_probes.standardise import inverse_deviation, moved_statistics, standardise_
 
 TIGHTEST = 1e-7
@@ -331,3 +332,15 @@ def test_mistakes_of_the_caller_raise() -> None:
         fit_probes({}, torch.ones(3, 1), strengths=())
     with pytest.raises(ValueError, match="layer: 2 samples"):
         fit_probes({"layer": torch.zeros(2, 2)}, torch.ones(3, 1))
+
+
+def test_what_differs_in_its_last_places_counts_and_a_constant_does_not() -> None:
+    # The labels are in the last place of one feature, as deep in an untrained network; the others are constants.
+    labels = torch.arange(300) % 3
+    x = torch.tensor([0.1, 1e4, 0.3, 0.0]).repeat(300, 1)
+    x[:, 2] += labels * 2 * torch.finfo(torch.float32).eps * 0.3
+    mean, variance = statistics(Parts([300], lambda _: x))
+    assert (variance > 0).tolist() == [False, False, True, False]
+    found = fit_probes({"a": x}, one_hot(labels, 3))["a"]
+    assert (inverse_deviation(found.mean, found.variance) > 0).tolist() == [False, False, True, False]
+    assert found.sums[0] == 0

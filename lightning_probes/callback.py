@@ -15,6 +15,7 @@ from lightning_probes.kept import Room, enough_samples
 from lightning_probes.logs import Logs
 from lightning_probes.probing import ProbedNetwork
 from lightning_probes.report import ProbeReport
+from lightning_probes.schedule import Schedule
 from lightning_probes.session import ProbingSession
 
 
@@ -93,7 +94,7 @@ class LinearProbeCallback(Callback):
         self._new_room = partial(
             Room, num_bytes=whole("fit_bytes", fit_bytes), on_device=flag("fit_on_device", fit_on_device)
         )
-        self._every_n_epochs = whole("every_n_epochs", every_n_epochs)
+        self._schedule = Schedule(every_n_epochs)
         self._is_prepared = False
         self.report = ProbeReport()
         self._session = self._new_session()
@@ -135,11 +136,11 @@ class LinearProbeCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._session.update(_now(trainer))
+        self._session.update(self._schedule.now(trainer))
         self._greet()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._session.point != _now(trainer) and self._is_due(trainer):
+        if self._session.point != self._schedule.now(trainer) and self._is_due(trainer):
             self._prepare(trainer, pl_module, is_validation=False)
             self._publish(trainer, pl_module)
 
@@ -211,8 +212,7 @@ class LinearProbeCallback(Callback):
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, *, is_validation: bool) -> None:
         self._is_prepared = True
-        every, epochs = trainer.check_val_every_n_epoch or 1, trainer.max_epochs or -1
-        has_validation = trainer.enable_validation and (epochs < 0 or every <= epochs)
+        has_validation = self._schedule.has_validation(trainer)
         context = trainer.precision_plugin.forward_context
         self._session.prepare(pl_module, context, is_validation=is_validation, has_validation=has_validation)
 
@@ -227,9 +227,7 @@ class LinearProbeCallback(Callback):
         self._restored = None
 
     def _is_due(self, trainer: Trainer) -> bool:
-        if trainer.state.fn != "fit":
-            return self._session.is_ready
-        return trainer.fit_loop.epoch_progress.current.ready % self._every_n_epochs == 0
+        return self._schedule.is_due(trainer) if trainer.state.fn == "fit" else self._session.is_ready
 
     def _greet(self) -> None:
         if hello := self._session.greeting():
@@ -238,13 +236,6 @@ class LinearProbeCallback(Callback):
     def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A point of every curve that has been scored since the last time: into the report, and logged."""
         # Outside fit the probes are those of a checkpoint or of the last fit, and so are epoch and step.
-        epoch, step = _now(trainer) if trainer.state.fn == "fit" else self._session.now
+        epoch, step = self._schedule.now(trainer) if trainer.state.fn == "fit" else self._session.now
         start, rows = self._session.publish(self.report, epoch, step)
         self._logs.write(start, rows, trainer, pl_module)
-
-
-def _now(trainer: Trainer) -> tuple[int, int]:
-    """Epochs completed and ``global_step``."""
-    # `current_epoch` moves between the hooks of an epoch's end; what was begun does not.
-    begun = trainer.fit_loop.epoch_progress.current.ready
-    return begun if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch else begun - 1, trainer.global_step

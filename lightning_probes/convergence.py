@@ -92,7 +92,9 @@ def fit_probes(
             prior = torch.where(scale > 0, prior.to(mean) / scale, 0.0)
         part = Folds().next(len(y)).to(y.device) if folds is None else folds.to(y.device)[counted]
         solver = partial(solve, prior=prior, gram=_mean_gram(rows), max_iterations=max_iterations)
-        l2, start = _choose(rows, y, part, sorted(strengths, reverse=True), partial(solver, tolerance=_ROUGHLY * tolerance))
+        l2, start = _choose(
+            rows, y, part, sorted(strengths, reverse=True), partial(solver, tolerance=_ROUGHLY * tolerance)
+        )
         best = solver(rows, y, l2, start=start, tolerance=tolerance)
         found[layer] = replace(best, mean=mean, variance=variance)
     return found

@@ -43,7 +43,9 @@ def standardise_(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 def inverse_deviation(mean: Tensor, variance: Tensor) -> Tensor:
     """What :func:`standardise_` multiplies features by, 0 for those that are constant to rounding."""
-    return torch.where(_moves(mean, variance, 1 / 16), (variance + 1e-6 * variance.mean(dim=-1, keepdim=True)).rsqrt(), 0.0)
+    return torch.where(
+        _moves(mean, variance, 1 / 16), (variance + 1e-6 * variance.mean(dim=-1, keepdim=True)).rsqrt(), 0.0
+    )
 
 
 def without_rounding(mean: Tensor, variance: Tensor) -> Tensor:

@@ -212,9 +212,7 @@ CASES = {
         samples=(96, 32),
         data=streams,
     ),
-    "max_steps inside an epoch": Case(
-        {"max_steps": 8}, [*ENDS[:2], (1, 8)], ENDS[:2]
-    ),
+    "max_steps inside an epoch": Case({"max_steps": 8}, [*ENDS[:2], (1, 8)], ENDS[:2]),
     "max_steps inside the first epoch": Case({"max_steps": 4}, [(0, 4)], [], samples=(64, 0), starts=False),
     "max_steps at an end": Case({"max_steps": 12, "max_epochs": -1}, ENDS),
     "no time": Case({"max_time": {"seconds": 0}, "min_steps": 9}, [(0, 0), (1, 6), (1, 9)]),

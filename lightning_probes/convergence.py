@@ -17,7 +17,7 @@ _FEWEST = 20
 """Samples below which a fifth of them says nothing about a strength."""
 
 _ROUGHLY = 10
-"""Times the tolerance at which strengths are compared: the same ones were chosen (solver.py) in two thirds of the time."""
+"""Times the tolerance at which strengths are compared: the same were chosen in two thirds of the time (posthoc.py)."""
 
 _CLEARLY = 1.01
 """A held-out loss that is higher than the best by this factor has passed its minimum."""

@@ -2,8 +2,8 @@
 
 The first Hessian of L-BFGS is that matrix, scaled or weighted by the current probabilities, plus the penalty:
 conditioning is what costs here, and the Cholesky factor takes most of it away. At zero weights it is the exact Hessian
-but for a mixing of the classes. Scores are linear in the probe, so a line search needs no further product with the features.
-Nothing is drawn, nothing is differentiated by autograd.
+but for a mixing of the classes. Scores are linear in the probe, so a line search needs no further product with the
+features. Nothing is drawn, nothing is differentiated by autograd.
 """
 
 from __future__ import annotations
@@ -62,11 +62,8 @@ class Problem:
         p = scores.softmax(dim=0)
         weights = (p * (1 - p)).mean(dim=0)
         mean = self.x.total(weights.sum()) / self.samples
-        if gram is None:
-            # Half way to even weights: from a warm start p (1 - p) alone took up to a fifth more iterations.
-            found = self.x.gram((weights + mean) / 2) / self.samples
-        else:
-            found = mean * gram
+        # Half way to even weights: from a warm start p (1 - p) alone took up to a fifth more iterations.
+        found = self.x.gram((weights + mean) / 2) / self.samples if gram is None else mean * gram
         found.diagonal().add_(self.penalty)
         return found
 

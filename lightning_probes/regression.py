@@ -70,8 +70,8 @@ def solve(
         l2: at least 0.
         start: ``(weight, bias)`` to begin from, unless zero weights are better.
         prior: ``(classes, features)``; default 0. One that is not finite counts as none.
-        gram: ``(features + 1, features + 1)``, the mean of ``x x^T`` over these samples or more of the kind, of rows that
-            end in a 1: where it is known it need not be computed.
+        gram: ``(features + 1, features + 1)``, if it is known: the mean of ``x x^T`` over these samples or more of the
+            kind, of rows that end in a 1.
         tolerance: of the criterion.
         max_iterations: a bound; ``converged`` says whether it was enough.
 

@@ -12,6 +12,7 @@ from torch import nn
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.bank import ProbeBank
+from lightning_probes.facts import LayerFacts
 from lightning_probes.fitting import Context
 from lightning_probes.kept import Room
 from lightning_probes.optimum import Optimum
@@ -46,9 +47,7 @@ class ProbingSession:
         self.point = self.now = 0, 0
         self._network = network
         self._learning_rate = learning_rate
-        self._layers: list[str] = []
-        self._totals: dict[str, int] = {}
-        self._first_depth = 0
+        self._facts = LayerFacts(network)
         self._steps = 0
         self._samples = 0
         self._has_greeted = False
@@ -58,10 +57,7 @@ class ProbingSession:
     @property
     def layers(self) -> list[str]:
         """All layers, in the order of every vector over them; fixed as soon as it is asked for."""
-        if not self._layers:
-            self._layers = list(self._network.layers)
-            self._first_depth = 0 if self._network.has_input else 1
-        return self._layers
+        return self._facts.layers
 
     @property
     def is_ready(self) -> bool:
@@ -196,12 +192,10 @@ class ProbingSession:
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: tensors and plain types."""
         return {
-            "layers": self.layers,
+            "facts": self._facts.state_dict(),
             "num_classes": self._network.num_classes,
             "online": self.online.state_dict() if self.online is not None else None,
             "optimum": self.optimum.state_dict(),
-            "totals": self._totals,
-            "first_depth": self._first_depth,
             "steps": self._steps,
             "samples": self._samples,
             "point": list(self.point),
@@ -211,35 +205,20 @@ class ProbingSession:
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
         """Take over what :meth:`state_dict` gave."""
-        self._layers = list(state["layers"])
-        self._network.restore(self.layers)
+        self._facts.load_state_dict(state["facts"])
         if state["online"] is not None:
             self.online = ProbeBank(self.layers, state["num_classes"], self._learning_rate)
             self.online.load_state_dict(state["online"], device)
         self.optimum.load_state_dict(state["optimum"], self.layers, state["num_classes"], device)
-        self._totals = dict(state["totals"])
-        self._first_depth = state["first_depth"]
         self._steps, self._samples = state["steps"], state["samples"]
         self.point, self.now = tuple(state["point"]), tuple(state["now"])
         self._points.set_aside = set(state["set_aside"])
 
     def _about(self, known: Mapping[str, Row]) -> dict[str, Row]:
-        recorder = self._network.recorder
-        self._totals |= recorder.totals
         widths = self.online.widths if self.online is not None else {}
         if self.optimum.fitted is not None:
             widths |= self.optimum.fitted.bank.widths
-        return {
-            layer: {
-                "depth": self._first_depth + i,
-                "features": widths.get(layer, 0),
-                "features_total": self._totals.get(layer, 0),
-                "fitted_on": None,
-                "converged": None,
-                **known.get(layer, {}),
-            }
-            for i, layer in enumerate(self.layers)
-        }
+        return self._facts.about(known, widths)
 
     def _warn(self, unconverged: set[str]) -> None:
         if new := sorted(unconverged - self._warned):

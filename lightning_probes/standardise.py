@@ -31,7 +31,8 @@ def moved_statistics(x: Tensor, mean: Tensor, variance: Tensor, weight: float) -
 def standardise_(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """``(x - mean) / deviation`` in place; a feature that is constant becomes 0.
 
-    One that differs in its last places only does not: deep in an untrained network those are all that is left. A feature that hardly ever moves would explode when it does: the deviation is at least a thousandth of the layer's.
+    One that differs in its last places only does not: deep in an untrained network those are all that is left. A
+    feature that hardly ever moves would explode when it does: the deviation is at least a thousandth of the layer's.
 
     Args:
         x: ``(layers, samples, width)``.

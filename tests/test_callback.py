@@ -556,7 +556,7 @@ def fit_with_checkpoints(folder: Path, epochs: int) -> tuple[Trainer, Classifier
 def test_checkpoint_loads_with_weights_only(tmp_path: Path) -> None:
     _, _, probes = fit_with_checkpoints(tmp_path, 1)
     saved = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["callbacks"][probes.state_key]
-    assert saved["probes"]["layers"] == LAYERS
+    assert saved["probes"]["facts"]["layers"] == LAYERS
     assert saved["report"]["rows"] == probes.report.rows
 
 

@@ -339,7 +339,7 @@ def test_what_differs_in_its_last_places_counts_and_a_constant_does_not() -> Non
     labels = torch.arange(300) % 3
     x = torch.tensor([0.1, 1e4, 0.3, 0.0]).repeat(300, 1)
     x[:, 2] += labels * 2 * torch.finfo(torch.float32).eps * 0.3
-    mean, variance = statistics(Parts([300], lambda _: x))
+    _, variance = statistics(Parts([300], lambda _: x))
     assert (variance > 0).tolist() == [False, False, True, False]
     found = fit_probes({"a": x}, one_hot(labels, 3))["a"]
     assert (inverse_deviation(found.mean, found.variance) > 0).tolist() == [False, False, True, False]

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_probes.arguments import Calls
+from lightning_probes.compiled import leave, listen, never_compiled, part_of_a_graph, tell
 from lightning_probes.targets import describe
 
 _LENGTH_MODULES = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d)
+_NOT_HEARD = "it never ran, or in code that was compiled before the probes came: call torch.compiler.reset() before fit"
 _POOLS: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
@@ -47,7 +50,14 @@ def is_channels_first(module: nn.Module, siblings: Mapping[nn.Module, nn.Module]
     return is_element and parent is not None and any(isinstance(child, _LENGTH_MODULES) for child in parent.children())
 
 
-def reduce(activation: Tensor, max_features: int, *, channels_first: bool = False, out: Tensor | None = None) -> Tensor:
+def reduce(
+    activation: Tensor,
+    max_features: int,
+    *,
+    channels_first: bool = False,
+    out: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
     """A layer's activation as features of each sample, in float32 (float64 stays), in memory of its own.
 
     Args:
@@ -57,6 +67,7 @@ def reduce(activation: Tensor, max_features: int, *, channels_first: bool = Fals
             dimension, never more than its size) with at most this many values, at least ``s = 1``.
         channels_first: three dimensions are ``(samples, channels, length)``, a map as in two and three dimensions.
         out: memory that may be written over and returned, if it fits; its type is kept.
+        mask: ``(batch, tokens)``, true for the tokens that count; the others do not, where there are as many tokens.
 
     Returns:
         ``(samples, features)``, detached.
@@ -64,6 +75,8 @@ def reduce(activation: Tensor, max_features: int, *, channels_first: bool = Fals
     activation = activation.detach()
     dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
     if activation.dim() == 3 and not channels_first:
+        if mask is not None and mask.shape[1] == activation.shape[1] and not len(activation) % len(mask):
+            return _into(out, _masked_mean(activation, mask, dtype))
         return _into(out, activation.mean(dim=1, dtype=dtype))
     if activation.dim() in (3, 4, 5) and activation.numel() > max_features * len(activation):
         size = tuple(activation.shape[2:])
@@ -74,6 +87,14 @@ def reduce(activation: Tensor, max_features: int, *, channels_first: bool = Fals
     # A later in-place operation of the network must not reach what was taken here.
     flat = activation.flatten(1) if activation.dim() > 1 else activation.unsqueeze(1)
     return out.copy_(flat) if out is not None and out.shape == flat.shape else flat.to(dtype, copy=True)
+
+
+def _masked_mean(activation: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Over the tokens that count; zeros where none does. Several views of a batch have its mask one by one."""
+    keep = mask.to(activation.device).repeat(len(activation) // len(mask), 1)
+    # Not a product: what stands at the other tokens may be NaN.
+    sums = activation.masked_fill(~keep.unsqueeze(2), 0).sum(dim=1, dtype=dtype)
+    return sums / keep.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def _into(out: Tensor | None, features: Tensor) -> Tensor:
@@ -92,60 +113,89 @@ class ActivationRecorder:
     """Hooks on the selected layers that, while recording, keep each layer's reduced features of one step.
 
     Attributes:
-        features: ``{layer: (samples, features)}`` of the step being recorded, in the order of the calls. Of several
-            calls of a layer the last one whose first dimension is a multiple of the batch counts.
+        features: ``{layer: (samples, features)}`` of the step being recorded, in the order of the calls.
+        calls: which of several calls of a layer counts, of those whose first dimension is a multiple of the batch: the
+            last, the first, or the mean of all that have as many samples as the first.
         misfits: ``{layer: what was wrong}`` of the calls that could not be used, in the step being recorded.
+        faults: ``{layer: what was raised}`` by hooks since somebody asked.
         widths: ``{layer: features}`` of every layer seen so far.
         totals: ``{layer: values per sample before reduction}`` of every layer seen so far.
         memory: ``{layer: (samples, features)}``, lent by whoever uses the features: where to put those that fit.
+        compiled: the layers inside of compiled code: if it is older than their hooks it does not call them.
         alone: the one for which a network is run at present outside of all steps; the others do not listen.
     """
 
     alone: ClassVar[ActivationRecorder | None] = None
 
-    def __init__(self, max_features: int) -> None:
+    def __init__(self, max_features: int, calls: Calls = "last") -> None:
         self.max_features = max_features
+        self.calls = calls
         self.features: dict[str, Tensor] = {}
         self.misfits: dict[str, str] = {}
+        self.faults: dict[str, Exception] = {}
         self.totals: dict[str, int] = {}
         self.memory: dict[str, Tensor] = {}
+        self.compiled: set[str] = set()
         self._samples: int | None = None
+        self._mask: Tensor | None = None
+        self._counts: dict[str, int] = {}
+        self._places: dict[str, int] = {}
         self._only: Container[str] | None = None
         self._unhookable: dict[str, str] = {}
         self.widths: dict[str, int] = {}
         self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
 
-    def attach(self, layers: Mapping[str, nn.Module], channels_first: Mapping[str, bool]) -> None:
-        """Register one hook a layer; the modules stay as they are but for it."""
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why layers may have no features, as far as is known: :attr:`misfits`, and what may be of compiled code."""
+        return dict.fromkeys(self.compiled, _NOT_HEARD) | self.misfits
+
+    def attach(
+        self, layers: Mapping[str, nn.Module], channels_first: Mapping[str, bool], compiled: Container[int] = ()
+    ) -> None:
+        """Register one hook a layer; the modules stay as they are but for it. ``compiled``: ids of such modules."""
         self.detach()
+        self.compiled = {layer for layer, module in layers.items() if id(module) in compiled}
         self.widths, self.totals, self._unhookable = {}, {}, {}
         for layer, module in layers.items():
             if isinstance(module, torch.jit.ScriptModule):
                 self._unhookable[layer] = "it is a TorchScript module, which takes no hooks"
                 continue
-            self._hooks[layer] = module.register_forward_hook(self._hook(layer, channels_first[layer]))
+            self._hooks[layer] = module.register_forward_hook(self._hook(layer, module, channels_first[layer]))
 
     def detach(self, layer: str | None = None) -> None:
         """Remove the hook of ``layer``, or all of them, and what was recorded."""
         for name in [layer] if layer is not None else list(self._hooks):
             if name in self._hooks:
                 self._hooks.pop(name).remove()
+                leave(self._places.pop(name))
             self.features.pop(name, None)
             self.misfits.pop(name, None)
             self.memory.pop(name, None)
         if layer is None:
-            self._samples = None
+            self._samples = self._mask = None
             # The raw input has memory too, but no hook.
             self.memory = {}
 
-    def start(self, samples: int, only: Container[str] | None = None) -> None:
-        """Record from now on, ``only`` some layers or all; ``samples`` is the number of labels of the batch."""
+    def start(self, samples: int, only: Container[str] | None = None, mask: Tensor | None = None) -> None:
+        """Record from now on, ``only`` some layers or all.
+
+        ``samples`` is the number of labels of the batch, ``mask`` says which of its tokens count.
+        """
         self.features, self.misfits, self._samples, self._only = {}, dict(self._unhookable), samples, only
+        self._mask, self._counts = mask, {}
 
     def stop(self) -> dict[str, Tensor]:
         """End the step; returns its features and lets go of them."""
-        features, self.features, self._samples = self.features, {}, None
+        features, self.features, self._samples, self._mask = self.features, {}, None, None
         return features
+
+    def take(self, layer: str, output: Any, *, channels_first: bool = False) -> None:
+        """As :meth:`record`, in the midst of training: what that raises goes to ``faults``."""
+        try:
+            self.record(layer, output, channels_first=channels_first)
+        except Exception as error:
+            self.misfits[layer], self.faults[layer] = f"{type(error).__name__}: {error}", error
 
     def record(self, layer: str, output: Any, *, channels_first: bool = False) -> None:
         """Reduce and keep one output of a layer; what does not fit the batch is noted in ``misfits``."""
@@ -159,26 +209,41 @@ class ActivationRecorder:
                 f"its activation has shape {tuple(activation.shape)}, whose first dimension is no multiple "
                 f"of the {self._samples} labels of the batch"
             )
-        else:
-            memory = self.memory.get(layer)
-            features = reduce(activation, self.max_features, channels_first=channels_first, out=memory)
-            width = self.widths.setdefault(layer, features.shape[1])
-            if features.shape[1] == width:
-                self.totals[layer] = activation.numel() // len(activation)
-                self.features[layer] = features
-            else:
-                self.misfits[layer] = f"it has {features.shape[1]} features where it had {width} before"
+        elif self.calls != "first" or layer not in self.features:
+            self._add(layer, activation, channels_first)
 
-    def _hook(self, layer: str, channels_first: bool) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            # Of many layers most are not asked for in a step: they leave first.
-            if self._samples is None or (self._only is not None and layer not in self._only):
-                return
+    def _add(self, layer: str, activation: Tensor, channels_first: bool) -> None:
+        so_far = self.features.get(layer) if self.calls == "mean" else None
+        if so_far is not None and len(so_far) != len(activation):
+            self.misfits[layer] = f"its calls have {len(so_far)} and {len(activation)} samples, which have no mean"
+            return
+        # The memory that is lent is where the mean of the earlier calls is.
+        memory = self.memory.get(layer) if so_far is None else None
+        features = reduce(activation, self.max_features, channels_first=channels_first, out=memory, mask=self._mask)
+        width = self.widths.setdefault(layer, features.shape[1])
+        if features.shape[1] != width:
+            self.misfits[layer] = f"it has {features.shape[1]} features where it had {width} before"
+            return
+        self.totals[layer] = activation.numel() // len(activation)
+        self._counts[layer] = self._counts.get(layer, 0) + 1
+        self.features[layer] = features if so_far is None else so_far.add_((features - so_far) / self._counts[layer])
+
+    def _hook(self, layer: str, module: nn.Module, channels_first: bool) -> Any:
+        def heard(output: Any) -> None:
             # Activation checkpointing runs a layer again inside backward: the same samples a second time.
             if torch._C._current_graph_task_id() == -1 and ActivationRecorder.alone in (None, self):
-                try:
-                    self.record(layer, output, channels_first=channels_first)
-                except Exception as error:  # inside the user's forward: nothing may come out of here
-                    self.misfits[layer] = f"{type(error).__name__}: {error}"
+                self.take(layer, output, channels_first=channels_first)
 
-        return hook
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            # Asked first: of what changes from step to step nothing may become a condition of compiled code.
+            if torch.compiler.is_compiling():
+                found = first_float_tensor(output)
+                tell(None if found is None else found.detach(), place)
+            # Of many layers most are not asked for in a step: they leave here.
+            elif self._samples is not None and (self._only is None or layer in self._only):
+                take(output)
+
+        # Nor is what happens here compiled on its own, where a compiler leaves a module to python.
+        take = never_compiled(heard)
+        place = self._places[layer] = listen(module, take)
+        return part_of_a_graph(hook)

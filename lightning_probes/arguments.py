@@ -10,6 +10,7 @@ from lightning_probes.targets import Where
 
 Patterns = str | Sequence[str]
 Layout = Literal["tokens", "channels"]
+Calls = Literal["last", "first", "mean"]
 
 
 def whole(argument: str, value: Any, least: int = 1) -> int:
@@ -76,6 +77,17 @@ def layouts(value: Any) -> dict[str, Layout]:
     if not isinstance(value, Mapping) or not all(isinstance(k, str) and v in kinds for k, v in value.items()):
         raise ValueError(f"layout: expected {{pattern: 'tokens' or 'channels'}}, found {value!r}")
     return dict(value)
+
+
+def calls_of(value: Any) -> Calls:
+    """``value`` if it says which of several calls of a layer counts.
+
+    Raises:
+        ValueError: naming what was given.
+    """
+    if value not in ("last", "first", "mean"):
+        raise ValueError(f"calls: expected 'last', 'first' or 'mean', found {value!r}")
+    return value  # type: ignore[no-any-return]
 
 
 def where(argument: str, value: Any) -> Where:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_probes.ranks import Ranks
 from lightning_probes.regression import Solution
 from lightning_probes.scores import BatchLabels, no_tally, tally
 from lightning_probes.stacks import Run, Stack, adam_step
@@ -131,6 +133,33 @@ class ProbeBank:
             x = standardise_(x, run["mean"], run["variance"])
             parts[run.names] = tally(run.log_probabilities(x), batch.of(x.shape[1], x.dtype))
         return self._gather(parts, targets.device)
+
+    @torch.no_grad()
+    def merge(self, ranks: Ranks) -> None:
+        """Make the probes of all processes the same: means over the samples that each was trained on.
+
+        A layer that a process has not seen counts there for nothing. Means and variances become those of all samples;
+        a layer that was not finite in one process is not finite.
+        """
+        known = ranks.gather(
+            [(width, stack.dtype, stack.layers, stack.updates) for width, stack in self._stacks.items()]
+        )
+        updates: dict[str, int] = {}
+        kinds: dict[int, torch.dtype] = {}
+        widths: dict[str, int] = {}
+        for width, dtype, layers, done in chain(*known):
+            kinds.setdefault(width, dtype)
+            for layer, n in zip(layers, done, strict=True):
+                widths.setdefault(layer, width)
+                updates[layer] = max(updates.get(layer, 0), n)
+        self._width = widths
+        for width, dtype in sorted(kinds.items()):
+            stack = self._stacks.setdefault(
+                width, Stack(self.num_classes, width, torch.empty(0, dtype=dtype, device=ranks.device))
+            )
+            stack.arrange([layer for layer in self.layers if widths.get(layer) == width])
+            stack.merge(ranks.total)
+            stack.updates = [updates[layer] for layer in stack.layers]
 
     def finite(self) -> dict[str, bool]:
         """Whether all features that a layer was updated on were finite (host sync)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -10,11 +11,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_probes.arguments import Layout, flag, positive_float, whole
+from lightning_probes.arguments import Calls, Layout, flag, positive_float, whole
 from lightning_probes.kept import Room, enough_samples
 from lightning_probes.logs import Logs
 from lightning_probes.probing import ProbedNetwork
+from lightning_probes.ranks import Ranks, refuse, unrepeated
 from lightning_probes.report import ProbeReport
+from lightning_probes.saved import restore, state_of
 from lightning_probes.schedule import Schedule
 from lightning_probes.session import ProbingSession
 
@@ -51,6 +54,9 @@ class LinearProbeCallback(Callback):
         name: tells several of these callbacks in one Trainer apart; put before the logged names.
         layout: what three dimensions mean, by layer pattern, where the default rule is wrong: ``tokens`` for
             (batch, tokens, width), averaged over tokens, ``channels`` for (batch, channels, length), pooled.
+        calls: of several calls of a layer in one step, which counts: ``last``, ``first`` or the ``mean`` of all.
+        token_mask: where in the batch the mask of tokens is (batch, tokens): where there is one, tokens at which it is
+            0 are left out of the mean; null: nowhere.
         learning_rate: of the Adam that trains probes along with the network.
         fit_samples: training samples, at most, on which the probes are brought to their optimum before each
             publication. Not given: 10 240, or 200 a class where that is more; 0: not at all, the probes trained along
@@ -59,6 +65,8 @@ class LinearProbeCallback(Callback):
             images of 3 x 224 x 224.
         fit_on_device: keep them on the network's device and not on the host: faster, if there is room.
         every_n_epochs: publish at the end of every so many epochs.
+        strict: whether a run that is resumed must have the layers, classes and widths of the checkpoint's probes; if
+            false, probes that differ start afresh, with one warning, and the others go on.
         log_metrics: which metrics go to the loggers, of ``error`` (always), ``cross_entropy`` and ``lag``.
 
     Raises:
@@ -76,16 +84,20 @@ class LinearProbeCallback(Callback):
         max_features: int = 1024,
         name: str | None = None,
         layout: dict[str, Layout] | None = None,
+        calls: Calls = "last",
+        token_mask: int | Callable[[Any], Any] | str | None = "attention_mask",
         learning_rate: float = 3e-3,
         fit_samples: int | None = None,
         fit_bytes: int = 4 * 2**30,
         fit_on_device: bool = False,
         every_n_epochs: int = 1,
+        strict: bool = True,
         log_metrics: list[str] | None = None,
     ) -> None:
         # As it was given: with the same, the command line probes checkpoints.
         self.selection: dict[str, Any] = {"layers": layers, "exclude": exclude, "num_classes": num_classes}
         self.selection |= {"input": input, "target": target, "max_features": max_features, "layout": layout}
+        self.selection |= {"calls": calls, "token_mask": token_mask}
         self._network = ProbedNetwork(**self.selection)
         self._logs = Logs(name, log_metrics)
         self._state_key = self._generate_state_key(name=name)
@@ -95,6 +107,7 @@ class LinearProbeCallback(Callback):
             Room, num_bytes=whole("fit_bytes", fit_bytes), on_device=flag("fit_on_device", fit_on_device)
         )
         self._schedule = Schedule(every_n_epochs)
+        self._is_strict = flag("strict", strict)
         self._is_prepared = False
         self.report = ProbeReport()
         self._session = self._new_session()
@@ -104,34 +117,38 @@ class LinearProbeCallback(Callback):
     def state_key(self) -> str:
         return self._state_key
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            # Before Lightning restores a checkpoint: what one has restored since the last fit is not of this one.
+            self._restored, self._session = None, self._new_session()
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        others = [c for c in callbacks if isinstance(c, LinearProbeCallback) and c is not self]
-        if any(other._logs.prefix == self._logs.prefix for other in others):
-            raise ValueError(
-                f"two LinearProbeCallbacks have the name {self._logs.prefix.removesuffix('_') or None!r}; "
-                "give each its own: LinearProbeCallback(name=...)"
-            )
+        self._logs.begin(c._logs for c in callbacks if isinstance(c, LinearProbeCallback) and c is not self)
+        refuse(trainer.strategy)
         self._network.attach(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
-        self._session = self._new_session()
-        self._logs.begin()
+        self._session = self._new_session(trainer)
         self.report = ProbeReport()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Some strategies restore before on_fit_start, others after it; by now all have.
-        if self._restored is not None:
+        if is_restored := self._restored is not None:
             self.report = ProbeReport.from_dict(self._restored["report"])
-            self._restore_probes(pl_module)
-        self._session.begin(pl_module, self.report, is_new=not trainer.global_step)
+            self._restore_probes(trainer, pl_module)
+        missed = self._schedule.begin(trainer, self._session.point, is_restored=is_restored)
+        self._session.begin(pl_module, self.report, is_new=not trainer.global_step, missed=missed)
+        # An epoch that is resumed does not start again.
+        self._session.optimum.renew(trainer.current_epoch)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._session.optimum.renew()
+        self._session.optimum.renew(trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._session.open(batch)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._network.check()
+        self._session.check()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -151,7 +168,9 @@ class LinearProbeCallback(Callback):
             return
         # Hook the network again, with the probes of the checkpoint if one was loaded.
         if self._restored is not None:
-            self._restore_probes(pl_module)
+            self._network.attach(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+            self._restore_probes(trainer, pl_module)
+            self._network.detach()
         self._session.leave_training()
         if self._session.is_ready:
             self._network.attach(pl_module, trainer.datamodule, order=self._session.layers)  # type: ignore[attr-defined]
@@ -165,10 +184,9 @@ class LinearProbeCallback(Callback):
             self._network.preview(batch)
         elif self._is_due(trainer):
             # Not at the validation's start, where a callback may still put averaged weights into the network.
-            if trainer.state.fn == "fit" and not self._is_prepared:
-                self._prepare(trainer, pl_module, is_validation=True)
-            self._session.optimum.watch(batch)
-            self._network.open(batch)
+            self._prepare(trainer, pl_module, is_validation=True)
+            loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+            self._session.watch(batch, unrepeated(loaders, dataloader_idx, batch_idx))
 
     def on_validation_batch_end(
         self,
@@ -186,6 +204,8 @@ class LinearProbeCallback(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and self._is_due(trainer):
+            # A process may have had no batch of it.
+            self._prepare(trainer, pl_module, is_validation=True)
             self._publish(trainer, pl_module)
 
     # Which of the two it is, the trainer knows.
@@ -205,26 +225,33 @@ class LinearProbeCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         if not self._session.is_ready:
             return {}
-        return {"probes": self._session.state_dict(), "report": asdict(self.report)}
+        return {"probes": state_of(self._session), "report": asdict(self.report)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, *, is_validation: bool) -> None:
+        """Once for each point of training: fit the probes."""
+        if trainer.state.fn != "fit" or (is_validation and self._is_prepared):
+            return
         self._is_prepared = True
-        has_validation = self._schedule.has_validation(trainer)
-        context = trainer.precision_plugin.forward_context
-        self._session.prepare(pl_module, context, is_validation=is_validation, has_validation=has_validation)
+        coming = {"is_validation": is_validation, "has_validation": self._schedule.has_validation(trainer)}
+        context, gap = trainer.precision_plugin.forward_context, self._schedule.gap(trainer)
+        self._session.prepare(pl_module, context, self.report, gap, **coming)
 
-    def _new_session(self) -> ProbingSession:
+    def _new_session(self, trainer: Trainer | None = None) -> ProbingSession:
         samples = enough_samples(self._network.num_classes) if self._fit_samples is None else self._fit_samples
-        return ProbingSession(self._network, self._learning_rate, self._new_room(samples))
+        ranks = Ranks() if trainer is None else Ranks.of(trainer)
+        # Each process keeps its share.
+        room = self._new_room(math.ceil(samples / ranks.number))
+        return ProbingSession(self._network, self._learning_rate, room, ranks)
 
-    def _restore_probes(self, pl_module: LightningModule) -> None:
+    def _restore_probes(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._restored is not None
-        self._session = self._new_session()
-        self._session.load_state_dict(self._restored["probes"], pl_module.device)
-        self._restored = None
+        self._session = self._new_session(trainer)
+        saved, self._restored = self._restored["probes"], None
+        is_training = trainer.state.fn == "fit"
+        restore(self._session, saved, pl_module.device, strict=self._is_strict, is_training=is_training)
 
     def _is_due(self, trainer: Trainer) -> bool:
         return self._schedule.is_due(trainer) if trainer.state.fn == "fit" else self._session.is_ready
@@ -238,4 +265,7 @@ class LinearProbeCallback(Callback):
         # Outside fit the probes are those of a checkpoint or of the last fit, and so are epoch and step.
         epoch, step = self._schedule.now(trainer) if trainer.state.fn == "fit" else self._session.now
         start, rows = self._session.publish(self.report, epoch, step)
-        self._logs.write(start, rows, trainer, pl_module)
+        try:
+            self._logs.write(start, rows, trainer, pl_module, Ranks.of(trainer))
+        except Exception as error:  # a logger that cannot write ends no training run: everything is in the report
+            self._logs.complain(error, step)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import enum
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+_PLAIN: tuple[type, ...] = (type(None), bool, int, float, complex, str, bytes, slice, range, enum.Enum)
+_PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 
 
 @dataclass(frozen=True)
@@ -103,3 +109,31 @@ def renumber(call: Call, order: Mapping[int, int]) -> Call:
         return replace(leaf, call=order[leaf.call]) if isinstance(leaf, Link) else leaf
 
     return replace(call, args=pytree.tree_map(moved, call.args), kwargs=pytree.tree_map(moved, call.kwargs))
+
+
+def is_plain(leaf: Any) -> bool:
+    """Whether it is a value that never changes, or a class or function that holds nothing.
+
+    A bound method or closure could be told of each run.
+    """
+    if isinstance(leaf, _PLAIN):
+        return True
+    if inspect.isfunction(leaf):
+        return leaf.__closure__ is None
+    owner = getattr(leaf, "__self__", None)
+    return inspect.isclass(leaf) or (inspect.isbuiltin(leaf) and (owner is None or inspect.ismodule(owner)))
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often it was written to, as far as that is counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def storage_of(tensor: Tensor) -> Any:
+    """Whose memory it is in."""
+    return tensor.device, tensor.untyped_storage().data_ptr() or id(tensor)
+
+
+def key_of(tensor: Tensor) -> Any:
+    """The same for two tensors that are one place in one memory."""
+    return *storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_probes.convergence import FOLDS, Folds, fit_probes, score
-from lightning_probes.fitting import Fitted, Seen, fitted
+from lightning_probes.convergence import FOLDS, fit_probes, score
+from lightning_probes.fitting import Fitted, Seen, at_the_cost_of, fitted
 from lightning_probes.kept import KeptBatches, Room
 from lightning_probes.probing import ProbedNetwork
+from lightning_probes.ranks import Ranks
 from lightning_probes.regression import Solution
-from lightning_probes.scores import count_classes
-from lightning_probes.targets import repeat_views
+from lightning_probes.samples import Samples
+from lightning_probes.scores import count_classes, no_tally
 
 CROSS_FITTED = "val, cross-fitted"
 """What rows of such probes say that they were fitted on."""
@@ -23,13 +24,15 @@ class CrossFitter:
     Args:
         network: whose layers they are.
         room: for what is kept; of more batches a fair sample.
+        ranks: the processes that validate together.
     """
 
-    def __init__(self, network: ProbedNetwork, room: Room) -> None:
+    def __init__(self, network: ProbedNetwork, room: Room, ranks: Ranks) -> None:
         self._network = network
         self._room = room
+        self._ranks = ranks
         self._kept = KeptBatches[Seen](room)
-        self._device = torch.device("cpu")
+        self._device = ranks.device
 
     @property
     def num_bytes(self) -> int:
@@ -51,28 +54,26 @@ class CrossFitter:
             The ``(3, layers)`` sums of samples scored by probes fitted on the other four folds, probes fitted on all of
             them, and how often each class occurs; ``None`` if there were none. A sample's views are in one fold.
         """
-        batches = self._kept.items()
+        samples, none = Samples(self._ranks, lambda tensor: tensor), no_tally(self._device).new_zeros(3)
+        classes = none.new_zeros(self._network.num_classes)
+        for features, targets in self._kept.items():
+            samples.add(features, targets)
+            classes += count_classes(targets).to(classes)
         self._kept.clear()
         held: dict[str, Tensor] = {}
         solutions: dict[str, Solution] = {}
-        folds = Folds()
-        of_batch = [folds.next(len(y)) for _, y in batches]
-        for layer in self._network.layers:
-            parts = [(x[layer], y, fold) for (x, y), fold in zip(batches, of_batch, strict=True) if layer in x]
-            if not parts:
-                continue
-            x = torch.cat([x for x, _, _ in parts]).to(self._device)
-            y = torch.cat([repeat_views(y, len(x)) for x, y, _ in parts]).to(self._device)
-            fold = torch.cat([fold.repeat(len(x) // len(fold)) for x, _, fold in parts]).to(self._device)
-            solutions |= fit_probes({layer: x}, y, folds=fold)
-            held[layer] = torch.zeros_like(solutions[layer].sums)
-            for i in range(FOLDS):
-                others = fold != i
-                found = fit_probes({layer: x[others]}, y[others], folds=fold[others])[layer]
-                held[layer] += score(found, x[~others], y[~others])
+        for layer, x, y, fold in samples.by_layer(self._network.layers, self._device):
+            with at_the_cost_of(layer, self._network, self._ranks):
+                solutions |= fit_probes({layer: x}, y, folds=fold, total=self._ranks.total)
+                held[layer] = torch.zeros_like(solutions[layer].sums)
+                for i in range(FOLDS):
+                    others = fold != i
+                    part = {layer: x[others]}
+                    found = fit_probes(part, y[others], folds=fold[others], total=self._ranks.total)[layer]
+                    held[layer] += score(found, x[~others], y[~others])
+        if not solutions and self._network.recorder.faults:
+            raise next(iter(self._network.recorder.faults.values()))
         if not solutions:
             return None
-        none = torch.zeros_like(next(iter(held.values())))
         sums = torch.stack([held.get(layer, none) for layer in self._network.layers], dim=1)
-        classes = torch.stack([count_classes(y) for _, y in batches]).sum(dim=0).to(self._device)
-        return sums, fitted(self._network, solutions, CROSS_FITTED, classes), classes
+        return sums, fitted(self._network, self._ranks, solutions, CROSS_FITTED, classes), classes

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_probes.probing import ProbedNetwork
+from lightning_probes.ranks import Ranks
 from lightning_probes.report import Row
 
 
@@ -30,6 +31,10 @@ class LayerFacts:
             self._first_depth = 0 if self._network.has_input else 1
         return self._layers
 
+    def agree(self, ranks: Ranks) -> None:
+        """What any process knows all do: a layer may run in some only."""
+        self._totals = ranks.union(self._totals | self._network.recorder.totals)
+
     def about(self, known: Mapping[str, Row], widths: Mapping[str, int]) -> dict[str, Row]:
         """``{layer: {"depth", "features", "features_total", "fitted_on", "converged"}}``.
 
@@ -37,7 +42,6 @@ class LayerFacts:
             known: what replaces or adds to that, of some layers.
             widths: features by layer.
         """
-        self._totals |= self._network.recorder.totals
         return {
             layer: {
                 "depth": self._first_depth + i,

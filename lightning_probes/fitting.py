@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from lightning_probes.bank import ProbeBank
 from lightning_probes.calls import Call, num_bytes
-from lightning_probes.convergence import Folds, fit_probes
+from lightning_probes.convergence import fit_probes
 from lightning_probes.frozen import frozen
 from lightning_probes.kept import KeptBatches, Room
 from lightning_probes.probing import INPUT, ProbedNetwork
+from lightning_probes.ranks import Ranks
 from lightning_probes.recording import CallRecorder
 from lightning_probes.regression import Solution
 from lightning_probes.replay import Replay
+from lightning_probes.samples import Samples
 from lightning_probes.scores import count_classes
-from lightning_probes.targets import repeat_views
 
 Seen = tuple[dict[str, Tensor], Tensor]
 """``{layer: (samples, features)}`` and targets ``(batch, classes)`` of one batch."""
@@ -37,6 +38,12 @@ class KeptBatch:
     calls: list[Call]
     targets: Tensor
     raw: dict[str, Tensor]  # features of the raw input, which no call gives
+    mask: Tensor | None = None  # which tokens count
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what is given to the network, and of the mask."""
+        return num_bytes(self.calls) + (0 if self.mask is None else self.mask.numel())
 
 
 @dataclass(frozen=True)
@@ -65,17 +72,21 @@ class ProbeFitter:
     Args:
         network: hooked. It opens each batch; the fitter's :meth:`open` and :meth:`close` stand around it.
         room: for what is kept: the inputs, and the features that they will become.
+        ranks: the processes whose samples the probes are fitted on together.
 
     Attributes:
         refusal: why the calls of training cannot be run again; empty as long as they can.
     """
 
-    def __init__(self, network: ProbedNetwork, room: Room) -> None:
+    def __init__(self, network: ProbedNetwork, room: Room, ranks: Ranks) -> None:
         self._network = network
         self._room = room
+        self._ranks = ranks
         self._kept = KeptBatches[KeptBatch](room)
         self._calls = CallRecorder(room)
         self._is_open = False
+        self._has_kept = False
+        self._unrecorded = ""
         self.refusal = ""
 
     @property
@@ -92,9 +103,18 @@ class ProbeFitter:
         self._calls.detach()
         self._kept.clear()
 
-    def renew(self) -> None:
-        """A new epoch: its batches take the places of those of the epoch before."""
-        self._kept.renew()
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run would find out anew, perhaps in another way: plain types."""
+        return {"has_kept": self._has_kept, "unrecorded": self._unrecorded}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self._has_kept, self._unrecorded = state["has_kept"], state["unrecorded"]
+        self.refusal = self._unrecorded
+
+    def renew(self, epoch: int) -> None:
+        """An epoch begins: its batches take the places of those of the epoch before."""
+        self._kept.renew(epoch)
 
     def open(self) -> bool:
         """Before each training step: whether its batch is kept; if so, its calls are recorded from now on."""
@@ -120,12 +140,13 @@ class ProbeFitter:
         batch = self.take(seen)
         if isinstance(batch, str):
             # A step now and then may differ; a network that never could be run again is not asked any more.
-            self.refusal = "" if self._kept.samples else batch
+            self.refusal = self._unrecorded = "" if self._has_kept else batch
         elif batch is not None:
             # As many rows as the layer with most views has; some layers may not have had their turn.
             rows = max(len(x) for x in seen[0].values()) if seen else 0
             values = rows * sum(self._network.recorder.widths.values()) + batch.targets.numel()
-            self._kept.add(len(batch.targets), batch, num_bytes(batch.calls) + 4 * values)
+            self._kept.add(len(batch.targets), batch, batch.num_bytes + 4 * values)
+            self._has_kept = self._has_kept or self._kept.samples > 0
 
     def take(self, seen: Seen | None) -> KeptBatch | str | None:
         """What a step showed that was opened or watched, or why it cannot be run again; ``None`` if it was neither."""
@@ -139,7 +160,8 @@ class ProbeFitter:
             return None
         features, targets = seen
         raw = {INPUT: self._room.copy(features[INPUT])} if INPUT in features else {}
-        return KeptBatch(calls, self._room.copy(targets), raw)
+        mask = self._network.mask
+        return KeptBatch(calls, self._room.copy(targets), raw, None if mask is None else self._room.copy(mask))
 
     def fit(
         self,
@@ -159,38 +181,32 @@ class ProbeFitter:
         Returns:
             ``None`` if nothing is kept, or if it cannot be run again; :attr:`refusal` says why.
         """
+        samples = Samples(self._ranks, self._room.copy)
+        device = device_of(model)
+        classes = torch.zeros(self._network.num_classes, device=device)
+        sums: Tensor | None = None
         try:
-            return self._fit(model, context, online, weights)
+            if not self.refusal:
+                with closing(self.run_again(self._kept.items(), model, context, weights)) as batches:
+                    for seen, labels in batches:
+                        classes = classes + count_classes(labels)
+                        if online is not None:
+                            own = online.score(seen, labels)
+                            sums = own if sums is None else sums + own
+                        samples.add(seen, labels)
         except Exception as error:  # whatever a module raises: a probe never ends a training run
             self.refusal = f"running them again raised {type(error).__name__}: {error}"
-            return None
-
-    def _fit(
-        self, model: nn.Module, context: Context, online: ProbeBank | None, weights: Mapping[str, Tensor] | None
-    ) -> Fitted | None:
-        features: dict[str, list[Tensor]] = {}
-        targets: dict[str, list[Tensor]] = {}
-        parts: dict[str, list[Tensor]] = {}
-        folds = Folds()
-        online_sums, classes = [], []
-        with closing(self.run_again(self._kept.items(), model, context, weights)) as batches:
-            for seen, labels in batches:
-                classes.append(count_classes(labels))
-                fold = folds.next(len(labels))
-                if online is not None:
-                    online_sums.append(online.score(seen, labels))
-                for layer, x in seen.items():
-                    features.setdefault(layer, []).append(self._room.copy(x))
-                    targets.setdefault(layer, []).append(self._room.copy(repeat_views(labels, len(x))))
-                    parts.setdefault(layer, []).append(fold.repeat(len(x) // len(fold)))
-        if not features:
+        # All processes or none: those that can would wait for those that cannot.
+        self.refusal = self._ranks.first(self.refusal)
+        if self.refusal:
             return None
         solutions: dict[str, Solution] = {}
-        for layer in [layer for layer in self._network.layers if layer in features]:
-            # One layer at a time where the network is, and gone from where it was kept as soon as it is there.
-            x, y, fold = (torch.cat(held.pop(layer)).to(classes[0].device) for held in (features, targets, parts))
-            solutions |= fit_probes({layer: x}, y, folds=fold)
-        return fitted(self._network, solutions, "train", sum(classes), sum(online_sums) if online_sums else None)
+        for layer, x, y, folds in samples.by_layer(self._network.layers, device):
+            with at_the_cost_of(layer, self._network, self._ranks):
+                solutions |= fit_probes({layer: x}, y, folds=folds, total=self._ranks.total)
+        if not solutions and self._network.recorder.faults:
+            raise next(iter(self._network.recorder.faults.values()))
+        return fitted(self._network, self._ranks, solutions, "train", classes, sums) if solutions else None
 
     def run_again(
         self,
@@ -209,7 +225,8 @@ class ProbeFitter:
             replay = Replay(model, device=device, weights=weights)
             for batch in batches:
                 with context():
-                    seen = self._network.observe(len(batch.targets), partial(replay.run, batch.calls))
+                    run = partial(replay.run, batch.calls)
+                    seen = self._network.observe(len(batch.targets), run, batch.mask)
                 raw = {layer: x.to(device) for layer, x in batch.raw.items()}
                 yield raw | seen, batch.targets.to(device)
 
@@ -219,12 +236,30 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
 
 
+@contextmanager
+def at_the_cost_of(layer: str, network: ProbedNetwork, ranks: Ranks) -> Iterator[None]:
+    """What is raised inside is the fault of one layer, unless other processes wait for what would have been summed."""
+    try:
+        yield
+    except Exception as error:
+        if ranks.number > 1:
+            raise
+        network.recorder.faults[layer] = error
+
+
 def fitted(
-    network: ProbedNetwork, solutions: Mapping[str, Solution], data: str, classes: Any, online: Any = None
+    network: ProbedNetwork,
+    ranks: Ranks,
+    solutions: Mapping[str, Solution],
+    data: str,
+    classes: Tensor,
+    online: Tensor | None = None,
 ) -> Fitted:
     """Solutions as probes to score with; ``data`` says what they were fitted on."""
     none = next(iter(solutions.values())).sums.new_zeros(3)
     sums = torch.stack([solutions[x].sums if x in solutions else none for x in network.layers], dim=1)
+    # They are those of all processes, and will be summed over processes once more.
+    sums = sums if ranks.rank == 0 else torch.zeros_like(sums)
     about = {
         layer: {
             "fitted_on": {"data": data, "samples": int(found.sums[2].nan_to_num())},

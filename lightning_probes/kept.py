@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from random import Random
 from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -50,7 +50,8 @@ class KeptBatches(Generic[T]):
 
     def __init__(self, room: Room, seed: int = 0) -> None:
         self._room = room
-        self._generator = torch.Generator("cpu").manual_seed(seed)
+        self._seed = seed
+        self._random = Random(seed)  # of its own; torch's cannot be sent to another process
         self.clear()
 
     def clear(self) -> None:
@@ -61,10 +62,11 @@ class KeptBatches(Generic[T]):
         self._place: int | None = None
         self.seen = self.samples = self.num_bytes = 0
 
-    def renew(self) -> None:
-        """Begin a new stretch."""
+    def renew(self, stretch: int) -> None:
+        """Begin a stretch, the one of this number: what is drawn in it does not depend on those before."""
         before = [*self._before, *self._in_order()]
         self.clear()
+        self._random.seed(f"{self._seed}, {stretch}")
         self._before = before
         self._count()
 
@@ -104,7 +106,7 @@ class KeptBatches(Generic[T]):
         return sorted(self._kept, key=lambda kept: kept[0])
 
     def _draw(self, n: int) -> int:
-        return int(torch.randint(n, (1,), generator=self._generator, device="cpu"))
+        return self._random.randrange(n)
 
     def _count(self) -> None:
         self.samples, self.num_bytes = _sizes([*self._before, *self._kept])

@@ -6,6 +6,9 @@ import re
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
+from torchmetrics.utilities import rank_zero_warn
+
+from lightning_probes.ranks import Ranks
 from lightning_probes.report import METRICS, Row
 
 
@@ -32,12 +35,22 @@ class Logs:
         self.prefix = f"{name}_" if name else ""
         self._metrics = list(dict.fromkeys(["error", *asked]))
         self._has_layout = False
+        self._complaints: set[str] = set()
 
-    def begin(self) -> None:
-        """A new run with its own folders."""
+    def begin(self, others: Iterable[Logs]) -> None:
+        """A new run with its own folders.
+
+        Raises:
+            ValueError: one of the others that log there has the same name.
+        """
+        if any(other.prefix == self.prefix for other in others):
+            raise ValueError(
+                f"two LinearProbeCallbacks have the name {self.prefix.removesuffix('_') or None!r}; "
+                "give each its own: LinearProbeCallback(name=...)"
+            )
         self._has_layout = False
 
-    def write(self, start: Iterable[Row], rows: Iterable[Row], trainer: Any, module: Any) -> None:
+    def write(self, start: Iterable[Row], rows: Iterable[Row], trainer: Any, module: Any, ranks: Ranks) -> None:
         """Log the rows of one publication.
 
         Args:
@@ -46,18 +59,29 @@ class Logs:
             rows: of now, through ``module.log_dict``.
             trainer: Lightning's.
             module: that is trained or evaluated.
+            ranks: the processes that log the same.
         """
         loaders = {"val": trainer.num_val_batches, "test": trainer.num_test_batches}
         several = {stage for stage, batches in loaders.items() if len(batches) > 1}
+        # The values are the same in every process, and so is the largest of them: a mean of three would be rounded.
+        # Without a batch size Lightning would look for one in the batch.
+        shared: dict[str, Any] = {"sync_dist": ranks.number > 1, "sync_dist_group": ranks.group, "reduce_fx": "max"}
+        values = self._values(rows, several)
+        module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, add_dataloader_idx=False, **shared)
+        # After that: other callbacks that watch a value find it even if a logger raises.
         if found := self._values(start, several):
             for logger in trainer.loggers:
                 logger.log_metrics({**found, "epoch": 0}, step=0)
-        # The values are the same on every rank; without a batch size Lightning would look for one in the batch.
-        values = self._values(rows, several)
-        module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, add_dataloader_idx=False)
         if trainer.is_global_zero and not self._has_layout:
             self._write_layout(trainer.loggers)
             self._has_layout = True
+
+    def complain(self, error: Exception, step: int) -> None:
+        """Say that :meth:`write` raised; once, if it does so at every point."""
+        said = f"{type(error).__name__}: {error}"
+        if said not in self._complaints:
+            self._complaints.add(said)
+            rank_zero_warn(f"LinearProbeCallback: logging at step {step} raised {said}")
 
     def _values(self, rows: Iterable[Row], several: Container[str]) -> dict[str, float]:
         values = {}

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lightning_probes.fitting import Context, Fitted, KeptBatch, ProbeFitter, Se
 from lightning_probes.kept import Room
 from lightning_probes.points import Curve, Points
 from lightning_probes.probing import ProbedNetwork
+from lightning_probes.ranks import Ranks
 from lightning_probes.replay import copy_of_weights
 from lightning_probes.scores import count_classes
 
@@ -33,6 +35,7 @@ class Optimum:
         points: where scores go: ``published``, ``start`` (the network as it was found) and, beside them on the same
             samples, ``online``.
         room: for the training samples to fit on; without any nothing is fitted, the online probes are published.
+        ranks: the processes that train together; each keeps samples of its own, the probes are those of all.
 
     Attributes:
         room: as given.
@@ -42,17 +45,19 @@ class Optimum:
         note: why the probes are fitted in another way than on training run again, or the starting point is missing.
     """
 
-    def __init__(self, network: ProbedNetwork, points: Points, room: Room) -> None:
+    def __init__(self, network: ProbedNetwork, points: Points, room: Room, ranks: Ranks) -> None:
         self.fitted: Fitted | None = None
         self.start: Fitted | None = None
         self.cost: dict[str, float] = {"seconds": 0.0, "kept_bytes": 0, "weights_bytes": 0}
         self.note = "" if room.samples else "the online probes are published: fit_samples is 0"
         self._network = network
         self._points = points
-        self._fitter = ProbeFitter(network, room)
+        self._fitter = ProbeFitter(network, room, ranks)
         self.room = room
+        self._ranks = ranks
         self._cross_fitters: defaultdict[int, CrossFitter] | None = None
-        self._make_cross_fitter = partial(CrossFitter, network, room)
+        self._make_cross_fitter = partial(CrossFitter, network, room, ranks)
+        self._no_start = ""
         self._initial: dict[str, Tensor] | None = None
 
     def begin(self, model: nn.Module, *, is_new: bool, has_start: bool) -> str:
@@ -69,10 +74,14 @@ class Optimum:
         if not self.room.samples:
             return ""
         self._fitter.attach(model)
+        if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+            self._fitter.refusal = "its weights are shared out among processes"
         if not is_new:
             return "" if has_start else "no starting point: training was resumed before there was one"
         if any(is_lazy(tensor) for tensor in model.parameters()):
             return "no starting point: before the first step the network had parameters without a shape"
+        if self._fitter.refusal:
+            return "no starting point: training cannot be run again"
         self._initial = copy_of_weights(model)
         sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in self._initial.values()}
         self.cost["weights_bytes"] = sum(sizes.values())
@@ -90,9 +99,9 @@ class Optimum:
         """A validation that did not end."""
         self.start = self._cross_fitters = None
 
-    def renew(self) -> None:
-        """A new epoch begins."""
-        self._fitter.renew()
+    def renew(self, epoch: int) -> None:
+        """An epoch begins."""
+        self._fitter.renew(epoch)
 
     def open(self) -> bool:
         """Before a training step: whether its batch will be kept."""
@@ -126,8 +135,7 @@ class Optimum:
         if not self.room.samples:
             return
         with self._timed():
-            if not self._fitter.refusal:
-                self.fitted = self._fitter.fit(model, context, online)
+            self.fitted = self._fitter.fit(model, context, online)
             if self.fitted is not None and self._initial is not None and (is_validation or not has_validation):
                 self._fit_start(model, context)
         self.cost["kept_bytes"] = max(self.cost["kept_bytes"], self._fitter.num_bytes)
@@ -152,6 +160,7 @@ class Optimum:
     def _miss_start(self, reason: str) -> None:
         self.start = self._initial = None
         self._points.clear(["start"])
+        self._no_start = ""
         self._say(f"no starting point: {reason}")
 
     def watch(self, batch: Any) -> None:
@@ -176,7 +185,7 @@ class Optimum:
             self._points.add("published", *curve, bank.score(*seen), classes)
         if online is not None and (self.fitted is not None or self._cross_fitters is not None):
             self._points.add("online", *curve, online.score(*seen), classes)
-        if watched is not None and self.start is not None:
+        if watched is not None and self.start is not None and not self._no_start:
             with self._timed():
                 self._score_start(watched, curve, model, context)
 
@@ -188,18 +197,28 @@ class Optimum:
             for seen in self._fitter.run_again([batch], model, context, self._initial):
                 self._points.add("start", *curve, self.start.bank.score(*seen), count_classes(seen[1]))
         except Exception as error:  # whatever a module raises: a probe never ends a training run
-            self._miss_start(f"validation cannot be run again: {type(error).__name__}: {error}")
+            self._no_start = f"validation cannot be run again: {type(error).__name__}: {error}"
 
-    def conclude(self) -> None:
-        """All samples have been scored: add what the fit itself knows, and let go of what only this point needs."""
-        if self._cross_fitters:
+    def conclude(self) -> dict[str, dict[str, Any]]:
+        """All samples have been scored: add what the fit itself knows, and let go of what only this point needs.
+
+        Returns:
+            :attr:`Fitted.about` of the starting point, if it was due.
+        """
+        if self.start is not None and (reason := self._ranks.first(self._no_start)):
+            self._miss_start(reason)
+        if any(self._ranks.gather(self._cross_fitters is not None)):
+            fitters = self._cross_fitters or defaultdict(self._make_cross_fitter)
             with self._timed():
-                size = sum(fitter.num_bytes for fitter in self._cross_fitters.values())
+                size = sum(fitter.num_bytes for fitter in fitters.values())
                 self.cost["kept_bytes"] = max(self.cost["kept_bytes"], size)
-                for dataloader, fitter in sorted(self._cross_fitters.items()):
-                    if (crossed := fitter.fit()) is not None:
-                        sums, fitted, classes = crossed
-                        self._points.add("published", "val", dataloader, sums, classes)
+                for dataloader in sorted(set(chain(*self._ranks.gather(list(fitters))))):
+                    # Whatever is raised now, the curve has a point.
+                    layers, classes = len(self._network.layers), self._network.num_classes
+                    self._points.touch("published", ("val", dataloader), layers, classes)
+                    if (crossed := fitters[dataloader].fit()) is not None:
+                        sums, fitted, counts = crossed
+                        self._points.add("published", "val", dataloader, sums, counts)
                         # Of several loaders the first one's probes are those of the stage "train".
                         self.fitted = self.fitted or fitted
         self._cross_fitters = None
@@ -210,20 +229,25 @@ class Optimum:
             self._points.add("online", "train", 0, self.fitted.online, self.fitted.classes)
         if self.fitted is not None:
             self.fitted = Fitted(self.fitted.bank, self.fitted.about)
+        about = self.start.about if self.start is not None else {}
         if self.start is not None:
             self.start = self._initial = None
+        return about
 
     def state_dict(self) -> dict[str, Any]:
         """The probes at their optimum: tensors and plain types."""
+        known = {"fitter": self._fitter.state_dict(), "note": self.note}
         if self.fitted is None:
-            return {}
-        return {"bank": self.fitted.bank.state_dict(), "about": self.fitted.about}
+            return known
+        return {**known, "bank": self.fitted.bank.state_dict(), "about": self.fitted.about}
 
     def load_state_dict(
         self, state: Mapping[str, Any], layers: list[str], num_classes: int, device: torch.device | str
     ) -> None:
         """Take over what :meth:`state_dict` gave."""
-        if state:
+        self._fitter.load_state_dict(state["fitter"])
+        self.note = self.note or state["note"]
+        if "bank" in state:
             bank = ProbeBank(layers, num_classes)
             bank.load_state_dict(state["bank"], device)
             self.fitted = Fitted(bank, state["about"])

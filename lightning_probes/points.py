@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
+from lightning_probes.ranks import Ranks
 from lightning_probes.report import ProbeReport, Row
 from lightning_probes.scores import ProbeScores
 
@@ -19,12 +22,16 @@ Curve = tuple[str, int]
 class Points:
     """What has been scored since the last publication, by different probes of the same layers.
 
+    Args:
+        ranks: the processes that score together.
+
     Attributes:
         set_aside: layers whose features were not finite once: their values are NaN from then on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self.set_aside: set[str] = set()
+        self._ranks = ranks
         self._scores: dict[str, dict[Curve, ProbeScores]] = {}
         self._silent: set[str] = set()
 
@@ -32,8 +39,51 @@ class Points:
         """Add the ``(3, layers)`` sums and class counts of some samples to a curve of ``probes``."""
         curves = self._scores.setdefault(probes, {})
         if (stage, dataloader) not in curves:
-            curves[stage, dataloader] = ProbeScores(sums.shape[1], len(classes), sums.device)
+            curves[stage, dataloader] = ProbeScores(
+                sums.shape[1],
+                len(classes),
+                sums.device,
+                distributed_available_fn=lambda: self._ranks.number > 1,
+                dist_sync_fn=self._ranks.gather_tensor,
+            )
         curves[stage, dataloader].update(sums, classes)
+
+    def touch(self, probes: str, curve: Curve, layers: int, num_classes: int) -> None:
+        """A curve of which nothing could be scored: it has a point all the same."""
+        device = self._ranks.device
+        self.add(probes, *curve, torch.zeros(3, layers, device=device), torch.zeros(num_classes, device=device))
+
+    def fail(self, layers: Iterable[str], doing: str, error: Exception, now: tuple[int, int]) -> None:
+        """Set layers aside for an error of the probes' own, and say so once."""
+        new = [layer for layer in layers if layer not in self.set_aside]
+        self.set_aside.update(new)
+        if new:
+            rank_zero_warn(
+                f"LinearProbeCallback: set aside at epoch {now[0]}, step {now[1]}, since {doing} raised "
+                f"{type(error).__name__}: {error}: {', '.join(map(repr, new))}; their values are NaN from now on"
+            )
+
+    def agree(self, layers: int, num_classes: int) -> None:
+        """Before a publication: a curve of any process is one of all, and so is a layer that is set aside."""
+        if self._ranks.number > 1:
+            own = [(probes, curve) for probes, curves in self._scores.items() for curve in curves]
+            found = self._ranks.gather((own, self.set_aside))
+            self.set_aside = set().union(*(layers for _, layers in found))
+            for probes, curve in sorted(set(chain(*(curves for curves, _ in found)))):
+                self.touch(probes, curve, layers, num_classes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run cannot score again: tensors and plain types."""
+        along = self._scores.get("trained along", {}).get(("train", 0))
+        sums = [] if along is None else [along.sums.clone(), along.classes.clone()]
+        return {"set_aside": sorted(self.set_aside), "trained_along": sums}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.set_aside = set(state["set_aside"])
+        if state["trained_along"] and self._ranks.rank == 0:  # of all processes the first one has written it
+            sums, classes = (tensor.to(device) for tensor in state["trained_along"])
+            self.add("trained along", "train", 0, sums, classes)
 
     def clear(self, probes: Iterable[str] | None = None) -> None:
         """Forget what was scored, by some probes or by all."""
@@ -66,7 +116,9 @@ class Points:
         rows: list[Row] = []
         epoch, step = point
         for (stage, dataloader), scores in sorted(self._scores.get(probes, {}).items()):
-            sums = _sums(scores)
+            sums = self._sum(scores, about, point)
+            other = self._scores.get(online, {}).get((stage, dataloader))
+            seen = None if other is None else self._sum(other, about, point)
             if reasons is not None and any(sums["classes"]):
                 self._warn_silent(stage, [x for x, n in zip(about, sums["total"], strict=True) if not n], reasons)
             for i, layer in enumerate(about):
@@ -76,18 +128,28 @@ class Points:
                     sums["wrong"][i] = sums["loss"][i] = math.nan
                     if finite is not None:
                         self._warn_set_aside(layer, stage, epoch, step)
-            if other := self._scores.get(online, {}).get((stage, dataloader)):
-                seen = _sums(other)
+            if seen is not None:
                 same = [n == m for n, m in zip(seen["total"], sums["total"], strict=True)]
                 sums["online"] = [w if ok else None for w, ok in zip(seen["wrong"], same, strict=True)]
             rows += report.add(about, sums, stage=stage, dataloader=dataloader, epoch=epoch, step=step)
         return rows
 
+    def _sum(self, scores: ProbeScores, layers: Collection[str], now: tuple[int, int]) -> dict[str, list[Any]]:
+        try:
+            # torchmetrics makes a vector of one value a scalar.
+            return {name: value.flatten().tolist() for name, value in scores.compute().items()}
+        except Exception as error:
+            self.fail(layers, "summing up their scores", error, now)
+            return {name: [0.0] * len(layers) for name in ("wrong", "loss", "total")} | {"classes": []}
+
     def _warn_silent(self, stage: str, layers: list[str], reasons: Mapping[str, str]) -> None:
         new = [layer for layer in layers if layer not in self._silent | self.set_aside]
         self._silent.update(new)
         if new:
-            named = ", ".join(f"{layer!r} ({reasons.get(layer, 'it never ran')})" for layer in new)
+            by_reason: dict[str, list[str]] = {}
+            for layer in new:
+                by_reason.setdefault(reasons.get(layer, "it never ran"), []).append(repr(layer))
+            named = ", ".join(f"{', '.join(same)} ({reason})" for reason, same in by_reason.items())
             rank_zero_warn(f"LinearProbeCallback: no {stage} values for {named}")
 
     def _warn_set_aside(self, layer: str, stage: str, epoch: int, step: int) -> None:
@@ -97,8 +159,3 @@ class Points:
                 f"LinearProbeCallback: layer {layer!r} is set aside at epoch {epoch}, step {step}: NaN or Inf in its "
                 f"features ({stage}); its values are NaN from now on"
             )
-
-
-def _sums(scores: ProbeScores) -> dict[str, list[Any]]:
-    # torchmetrics makes a vector of one value a scalar.
-    return {name: value.flatten().tolist() for name, value in scores.compute().items()}

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_probes.arguments import Layout, whole
+from lightning_probes.arguments import Calls, Layout, whole
 from lightning_probes.checkpoints import CheckpointError
 from lightning_probes.convergence import Folds, fit_probes
 from lightning_probes.fitting import Fitted, Seen, fitted
@@ -23,7 +23,6 @@ from lightning_probes.points import Points
 from lightning_probes.probing import ProbedNetwork
 from lightning_probes.regression import Solution
 from lightning_probes.report import ProbeReport, Row
-from lightning_probes.rows import alone
 from lightning_probes.runs import Runner
 from lightning_probes.scores import count_classes
 from lightning_probes.series import AS_GIVEN, Network, copied, series
@@ -45,6 +44,8 @@ def probe(
     target: int | Callable[[Any], Any] | str = 1,
     max_features: int = 1024,
     layout: dict[str, Layout] | None = None,
+    calls: Calls = "last",
+    token_mask: int | Callable[[Any], Any] | str | None = "attention_mask",
     max_bytes: int = 4 * 2**30,
     weights_only: bool = True,
     trainer: Trainer | None = None,
@@ -65,13 +66,15 @@ def probe(
         ckpt_path: checkpoints whose weights are probed in the place of the model's own: a path, a glob, or a list.
             One that cannot be probed is told of in ``report.notes``; the others go on.
         untrained: also a copy with its parameters initialised anew, as epoch 0, step 0.
-        layers: as for :class:`~lightning_probes.LinearProbeCallback`, like the arguments up to ``layout``.
+        layers: as for :class:`~lightning_probes.LinearProbeCallback`, like the arguments up to ``token_mask``.
         exclude: layers to take away.
         num_classes: number of classes.
         input: where in the batch the network's input is.
         target: where the labels are.
         max_features: most features of a map.
         layout: what three dimensions mean, by layer pattern.
+        calls: of several calls of a layer in one step, which counts: ``last``, ``first`` or the ``mean`` of all.
+        token_mask: where in the batch the mask of tokens is, for the mean over tokens.
         max_bytes: of features in memory; more go to temporary files (in the folder that TMPDIR names).
         weights_only: read nothing but tensors and plain types from checkpoints; without it one can run any code.
         trainer: the Lightning Trainer that runs the model: device, precision, strategy. Its callbacks and loggers are
@@ -93,7 +96,15 @@ def probe(
         KeyboardInterrupt: before anything was done.
     """
     network = ProbedNetwork(
-        layers, exclude, num_classes=num_classes, input=input, target=target, max_features=max_features, layout=layout
+        layers,
+        exclude,
+        num_classes=num_classes,
+        input=input,
+        target=target,
+        max_features=max_features,
+        layout=layout,
+        calls=calls,
+        token_mask=token_mask,
     )
     model = getattr(model, "_orig_mod", model)  # compiled code has no hooks
     if any(is_lazy(parameter) for parameter in model.parameters()):
@@ -140,7 +151,7 @@ class _Posthoc:
             except CheckpointError as error:
                 self._tell(str(error))
             except Exception as error:
-                if not self._done or self._runner.processes[1] > 1:
+                if not self._done or self._runner.ranks.number > 1:
                     raise
                 self._tell(f"{one.name} is not probed: {type(error).__name__}: {error}")
         if not self._done:
@@ -157,15 +168,15 @@ class _Posthoc:
             self._tell(note)
         if one.point in self._done:
             raise CheckpointError(f"{one.name} is of the same epoch and step as {self._done[one.point]}: left out")
-        points, store = Points(), FeatureStore(self._max_bytes)
+        store = FeatureStore(self._max_bytes)
         try:
             found = self._fit(model, store)
         finally:
             store.close()
         assert found.sums is not None
         assert found.classes is not None
-        is_first = not self._runner.processes[0]  # what is summed already counts once
-        points.add("published", "train", 0, found.sums * is_first, found.classes)
+        points = Points(self._runner.ranks)
+        points.add("published", "train", 0, found.sums, found.classes)
         labelled = torch.zeros((), dtype=torch.long)
 
         def score(dataloader: int, before: int, seen: Seen) -> None:
@@ -174,10 +185,9 @@ class _Posthoc:
             points.add("published", "val", dataloader, found.bank.score(*seen), classes)
 
         self._runner.run(model, "val", score)
-        if not self._runner.total(labelled):
+        if not self._runner.ranks.total(labelled):
             raise ValueError("val_dataloaders: no batch with labels came out of it; there is nothing to score on")
-        for dataloader in range(model.num_loaders):  # of which a process may have had no batch
-            points.add("published", "val", dataloader, found.sums.nan_to_num() * 0, found.classes * 0)
+        points.agree(len(self._network.layers), self._network.num_classes)
         points.publish("published", self.report, self._about(found, one), point=one.point)
         share = self.report.cost["seconds"] / (time.perf_counter() - self._begun)
         self.report.cost |= {"share": share}
@@ -185,28 +195,27 @@ class _Posthoc:
         self._done[one.point] = one.name
 
     def _fit(self, model: Pass, store: FeatureStore) -> Fitted:
-        rank, processes = self._runner.processes
+        ranks = self._runner.ranks
 
         def keep(dataloader: int, before: int, seen: Seen) -> None:
-            store.add(*seen, (before + torch.arange(len(seen[1]))) * processes + rank)
+            store.add(*seen, (before + torch.arange(len(seen[1]))) * ranks.number + ranks.rank)
 
         self._runner.run(model, "train", keep)
         begun = time.perf_counter()
-        self._network.restore(self._runner.agreed(self._network.layers))
+        self._network.agree(ranks.gather)
         seen = [store.samples, store.labelled, *(layer in store.layers for layer in self._network.layers)]
-        samples, labelled, *ran = self._runner.total(torch.tensor(seen)).tolist()
-        self._check(labelled, [x for x, n in zip(self._network.layers, ran, strict=True) if n < processes])
-        total = self._runner.total if processes > 1 else alone
+        samples, labelled, *ran = ranks.total(torch.tensor(seen)).tolist()
+        self._check(labelled, [x for x, n in zip(self._network.layers, ran, strict=True) if n < ranks.number])
         folds = Folds().next(samples)
         solutions: dict[str, Solution] = {}
         for layer in self._network.layers:
             parts, y, positions = store.read(layer, self._runner.device)
             x = parts if 4 * store.values(layer) > self._max_bytes / 4 else torch.cat(list(parts))
-            solutions |= fit_probes({layer: x}, y, folds=folds[positions % samples], total=total)
+            solutions |= fit_probes({layer: x}, y, folds=folds[positions % samples], total=ranks.total)
         self.report.cost["seconds"] += time.perf_counter() - begun
         self.report.cost["kept_bytes"] = max(self.report.cost["kept_bytes"], store.memory_bytes + store.file_bytes)
         self.report.notes = list(dict.fromkeys([*self.report.notes, *self._network.notes]))
-        return fitted(self._network, solutions, "train", store.classes.to(self._runner.device))
+        return fitted(self._network, ranks, solutions, "train", store.classes.to(self._runner.device))
 
     def _check(self, samples: int, silent: list[str]) -> None:
         if not samples:

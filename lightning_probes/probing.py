@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_probes.activations import ActivationRecorder, is_channels_first
-from lightning_probes.arguments import Layout, Patterns, layouts, patterns, where, whole
+from lightning_probes.arguments import Calls, Layout, Patterns, calls_of, layouts, patterns, where, whole
+from lightning_probes.compiled import compiled_parts
 from lightning_probes.layers import match_layers, select_layers
-from lightning_probes.targets import Where, check_labels, distributions, find_num_classes, pick
+from lightning_probes.targets import Where, check_labels, distributions, find_num_classes, pick, pick_mask
 
 INPUT = "input"
 """The name of the raw input among the layers: the probe at depth 0."""
+
+ATTENTION_MASK = "attention_mask"
+"""Where Hugging Face's batches have their mask; others need none there."""
 
 
 class ProbedNetwork:
@@ -24,10 +29,13 @@ class ProbedNetwork:
 
     Attributes:
         layers: the names of all layers, ``input`` first, in tree order until the first batch, then in order of calls.
+        selected: those that were selected, before the first batch showed which do not fit.
         modules: the module of each layer but ``input``; empty once detached.
         notes: what a user should know about how the layers were chosen.
         trains_without_labels: whether the batches of training have no labels while those of validation have.
+        validates_with_labels: whether those of validation are known to have some, so that training needs none.
         has_input: whether the raw input is one of the layers.
+        mask: which tokens of the batch that was opened last count; ``None`` if that batch does not say.
     """
 
     def __init__(
@@ -40,6 +48,8 @@ class ProbedNetwork:
         target: Where = 1,
         max_features: int = 1024,
         layout: Mapping[str, Layout] | None = None,
+        calls: Calls = "last",
+        token_mask: Where | None = ATTENTION_MASK,
     ) -> None:
         self._patterns = patterns("layers", layers)
         self._exclude = patterns("exclude", exclude)
@@ -47,12 +57,15 @@ class ProbedNetwork:
         self._given_classes = None if num_classes is None else whole("num_classes", num_classes)
         self._input = None if input is None else where("input", input)
         self._target = where("target", target)
-        self.recorder = ActivationRecorder(whole("max_features", max_features))
+        self._token_mask = None if token_mask is None else where("token_mask", token_mask)
+        self.recorder = ActivationRecorder(whole("max_features", max_features), calls_of(calls))
+        self.mask: Tensor | None = None
         self.num_classes = self._given_classes or 0
         self.layers: list[str] = []
+        self.selected: list[str] = []
         self.modules: dict[str, nn.Module] = {}
         self.trains_without_labels = False
-        self._validates_with_labels = False
+        self.validates_with_labels = False
         self.notes: list[str] = []
         self.has_input = False
         self._is_checked = self._is_ordered = False
@@ -82,28 +95,32 @@ class ProbedNetwork:
             self.notes.append("raw input skipped: a module has the name 'input'")
         self.has_input = self._input is not None and INPUT not in modules
         self.layers = [INPUT] * self.has_input + list(modules)
+        self.selected = list(self.layers)
         self._is_checked, self._is_ordered = order is not None, False
+        self._unfit: dict[str, str] = {}
         if order is not None:
             self.restore(order)
         self.modules = modules
-        self.trains_without_labels = self._validates_with_labels = False
-        self.recorder.attach(modules, channels)
+        self.trains_without_labels = self.validates_with_labels = False
+        self.recorder.attach(modules, channels, compiled_parts(model)[1])
 
     def restore(self, order: Sequence[str]) -> None:
-        """The layers of an earlier run, in its order, which stays as it is."""
+        """The layers of an earlier run, in its order, which stays as it is; the hooks of others are removed."""
         self.layers, self.has_input, self._is_ordered = list(order), INPUT in order and self.has_input, True
+        for layer in self.modules.keys() - set(self.layers):
+            self.recorder.detach(layer)
 
     def detach(self) -> None:
         """Remove all hooks."""
         self.recorder.detach()
         self.modules = {}
-        self._targets = None
+        self._targets = self.mask = None
 
     def preview(self, batch: Any) -> None:
         """A batch of validation before training begins: if it has usable labels, those of training need none."""
         try:
             check_labels(pick(batch, self._target, "target"), self.num_classes)
-            self._validates_with_labels = True
+            self.validates_with_labels = True
         except Exception:  # whatever a user's function raises; a mistake will show in training
             pass
 
@@ -115,10 +132,10 @@ class ProbedNetwork:
             only: the layers to record, if not all.
 
         Raises:
-            LookupError, TypeError, ValueError: the first batch has no usable labels, and none that was previewed.
-                Later ones are passed over.
+            LookupError, TypeError, ValueError: the first batch has no usable labels, and none that was previewed; or
+                no usable mask where the user said. Later ones are passed over.
         """
-        self._targets = None
+        self._targets = self.mask = None
         try:
             labels = pick(batch, self._target, "target")
             if not self._is_checked:
@@ -126,25 +143,41 @@ class ProbedNetwork:
             self._targets = distributions(labels, self.num_classes)
         except Exception as error:  # whatever a user's function raises
             if not self._is_checked and not self.trains_without_labels:
-                if not self._validates_with_labels:
+                if not self.validates_with_labels:
                     raise
                 self.trains_without_labels = True
                 self.notes.append(f"batches of training have no usable labels ({error})")
             return
-        self.recorder.start(len(self._targets), only)
+        self._take_mask(batch, len(self._targets))
+        self.recorder.start(len(self._targets), only, self.mask)
         if self.has_input:
             self._record_input(batch)
 
-    def observe(self, samples: int, run: Callable[[], None]) -> dict[str, Tensor]:
+    def count_only(self, samples: int | None) -> None:
+        """Of the batch that is open leave out all samples but the first so many; ``None``: none."""
+        if samples is not None and self._targets is not None:
+            self._targets = self._targets.clone()
+            self._targets[samples:] = 0
+
+    def _take_mask(self, batch: Any, samples: int) -> None:
+        try:
+            self.mask = None if self._token_mask is None else pick_mask(batch, self._token_mask, samples)
+        except Exception:  # whatever a user's function raises
+            if not self._is_checked and self._token_mask != ATTENTION_MASK:
+                raise
+
+    def observe(self, samples: int, run: Callable[[], None], mask: Tensor | None = None) -> dict[str, Tensor]:
         """What the layers say in a ``run`` of theirs outside of all steps, on ``samples``; in memory of their own."""
         memory, self.recorder.memory = self.recorder.memory, {}
+        misfits = self.recorder.misfits
         ActivationRecorder.alone = self.recorder
-        self.recorder.start(samples)
+        self.recorder.start(samples, mask=mask)
         try:
             run()
         finally:
             ActivationRecorder.alone = None
             self.recorder.memory, features = memory, self.recorder.stop()
+            self.recorder.misfits = misfits
         return features
 
     def check(self) -> None:
@@ -181,7 +214,7 @@ class ProbedNetwork:
                 raise
             value = None
         if isinstance(value, Tensor):
-            self.recorder.record(INPUT, value, channels_first=self._input_channels_first)
+            self.recorder.take(INPUT, value, channels_first=self._input_channels_first)
 
     def _settle(self, features: Mapping[str, Tensor], misfits: Mapping[str, str]) -> None:
         """After the first batch: the order of the calls, and no layer that nobody asked for and that does not fit."""
@@ -193,14 +226,25 @@ class ProbedNetwork:
             self.layers.remove(INPUT)
             self.has_input = False
         if self._patterns is None:
-            unfit = [layer for layer in self.layers if layer not in features]
-            for layer in unfit:
-                self.recorder.detach(layer)
-            if unfit:
-                reason = (
-                    "did not run or do not fit the batch" if len(unfit) > 1 else misfits.get(unfit[0], "did not run")
-                )
-                self.notes.append(f"left out: {', '.join(unfit)} ({reason})")
-            self.layers = [layer for layer in self.layers if layer not in unfit]
+            # Compiled code may know nothing of its layers: they are heard when it is run again.
+            fit = features.keys() | self.recorder.compiled
+            self._unfit = {layer: misfits.get(layer, "did not run") for layer in self.layers if layer not in fit}
+            self.layers = [layer for layer in self.layers if layer in fit]
         calls = {layer: order for order, layer in enumerate(features)}
         self.layers.sort(key=lambda layer: calls.get(layer, len(calls)))
+
+    def agree(self, gather: Callable[[Any], list[Any]]) -> None:
+        """After the first step: what any process probes all do, in one order; the hooks of other layers are removed.
+
+        Args:
+            gather: gives what each process has.
+        """
+        if self._is_ordered:
+            return
+        found = [layers for is_settled, layers in gather((self._is_checked, self.layers)) if is_settled]
+        if found:
+            self._is_checked = True
+            self.restore(list(dict.fromkeys(chain(*found))))
+            if unfit := [layer for layer in self._unfit if layer not in self.layers]:
+                reason = self._unfit[unfit[0]] if len(unfit) == 1 else "did not run or do not fit the batch"
+                self.notes.append(f"left out: {', '.join(unfit)} ({reason})")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import enum
-import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -13,13 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle as Handle
 
 from lightning_probes.activations import ActivationRecorder
-from lightning_probes.calls import Call, CannotRunAgainError, Link, View, Weight, renumber, tensors_in
+from lightning_probes.calls import (
+    Call,
+    CannotRunAgainError,
+    Link,
+    View,
+    Weight,
+    is_plain,
+    key_of,
+    renumber,
+    storage_of,
+    tensors_in,
+    version_of,
+)
+from lightning_probes.compiled import Interception, compiled_parts, never_compiled, part_of_a_graph
 from lightning_probes.kept import Room
-
-_PLAIN: tuple[type, ...] = (type(None), bool, int, float, complex, str, bytes, slice, range, enum.Enum)
-_PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 
 
 class CallRecorder:
@@ -43,7 +52,10 @@ class CallRecorder:
         self._weights: dict[int, tuple[str, Tensor]] = {}
         self._holders: set[int] = set()
         self._hooked: dict[int, nn.Module] = {}
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._compiled: list[nn.Module] = []
+        self._outside: list[nn.Module] = []
+        self._lasting: list[Handle] = []
+        self._hooks: list[Handle | Interception] = []
         self._clear()
 
     def __reduce__(self) -> Any:
@@ -54,6 +66,7 @@ class CallRecorder:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._is_on = False
         self._calls: list[Call] = []
         self._reasons: dict[int, str] = {}
         self._raised: set[int] = set()
@@ -66,9 +79,10 @@ class CallRecorder:
         self._data: dict[Any, Tensor] | None = None
 
     def attach(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        """Find the modules to hook. They have hooks while a step is recorded only: other steps pay nothing.
+        """Find the modules to hook, ``layers`` being the probed modules of ``model`` by name.
 
-        ``layers`` are the probed modules of ``model`` by name.
+        They have hooks while a step is recorded only: other steps pay nothing. Those inside of compiled code have them
+        all the time: each new one would have it compiled again.
         """
         self.detach()
         probed = {id(layer) for layer in layers.values()}
@@ -82,10 +96,16 @@ class CallRecorder:
         self._names = {id(module): name for name, module in model.named_modules()}
         # Holding the tensors keeps their ids theirs.
         self._weights = {id(t): (name, t) for name, t in chain(model.named_parameters(), model.named_buffers())}
+        compiled, inside = compiled_parts(model)
+        self._compiled = [module for module in compiled if id(module) in self._hooked]
+        self._outside = [module for key, module in self._hooked.items() if key not in inside]
+        self._lasting = [hook for key in inside & self._hooked.keys() for hook in self._on(self._hooked[key])]
 
     def detach(self) -> None:
         """Remove all hooks, and let go of the model and of what was recorded."""
+        self._hooks += self._lasting
         self._clear()
+        self._lasting, self._compiled, self._outside = [], [], []
         self._hooked, self._model, self._names, self._weights, self._holders = {}, None, {}, {}, set()
 
     def start(self, batch: Any = None) -> None:
@@ -96,11 +116,16 @@ class CallRecorder:
                 module has been called, nothing but its tensors and outputs of modules may be an input.
         """
         self._clear()
-        self._data = None if batch is None else {_storage(tensor): tensor for tensor in tensors_in(batch)}
-        for module in self._hooked.values():
-            # First, for the inputs as the caller gave them: other hooks will change them again.
-            self._hooks.append(module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True))
-            self._hooks.append(module.register_forward_hook(self._after, always_call=True))
+        self._data = None if batch is None else {storage_of(tensor): tensor for tensor in tensors_in(batch)}
+        for module in self._outside:
+            self._hooks += self._on(module)
+        self._hooks += [Interception(module, self._before, self._after) for module in self._compiled]
+        self._is_on = True
+
+    def _on(self, module: nn.Module) -> list[Handle]:
+        # First, for the inputs as the caller gave them: other hooks will change them again.
+        before = module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
+        return [before, module.register_forward_hook(self._after, always_call=True)]
 
     def stop(self) -> list[Call] | str:
         """End the step.
@@ -122,20 +147,31 @@ class CallRecorder:
         order = {old: new for new, old in enumerate(sorted(needed))}
         return [renumber(calls[i], order) for i in order]
 
+    @part_of_a_graph
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         # Asked first: while a compiler traces the hook nothing of the recorder's state may become part of the graph.
-        if torch.compiler.is_compiling() or ActivationRecorder.alone is not None:
+        if torch.compiler.is_compiling() or not self._is_on or ActivationRecorder.alone is not None:
             return
         if self._open is not None:
             self._depth += module is self._open  # most calls end here: those inside a recorded one
-        elif id(module) in self._hooked and torch._C._current_graph_task_id() == -1 and not self._is_step(module):
-            self._open, self._depth = module, 1
-            self._calls.append(Call(module, (), {}))
-            self._record(module, args, kwargs)
+        elif id(module) in self._hooked and torch._C._current_graph_task_id() == -1:
+            self._try(self._enter, module, args, kwargs)
 
+    @part_of_a_graph
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or module is not self._open or ActivationRecorder.alone is not None:
-            return
+        if not torch.compiler.is_compiling() and module is self._open and ActivationRecorder.alone is None:
+            self._try(self._leave, module, output)
+
+    @never_compiled
+    def _try(self, step: Callable[..., None], module: nn.Module, *args: Any) -> None:
+        try:
+            step(module, *args)
+        except Exception as error:  # inside the user's forward: nothing may come out of here
+            name = self._names.get(id(module)) or "the model"
+            reason = str(error) if isinstance(error, CannotRunAgainError) else f"a call of {name!r} raised {error!r}"
+            self._reasons.setdefault(max(len(self._calls) - 1, 0), reason)
+
+    def _leave(self, module: nn.Module, output: Any) -> None:
         self._depth -= 1
         if self._depth:
             return
@@ -144,51 +180,47 @@ class CallRecorder:
         if output is None and sys.exc_info()[0] is not None:
             self._raised.add(index)
             return
-        try:
-            self._remember(index, output)
-        except Exception as error:
-            self._reasons.setdefault(index, f"an output of {self._names[id(module)]!r} cannot be followed: {error}")
+        self._remember(index, output)
 
     def _is_step(self, module: nn.Module) -> bool:
         # Lightning leaves the class's own forward behind as an attribute.
         forward = vars(module).get("forward") if module is self._model else None
         return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
-    def _record(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._is_step(module):
+            return
+        self._open, self._depth = module, 1
+        self._calls.append(Call(module, (), {}))
         name = self._names[id(module)] or "the model"
-        try:
-            leaves, spec = pytree.tree_flatten((args, kwargs))
-            kept = pytree.tree_unflatten([self._keep(leaf, name) for leaf in leaves], spec)
-            self._calls[-1] = Call(module, *kept)
-        except CannotRunAgainError as reason:
-            self._reasons[len(self._calls) - 1] = str(reason)
-        except Exception as error:  # a probe never ends a training run
-            self._reasons[len(self._calls) - 1] = f"an input of {name!r} cannot be kept: {error}"
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        kept = pytree.tree_unflatten([self._keep(leaf, name) for leaf in leaves], spec)
+        self._calls[-1] = Call(module, *kept)
 
     def _remember(self, index: int, output: Any) -> None:
         """Know the tensors of ``output`` again when they are given to a later call."""
-        data = {_storage(held) for held, _, _ in self._inputs.values()}
+        data = {storage_of(held) for held, _, _ in self._inputs.values()}
         for position, tensor in enumerate(tensors_in(output)):
             alias = tensor.detach()
-            self._outputs[_key(tensor)] = alias, _version(tensor), Link(index, position)
-            if _storage(alias) not in data:
-                self._computed.add(_storage(alias))
+            self._outputs[key_of(tensor)] = alias, version_of(tensor), Link(index, position)
+            if storage_of(alias) not in data:
+                self._computed.add(storage_of(alias))
 
     def _keep(self, leaf: Any, name: str) -> Any:
         if not isinstance(leaf, Tensor):
-            if isinstance(leaf, _PLAIN) or _is_stateless(leaf):
+            if is_plain(leaf):
                 return leaf
             raise CannotRunAgainError(f"an argument of {name!r} is a {type(leaf).__name__}, which cannot be copied")
         if id(leaf) in self._weights:
             return Weight(self._weights[id(leaf)][0])
-        key, version = _key(leaf), _version(leaf)
+        key, version = key_of(leaf), version_of(leaf)
         if (found := self._outputs.get(key)) is not None and found[1] == version:
             return found[2]
         if (link := self._view_of_an_output(leaf, version)) is not None:
             return link
-        is_computed = leaf.grad_fn is not None or found is not None or _storage(leaf) in self._computed
+        is_computed = leaf.grad_fn is not None or found is not None or storage_of(leaf) in self._computed
         if self._data is not None and self._computed:
-            is_computed |= _storage(leaf) not in self._data
+            is_computed |= storage_of(leaf) not in self._data
         if is_computed or isinstance(leaf, nn.Parameter):
             raise CannotRunAgainError(
                 f"the input of {name!r} is computed from the output of other layers or from weights outside of any "
@@ -202,18 +234,10 @@ class CallRecorder:
     def _view_of_an_output(self, leaf: Tensor, version: int) -> Link | None:
         for output, its_version, link in reversed(self._outputs.values()):
             # Views count their changes together.
-            shares = _storage(output) == _storage(leaf) and its_version == version
+            shares = storage_of(output) == storage_of(leaf) and its_version == version
             if shares and (view := View.of(leaf, output)) is not None:
                 return replace(link, view=view)
         return None
-
-
-def _is_stateless(leaf: Any) -> bool:
-    """Whether it is a class or a function that holds nothing: a bound method or closure could be told of each run."""
-    if inspect.isfunction(leaf):
-        return leaf.__closure__ is None
-    owner = getattr(leaf, "__self__", None)
-    return inspect.isclass(leaf) or (inspect.isbuiltin(leaf) and (owner is None or inspect.ismodule(owner)))
 
 
 def _children_called_by_steps(module: nn.Module) -> Iterator[nn.Module]:
@@ -224,15 +248,3 @@ def _children_called_by_steps(module: nn.Module) -> Iterator[nn.Module]:
         yield child
         if type(child).forward is nn.Module.forward:
             yield from _children_called_by_steps(child)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _storage(tensor: Tensor) -> Any:
-    return tensor.device, tensor.untyped_storage().data_ptr() or id(tensor)
-
-
-def _key(tensor: Tensor) -> Any:
-    return *_storage(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype

@@ -81,14 +81,18 @@ class ProbeReport:
         new = []
         for i, (layer, about) in enumerate(layers.items()):
             wrong, loss, total = scores["wrong"][i], scores["loss"][i], scores["total"][i]
-            if total == 0:
+            if total == 0 and not math.isnan(wrong):
                 continue
             low, high = wilson_interval(wrong, total)
             common = {"layer": layer, **about, **curve, **time, "samples": total}
-            new.append({**common, "metric": "error", "value": wrong / total, "low": low, "high": high})
-            new.append({**common, "metric": "cross_entropy", "value": loss / total, "low": None, "high": None})
+            new.append({**common, "metric": "error", "value": _share(wrong, total), "low": low, "high": high})
+            new.append({**common, "metric": "cross_entropy", "value": _share(loss, total), "low": None, "high": None})
             if (online := scores.get("online", [None] * len(layers))[i]) is not None:
-                new.append({**common, "metric": "lag", "value": (online - wrong) / total, "low": None, "high": None})
+                new.append(
+                    {**common, "metric": "lag", "value": _share(online - wrong, total), "low": None, "high": None}
+                )
+        if not new:
+            return new
         point = {**curve, **time}
         self.rows = [row for row in self.rows if any(row[key] != value for key, value in point.items())] + new
         if not dataloader and (total := sum(scores["classes"], 0.0)):
@@ -196,6 +200,10 @@ class ProbeReport:
     def _stage(self) -> str:
         found = {row["stage"] for row in self.rows}
         return next((stage for stage in _STAGES if stage in found), "val")
+
+
+def _share(part: float, total: float) -> float:
+    return part / total if total else math.nan
 
 
 def _is_number(row: Mapping[str, Any], key: str) -> bool:

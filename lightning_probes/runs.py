@@ -12,10 +12,11 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_probes.frozen import frozen
 from lightning_probes.passes import Pass, Take
+from lightning_probes.ranks import Ranks
 
 T = TypeVar("T")
 
@@ -59,23 +60,12 @@ class Runner:
     @property
     def device(self) -> torch.device:
         """Where models run."""
-        return self._trainer.strategy.root_device
+        return self.ranks.device
 
     @property
-    def processes(self) -> tuple[int, int]:
-        """Rank and number."""
-        return self._trainer.global_rank, self._trainer.world_size
-
-    def total(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes."""
-        summed = tensor.to(self.device, copy=True)
-        if self.processes[1] > 1:
-            torch.distributed.all_reduce(summed)
-        return summed.to(tensor.device)
-
-    def agreed(self, value: T) -> T:
-        """That of the first process."""
-        return self._trainer.strategy.broadcast(value)
+    def ranks(self) -> Ranks:
+        """The processes that run; known once a pass has begun."""
+        return Ranks.of(self._trainer)
 
     def run(self, model: Pass, stage: str, take: Take) -> None:
         """Give every batch of a stage to ``model``, and what it shows to ``take``.

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics.utilities import rank_zero_warn
 
+from lightning_probes.along import ProbesAlong
 from lightning_probes.bank import ProbeBank
 from lightning_probes.facts import LayerFacts
 from lightning_probes.fitting import Context
 from lightning_probes.kept import Room
 from lightning_probes.optimum import Optimum
-from lightning_probes.points import Points
+from lightning_probes.points import Curve, Points
 from lightning_probes.probing import INPUT, ProbedNetwork
+from lightning_probes.ranks import Ranks
 from lightning_probes.report import ProbeReport, Row
 from lightning_probes.scores import count_classes
-
-_LAYERS_A_STEP = 21
-"""Probes trained in one step: the input and twenty layers."""
 
 
 class ProbingSession:
@@ -32,24 +30,27 @@ class ProbingSession:
         network: hooked; it opens each batch, the session closes it.
         learning_rate: of the online probes.
         room: for the samples that probes are brought to their optimum on; without any, online probes are published.
+        ranks: the processes that train together.
 
     Attributes:
-        online: the probes trained along; ``None`` before the first batch with labels, which tells layers and widths.
+        network: as given.
+        points: what is being scored.
+        facts: what rows say of their layers.
+        along: the probes that are trained along with the network.
         optimum: the probes that are published instead of them.
         point: epoch and step of the last publication.
         now: those of the last training step.
     """
 
-    def __init__(self, network: ProbedNetwork, learning_rate: float, room: Room) -> None:
-        self.online: ProbeBank | None = None
-        self._points = Points()
-        self.optimum = Optimum(network, self._points, room)
+    def __init__(self, network: ProbedNetwork, learning_rate: float, room: Room, ranks: Ranks) -> None:
+        self.along = ProbesAlong(network, learning_rate, ranks)
+        self._ranks = ranks
+        self.points = Points(ranks)
+        self.optimum = Optimum(network, self.points, room, ranks)
         self.point = self.now = 0, 0
-        self._network = network
-        self._learning_rate = learning_rate
-        self._facts = LayerFacts(network)
-        self._steps = 0
-        self._samples = 0
+        self.network = network
+        self.facts = LayerFacts(network)
+        self._is_first_step = True
         self._has_greeted = False
         self._warned: set[str] = set()
         self._begun = time.perf_counter()
@@ -57,12 +58,17 @@ class ProbingSession:
     @property
     def layers(self) -> list[str]:
         """All layers, in the order of every vector over them; fixed as soon as it is asked for."""
-        return self._facts.layers
+        return self.facts.layers
 
     @property
     def is_ready(self) -> bool:
         """Whether there are probes to score with."""
         return self.optimum.fitted is not None or self.online is not None
+
+    @property
+    def online(self) -> ProbeBank | None:
+        """The probes trained along; ``None`` before the first batch with labels."""
+        return self.along.bank
 
     def leave_training(self) -> None:
         """What follows scores the network as training left it; probes fitted on an earlier one do not belong to it."""
@@ -71,78 +77,140 @@ class ProbingSession:
 
     def forget(self) -> None:
         """What was scored of a validation that did not end; what was seen in training stays."""
-        self._points.clear(("published", "online", "start"))
+        self.points.clear(("published", "online", "start"))
         self.optimum.forget()
 
-    def begin(self, model: nn.Module, report: ProbeReport, *, is_new: bool) -> None:
-        """Training begins; ``is_new``: not where an earlier run left it."""
+    def begin(self, model: nn.Module, report: ProbeReport, *, is_new: bool, missed: str = "") -> None:
+        """Training begins.
+
+        Args:
+            model: the network.
+            report: of the run that goes on, or an empty one.
+            is_new: not where an earlier run left it.
+            missed: why that run's last point is not there and will not come.
+        """
         has_start = bool(report.select(epoch=0, step=0))
-        if note := self.optimum.begin(model, is_new=is_new, has_start=has_start):
-            report.notes.append(note)
+        note = self.optimum.begin(model, is_new=is_new, has_start=has_start)
+        report.notes = list(dict.fromkeys([*report.notes, *filter(None, [note, missed])]))
+        if missed:
+            self.points.clear()
+        # From the first step on, or the same sums would be taken of other memory.
+        self.along.lend()
 
     def end(self, report: ProbeReport | None = None) -> None:
         """Let go of everything but the probes; with a report, say in it what is missing."""
         if (note := self.optimum.end()) and report is not None:
             report.notes.append(note)
-        self._points.clear()
-        if self.online is not None:
-            self.online.release()
-
-    def due(self) -> set[str] | None:
-        """The layers whose probes are trained on the next batch; ``None`` for all.
-
-        Of more than 21 some have their turn in each step: it costs the same whatever their number.
-        """
-        if self.online is None or (turns := math.ceil(len(self.online.layers) / _LAYERS_A_STEP)) <= 1:
-            return None
-        share = math.ceil(len(self.online.layers) / turns)
-        first = self._steps % turns * share
-        return set(self.online.layers[first : first + share])
+        self.points.clear()
+        self.along.release()
 
     def open(self, batch: Any) -> None:
-        """Before a training step."""
-        due = self.due()
-        if self.optimum.open() and due is not None:
-            due.add(INPUT)  # the only features that cannot be had again
-        self._network.open(batch, due)
+        """Before a training step.
+
+        Raises:
+            LookupError, TypeError, ValueError: as :meth:`~lightning_probes.probing.ProbedNetwork.open`.
+        """
+        due = self.along.due()
+        with self._guarded("recording it"):
+            if self.optimum.open() and due is not None:
+                due.add(INPUT)  # the only features that cannot be had again
+        self.network.open(batch, self.along.open(due))
+
+    def check(self, features: Mapping[str, Tensor] | None = None) -> None:
+        """With the first batch after resuming: restored probes of other widths start afresh.
+
+        Args:
+            features: of the batch; by default what has been recorded of it so far.
+
+        Raises:
+            ValueError: there are some, and there must not be.
+        """
+        if afresh := self.along.check(self.network.recorder.features if features is None else features):
+            self.optimum.fitted = None
+            self.points.set_aside -= afresh
 
     def update(self, now: tuple[int, int]) -> None:
         """After a training step, ``now`` epoch and step: one step of the online probes on the same batch."""
         self.now = now
-        seen = self._network.close()
-        self.optimum.close(seen)
+        seen = self.network.close()
+        if self._is_first_step:  # which all processes have, with labels or not
+            self._is_first_step = False
+            with self._guarded("agreeing on layers"):
+                self.network.agree(self._ranks.gather)
+        if seen is not None:
+            self.check(seen[0])
+            seen = self.along.accept(seen[0]), seen[1]
+        self._blame("taking its activation")
+        with self._guarded("keeping a batch"):
+            self.optimum.close(seen)
         if seen is None:
             return
-        features, targets = seen
-        self._steps += 1
-        self._samples += len(targets)
-        is_first = self.online is None
-        if self.online is None:
-            self.online = ProbeBank(self._network.layers, self._network.num_classes, self._learning_rate)
-        sums = self.online.update(features, targets)
-        self._points.add("trained along", "train", 0, sums, count_classes(targets))
-        if is_first:
-            # Once, with the first batch's size; activations of another size find their own memory.
-            self._network.recorder.memory = self.online.lend(len(targets))
+        with self._guarded("updating their probes", "trained along", ("train", 0)):
+            sums = self.along.update(*seen)
+            self.points.add("trained along", "train", 0, sums, count_classes(seen[1]))
 
-    def prepare(self, model: nn.Module, context: Context, *, is_validation: bool, has_validation: bool) -> None:
-        """A point is due; arguments as for :class:`~lightning_probes.optimum.Optimum`."""
-        self.optimum.prepare(model, context, self.online, is_validation=is_validation, has_validation=has_validation)
+    def _blame(self, doing: str) -> None:
+        """Set the layers aside that raised something since the last time; one warning for all that raised the same."""
+        faults, self.network.recorder.faults = self.network.recorder.faults, {}
+        for text in dict.fromkeys(map(repr, faults.values())):
+            layers = [layer for layer, error in faults.items() if repr(error) == text]
+            self.points.fail(layers, doing, faults[layers[0]], self.now)
+
+    @contextmanager
+    def _guarded(self, doing: str, probes: str = "published", curve: Curve | None = None) -> Iterator[None]:
+        """Whatever is raised inside, training goes on: all layers are set aside."""
+        try:
+            yield
+        except Exception as error:
+            self.points.fail(self.layers, doing, error, self.now)
+            with suppress(Exception):
+                if curve is not None:
+                    self.points.touch(probes, curve, len(self.layers), self.network.num_classes)
+
+    def prepare(
+        self,
+        model: nn.Module,
+        context: Context,
+        report: ProbeReport,
+        gap: str,
+        *,
+        is_validation: bool,
+        has_validation: bool,
+    ) -> None:
+        """A point is due; ``gap``: what a fit lacks; other arguments as for :class:`~lightning_probes.optimum.Optimum`."""
+        with self._guarded("fitting their probes", "published", ("train", 0)):
+            self.along.merge()
+            self.optimum.prepare(
+                model, context, self.online, is_validation=is_validation, has_validation=has_validation
+            )
+        self._blame("fitting its probe")
+        if gap and gap not in report.notes and self.optimum.fitted is not None:
+            report.notes.append(gap)
+
+    def watch(self, batch: Any, samples: int | None) -> None:
+        """Before a step of evaluation; ``samples``: how many of the batch count, ``None`` for all."""
+        with self._guarded("recording a batch"):
+            self.optimum.watch(batch)
+            self.network.open(batch)
+            self.network.count_only(samples)
 
     def score(self, stage: str, dataloader: int, model: nn.Module, context: Context) -> None:
         """Score the probes on the batch that was just evaluated."""
-        self.optimum.score((stage, dataloader), self._network.close(), self.online, model, context)
+        seen = self.network.close()
+        self._blame("taking its activation")
+        with self._guarded("scoring their probes", "published", (stage, dataloader)):
+            self.optimum.score((stage, dataloader), seen, self.online, model, context)
 
     def greeting(self) -> str:
         """Once, as soon as it is known: a line about the layers."""
-        widths = self._network.recorder.widths
+        widths = self.network.recorder.widths
         if self._has_greeted or not widths:
             return ""
         self._has_greeted = True
         held = self.online.num_bytes if self.online is not None else 0
-        notes = "".join(f"; {note}" for note in self._network.notes)
-        layers = f"{len(self._network.layers)} layer{'s' * (len(self._network.layers) > 1)}"
-        features = sum(widths.get(layer, 0) for layer in self._network.layers)
+        notes = "".join(f"; {note}" for note in self.network.notes)
+        layers = f"{len(self.network.layers)} layer{'s' * (len(self.network.layers) > 1)}"
+        features = sum(widths.get(layer, 0) for layer in self.network.layers)
         return f"{layers}, {features:,} features, {held / 2**20:.1f} MiB{notes}"
 
     def publish(self, report: ProbeReport, epoch: int, step: int) -> tuple[list[Row], list[Row]]:
@@ -154,71 +222,55 @@ class ProbingSession:
         Returns:
             The rows of the network as it was found, if they were due; those of now.
         """
-        start = self.optimum.start
-        self.optimum.conclude()
-        first = self._about(start.about if start is not None else {})
-        rows = self._points.publish("start", report, first, point=(0, 0))
-        new = self._points_of_now(report, epoch, step)
+        rows: list[Row] = []
+        new: list[Row] = []
+        first: dict[str, Row] = {}
+        with self._guarded("scoring their probes"):
+            self.network.agree(self._ranks.gather)
+            self.facts.agree(self._ranks)
+            first = self._about(self.optimum.conclude())
+            self.points.agree(len(self.layers), self.network.num_classes)
+        self._blame("fitting its probe")
+        with self._guarded("publishing their scores"):
+            rows = self.points.publish("start", report, first, point=(0, 0))
+            # A validation before the first step comes too late for the network as it was found.
+            has_start = (epoch, step) == (0, 0) and bool(report.select(epoch=0, step=0))
+            new = [] if has_start else self._points_of_now(report, epoch, step)
         if (epoch, step) != self.point:  # else: evaluated outside of training
-            notes = [*report.notes, *self._network.notes, *filter(None, [self.optimum.note])]
+            notes = [*report.notes, *self.network.notes, *filter(None, [self.optimum.note])]
             report.notes = list(dict.fromkeys(notes))
             share = self.optimum.cost["seconds"] / max(time.perf_counter() - self._begun, 1e-9)
-            report.cost = {**self.optimum.cost, "share": share}
-        self._points.clear()
-        self._steps += 1  # or the same layers would get the same batches in every epoch
+            report.cost = {**self.optimum.cost, "share": share, "sent_bytes": self._ranks.num_bytes}
+        self.points.clear()
+        self.along.turn()
         self.point = self.now = epoch, step
         return rows, new
 
     def _points_of_now(self, report: ProbeReport, epoch: int, step: int) -> list[Row]:
         fitted = self.optimum.fitted
-        along = {"fitted_on": {"data": "online", "samples": self._samples}, "converged": None}
+        along = {"fitted_on": {"data": "online", "samples": self.along.samples}, "converged": None}
         about = self._about(dict.fromkeys(self.layers, along) | (fitted.about if fitted is not None else {}))
         new: list[Row] = []
         for probes in ("published",) if fitted is not None else ("trained along", "published"):
             # Of many layers that are trained in turn some may not have had theirs yet.
-            is_whole = probes == "published" or self.due() is None
-            new += self._points.publish(
+            is_whole = probes == "published" or self.along.due() is None
+            new += self.points.publish(
                 probes,
                 report,
                 about,
                 point=(epoch, step),
                 finite=self.online.finite() if self.online is not None else {},
-                reasons=self._network.recorder.misfits if is_whole else None,
+                reasons=self.network.recorder.reasons if is_whole else None,
                 online="online",
             )
-        self._warn({layer for layer, known in about.items() if known["converged"] is False} - self._points.set_aside)
+        self._warn({layer for layer, known in about.items() if known["converged"] is False} - self.points.set_aside)
         return new
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs: tensors and plain types."""
-        return {
-            "facts": self._facts.state_dict(),
-            "num_classes": self._network.num_classes,
-            "online": self.online.state_dict() if self.online is not None else None,
-            "optimum": self.optimum.state_dict(),
-            "steps": self._steps,
-            "samples": self._samples,
-            "point": list(self.point),
-            "now": list(self.now),
-            "set_aside": sorted(self._points.set_aside),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
-        """Take over what :meth:`state_dict` gave."""
-        self._facts.load_state_dict(state["facts"])
-        if state["online"] is not None:
-            self.online = ProbeBank(self.layers, state["num_classes"], self._learning_rate)
-            self.online.load_state_dict(state["online"], device)
-        self.optimum.load_state_dict(state["optimum"], self.layers, state["num_classes"], device)
-        self._steps, self._samples = state["steps"], state["samples"]
-        self.point, self.now = tuple(state["point"]), tuple(state["now"])
-        self._points.set_aside = set(state["set_aside"])
-
     def _about(self, known: Mapping[str, Row]) -> dict[str, Row]:
-        widths = self.online.widths if self.online is not None else {}
+        widths = self.along.widths
         if self.optimum.fitted is not None:
             widths |= self.optimum.fitted.bank.widths
-        return self._facts.about(known, widths)
+        return self.facts.about(known, widths)
 
     def _warn(self, unconverged: set[str]) -> None:
         if new := sorted(unconverged - self._warned):

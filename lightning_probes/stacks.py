@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from lightning_probes.rows import Total
 from lightning_probes.standardise import moved_statistics, standardise_, without_rounding
 
 _SHORTEST_MEMORY = 0.01
@@ -19,6 +20,7 @@ class Stack:
     """The probes of all layers of one width: tensors whose first dimension is the layer."""
 
     def __init__(self, num_classes: int, width: int, like: Tensor) -> None:
+        self.dtype = like.dtype
         self.layers: list[str] = []
         self.updates: list[int] = []
         self.tensors: dict[str, Tensor] = {}
@@ -42,6 +44,27 @@ class Stack:
         for name, blank in self._blank.items():
             new = blank.repeat(len(layers), 1, 1)
             self.tensors[name] = torch.cat([self.tensors[name], new]) if name in self.tensors else new
+
+    def arrange(self, layers: Sequence[str]) -> None:
+        """Have these layers in this order; those that are new start at zero, others go."""
+        self.add([layer for layer in layers if layer not in self.layers])
+        places = [self.layers.index(layer) for layer in layers]
+        self.layers, self.updates = list(layers), [self.updates[i] for i in places]
+        self.tensors = {name: tensor[places] for name, tensor in self.tensors.items()}
+        self.lent = None
+
+    def merge(self, total: Total) -> None:
+        """Replace the tensors by their means over processes, which count by their updates."""
+        mean = self.tensors["mean"]
+        own = torch.tensor(self.updates, dtype=mean.dtype, device=mean.device).view(-1, 1, 1)
+        share = own / total(own).clamp(min=1)
+        middle = total(share * mean)
+        # As in `moved_statistics`: never is one large square subtracted from another.
+        spread = self.tensors["variance"] + (mean - middle).square()
+        merged = {name: t for name, t in self.tensors.items() if name not in ("mean", "variance", "alive")}
+        merged = {name: total(share * t) for name, t in (merged | {"variance": spread}).items()}
+        is_dead = total((~self.tensors["alive"]).to(mean.dtype)) > 0
+        self.tensors = {**self.tensors, **merged, "mean": middle, "alive": ~is_dead}
 
 
 @dataclass(frozen=True)

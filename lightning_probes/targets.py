@@ -117,6 +117,23 @@ def _check_shape(labels: Tensor, num_classes: int) -> None:
         )
 
 
+def pick_mask(batch: Any, where: Where, samples: int) -> Tensor:
+    """Which tokens of each sample count: ``(samples, tokens)``, true where the mask in ``batch`` is not 0; a copy.
+
+    Raises:
+        LookupError: there is none.
+        TypeError, ValueError: it is no tensor, or has another shape.
+    """
+    mask = pick(batch, where, "token_mask")
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"token_mask: expected a tensor (batch, tokens), found {type(mask).__name__}")
+    if mask.is_nested or mask.dim() != 2 or len(mask) != samples:
+        raise ValueError(
+            f"token_mask: expected (batch, tokens) with a row for each of the {samples} labels, found {describe(mask)}"
+        )
+    return mask.detach() != 0
+
+
 def repeat_views(targets: Tensor, samples: int) -> Tensor:
     """``targets`` of a batch for activations of ``samples`` = k times the batch, view by view."""
     return targets if len(targets) == samples else targets.repeat(samples // len(targets), 1)

@@ -67,6 +67,46 @@ def test_reduce_gives_the_means_of_the_reference(
     torch.testing.assert_close(found.double(), expected, rtol=4 * unit, atol=4 * unit)
 
 
+def masked_by_hand(x: Tensor, mask: Tensor) -> Tensor:
+    """One sample after another, each view with the mask of its batch."""
+    rows = [x[i][mask[i % len(mask)] != 0] for i in range(len(x))]
+    return torch.stack([row.double().mean(dim=0) if len(row) else torch.zeros(x.shape[2]).double() for row in rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("views", [1, 3])
+def test_tokens_that_are_masked_are_left_out_of_the_mean(views: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(4, 6, generator=generator) < 0.6
+    mask[0], mask[1] = True, False
+    x = torch.randn(4 * views, 6, 5, generator=generator).to(dtype)
+    expected = masked_by_hand(x, mask)
+    x[~mask.repeat(views, 1)] = torch.nan  # padding, whatever it is
+    out = torch.empty(4 * views, 5)
+    for found in (reduce(x, 32, mask=mask), reduce(x, 32, mask=mask, out=out)):
+        unit = torch.finfo(torch.float32 if found is out else found.dtype).eps
+        torch.testing.assert_close(found.double(), expected, rtol=4 * unit, atol=4 * unit)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels_first"), [((4, 7, 5), False), ((6, 6, 5), False), ((4, 6, 5), True), ((4, 6), False)]
+)
+def test_a_mask_of_something_else_changes_nothing(shape: tuple[int, ...], channels_first: bool) -> None:
+    mask = torch.arange(6).expand(4, 6) < 3
+    x = torch.randn(shape)
+    expected = reduce(x, 32, channels_first=channels_first)
+    assert torch.equal(reduce(x, 32, channels_first=channels_first, mask=mask), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masked_means_are_not_taken_in_the_precision_of_autocast(dtype: torch.dtype) -> None:
+    mask = torch.arange(300).expand(2, 300) < torch.tensor([[300], [257]])
+    x = torch.randn(2, 300, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = reduce(x, 32, mask=mask)
+    torch.testing.assert_close(found.double(), masked_by_hand(x, mask), rtol=1e-6, atol=1e-6)
+
+
 def test_vectors_wider_than_max_features_keep_their_width() -> None:
     assert reduce(torch.randn(2, 5000), 10).shape == (2, 5000)
     assert reduce(torch.randn(2, 3, 5000), 10).shape == (2, 5000)
@@ -295,6 +335,17 @@ def test_totals_are_the_values_before_reduction() -> None:
     model(torch.randn(4, 2, 6, 6))
     assert found.totals == {"0": 144, "1": 144}
     assert [x.shape[1] for x in found.stop().values()] == [16, 144]
+
+
+def test_the_mask_is_that_of_the_step() -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    found = recorder(model, "0")
+    x, mask = torch.randn(2, 5, 3), torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+    for own in (mask, None):
+        found.start(2, mask=own)
+        out = model(x)
+        expected = masked_by_hand(out, mask if own is not None else torch.ones(2, 5)).float()
+        torch.testing.assert_close(found.stop()["0"], expected.detach())
 
 
 def test_hooks_are_gone_after_detach() -> None:

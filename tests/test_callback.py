@@ -670,7 +670,7 @@ def test_turns_begin_above_twenty_layers_and_the_input(layers: int, turns: int, 
     class Watch(Callback):
         def on_train_batch_start(self, *args: Any) -> None:
             assert probes._session is not None
-            due = probes._session.due()
+            due = probes._session.along.due()
             seen.append(set(names) if due is None else set(due))
 
     names = [f"net.{i}" for i in range(1, layers + 1)]

@@ -101,7 +101,7 @@ def test_help_shows_every_argument_with_its_docstring(capsys: pytest.CaptureFixt
     assert list(texts) == list(ARGUMENTS)
     for name, text in texts.items():
         said = " ".join(text.split())
-        value = rf"(?:{name.upper()}|\{{true,false\}})"
+        value = rf"(?:{name.upper()}|\{{true,false\}}|\{{last,first,mean\}})"
         assert re.search(rf"--trainer\.callbacks\.{name} {value} {re.escape(said)} \(type: ", shown), name
 
 
@@ -123,11 +123,14 @@ name: digit
 layout:
   "encoder.*": channels
   input: tokens
+calls: mean
+token_mask: mask
 learning_rate: 1.0e-2
 fit_samples: 1000
 fit_bytes: 2000000
 fit_on_device: true
 every_n_epochs: 3
+strict: false
 log_metrics: [cross_entropy]
 """
 
@@ -145,8 +148,11 @@ def test_every_argument_can_be_written_in_yaml() -> None:
     assert network.recorder.max_features == 256
     assert probes.state_key == LinearProbeCallback(name="digit").state_key
     assert network._layout == written["layout"]
+    assert network.recorder.calls == "mean"
+    assert network._token_mask == "mask"
     assert probes._new_session().optimum.room == Room(1000, 2_000_000, on_device=True)
-    assert (probes._learning_rate, probes._every_n_epochs) == (0.01, 3)
+    assert (probes._learning_rate, probes._schedule._every_n_epochs) == (0.01, 3)
+    assert probes._is_strict is False
     assert probes._logs._metrics == ["error", "cross_entropy"]
 
 
@@ -163,6 +169,10 @@ def test_every_argument_can_be_written_in_yaml() -> None:
         ("target: -1", "_target", -1),
         ("target: operator.length_hint", "_target", __import__("operator").length_hint),
         ("num_classes: null", "_given_classes", None),
+        ("{}", "_token_mask", "attention_mask"),
+        ("token_mask: null", "_token_mask", None),
+        ("token_mask: 2", "_token_mask", 2),
+        ("token_mask: operator.length_hint", "_token_mask", __import__("operator").length_hint),
     ],
 )
 def test_argument_in_yaml_means_what_it_means_in_python(init_args: str, attribute: str, expected: Any) -> None:
@@ -178,6 +188,8 @@ def test_argument_in_yaml_means_what_it_means_in_python(init_args: str, attribut
         ("fit_samples: many", "fit_samples"),
         ("every_n_epochs: 0", "every_n_epochs"),
         ("layout: {input: rows}", "layout"),
+        ("calls: second", "calls"),
+        ("token_mask: 2.5", "token_mask"),
         ("log_metrics: cross_entropy", "log_metrics"),
         ("layer: net.0", "layer"),
     ],
@@ -190,7 +202,7 @@ def test_mistake_in_yaml_is_refused_by_name(init_args: str, argument: str) -> No
 def test_lists_and_mappings_of_omegaconf_are_accepted() -> None:
     written = OmegaConf.create(EVERYTHING)
     probes, plain = LinearProbeCallback(**written), from_yaml(yaml.safe_load(EVERYTHING))  # type: ignore[arg-type]
-    for attribute in ("_patterns", "_exclude", "_layout", "_given_classes", "_input", "_target"):
+    for attribute in ("_patterns", "_exclude", "_layout", "_given_classes", "_input", "_target", "_token_mask"):
         found = getattr(probes._network, attribute)
         assert found == getattr(plain._network, attribute)
         assert type(found) is type(getattr(plain._network, attribute))

@@ -36,7 +36,7 @@ def test_each_batch_has_about_the_same_chance_within_the_bounds(sizes: list[int]
         kept = KeptBatches[int](Room(100, 150), seed)
         if is_second:
             stretch(kept, [7] * 30, 2)
-            kept.renew()
+            kept.renew(1)
             go_on(kept, sizes, 2)
         items = kept.items() if is_second else stretch(kept, sizes, 2)
         assert items == sorted(items)
@@ -73,7 +73,7 @@ def test_bounds_hold_at_all_times_and_nothing_is_kept_twice(
     kept = KeptBatches[int](Room(max_samples, max_bytes), seed)
     seen: list[int] = []
     for sizes in stretches:
-        kept.renew()
+        kept.renew(1)
         for samples in sizes:
             seen.append(samples)
             if kept.wants():
@@ -90,7 +90,7 @@ def test_bounds_hold_at_all_times_and_nothing_is_kept_twice(
 def test_a_stretch_as_long_as_the_one_before_takes_all_its_places(sizes: list[int], bound: int, seed: int) -> None:
     kept = KeptBatches[int](Room(bound, 10**6), seed)
     go_on(kept, sizes)
-    kept.renew()
+    kept.renew(1)
     assert kept.items() != []
     go_on(kept, sizes, first=1000)
     assert all(item >= 1000 for item in kept.items())
@@ -104,7 +104,7 @@ def test_the_number_kept_never_falls_while_a_new_stretch_takes_over(bound: int, 
     go_on(kept, [8] * 30)
     full, old = len(kept.items()), []
     assert full == min(bound // 8, 30)
-    kept.renew()
+    kept.renew(1)
     for i in range(30):
         go_on(kept, [8], first=1000 + i)
         assert len(kept.items()) == full
@@ -116,9 +116,9 @@ def test_the_number_kept_never_falls_while_a_new_stretch_takes_over(bound: int, 
 def test_a_short_stretch_leaves_the_newer_of_the_older_ones() -> None:
     kept = KeptBatches[int](Room(100, 10**6))
     go_on(kept, [10] * 10)
-    kept.renew()
+    kept.renew(1)
     go_on(kept, [10] * 4, first=100)
-    kept.renew()
+    kept.renew(1)
     go_on(kept, [10] * 2, first=200)
     assert kept.items() == [6, 7, 8, 9, 100, 101, 102, 103, 200, 201]
     kept.clear()

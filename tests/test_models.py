@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import runpy
 import sys
@@ -87,25 +88,30 @@ class Reader(LightningModule):
         return torch.optim.Adam(self.parameters(), 3e-3)
 
 
-def by_hidden_states(encoder: Any, layers: list[str], batches: Iterable[Any]) -> Samples:
-    """The library's own ``hidden_states``, embeddings first, averaged over all tokens, padding among them."""
+def by_hidden_states(
+    encoder: Any, layers: list[str], batches: Iterable[Any], given: tuple[str, ...] = ("input_ids", "attention_mask")
+) -> Samples:
+    """The library's own ``hidden_states``, embeddings first, averaged over the words of each text without its padding.
+
+    ``given``: what of a batch the encoder is called on.
+    """
     found, labels = [], []
     encoder.eval()
     with torch.no_grad():
         for batch in batches:
-            words = {key: value for key, value in batch.items() if key != "labels"}
+            words = {key: value for key, value in batch.items() if key in given}
             states = encoder(**words, output_hidden_states=True).hidden_states
-            found.append([state.mean(dim=1) for state in states])
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+            lengths = [int(n) for n in mask.sum(dim=1)]
+            found.append([torch.stack([x[:n].mean(dim=0) for x, n in zip(s, lengths, strict=True)]) for s in states])
             labels.append(batch["labels"])
     features = [torch.cat(parts).double() for parts in zip(*found, strict=True)]
     return dict(zip(layers, features, strict=True)), torch.cat(labels)
 
 
-def gaps(
-    report: ProbeReport, fit: Samples, scored: Samples, batch: int | None = None, **conditions: Any
-) -> list[float]:
-    """How far errors on both are from those of scikit-learn on the same features; fifths are drawn ``batch`` wise."""
-    part = parts_of(len(fit[1]), batch or len(fit[1]))
+def gaps(report: ProbeReport, fit: Samples, scored: Samples, **conditions: Any) -> list[float]:
+    """How far errors on both are from those of scikit-learn on the same features."""
+    part = parts_of(len(fit[1]))
     assert {row["layer"] for row in report.rows} == set(fit[0])
     found = []
     for layer in fit[0]:
@@ -147,10 +153,7 @@ def test_a_key_of_the_batch_is_all_that_an_encoder_is_called_on() -> None:
     train, held_out = texts(600, 1), texts(400, 2)
     choice: dict[str, Any] = {"layers": ["embeddings", "encoder.layer.*"], "num_classes": 3}
     report = probe(model, train, held_out, **choice, input="input_ids", target="labels", trainer=quiet())
-    unmasked = [
-        [{key: batch[key] for key in ("input_ids", "labels")} for batch in batches] for batches in (train, held_out)
-    ]
-    fit, scored = (by_hidden_states(model, LAYERS, batches) for batches in unmasked)
+    fit, scored = (by_hidden_states(model, LAYERS, batches, ("input_ids",)) for batches in (train, held_out))
     check_gaps(gaps(report, fit, scored))
 
 
@@ -162,8 +165,111 @@ def test_an_encoder_is_probed_while_it_is_trained() -> None:
     quiet(max_epochs=2, callbacks=[probes]).fit(model, train, held_out)
     layers = [f"net.bert.{layer}" for layer in LAYERS]
     fit, scored = (by_hidden_states(model.net.bert, layers, batches) for batches in (train, held_out))
-    check_gaps(gaps(probes.report, fit, scored, 32, epoch=2))
+    check_gaps(gaps(probes.report, fit, scored, epoch=2))
     assert {row["fitted_on"]["data"] for row in probes.report.rows} == {"train"}
+
+
+MASKS = pytest.mark.parametrize(
+    ("token_mask", "is_masked"),
+    [("attention_mask", True), (lambda batch: batch["attention_mask"].float(), True), (None, False)],
+    ids=["default", "function", "none"],
+)
+
+
+@MASKS
+def test_padding_is_left_out_at_every_point_of_a_curve(token_mask: Any, is_masked: bool) -> None:
+    seed_everything(0, verbose=False)
+    model = Reader()
+    train, held_out = texts(320, 1), texts(200, 2)
+    probes = LinearProbeCallback("**.layer.1", num_classes=3, input=None, target="labels", token_mask=token_mask)
+    states = {0: copy.deepcopy(model)}
+    quiet(max_epochs=1, callbacks=[probes]).fit(model, train, held_out)
+    states[1] = model
+    assert probes.report.notes == []
+    layer = "net.bert.encoder.layer.1"
+    for epoch, reader in states.items():
+        fit, scored = (by_hidden_states(reader.net.bert, LAYERS, batches) for batches in (train, held_out))
+        fit, scored = (({layer: x["encoder.layer.1"]}, y) for x, y in (fit, scored))
+        found = max(gaps(probes.report, fit, scored, epoch=epoch))
+        assert (found <= 0.01) == is_masked
+
+
+def test_a_batch_that_is_kept_counts_its_mask() -> None:
+    kept = []
+    for token_mask in ("attention_mask", None):
+        seed_everything(0, verbose=False)
+        probes = LinearProbeCallback("**.layer.1", num_classes=3, input=None, target="labels", token_mask=token_mask)
+        quiet(max_epochs=1, callbacks=[probes]).fit(Reader(), texts(64, 1), texts(32, 2))
+        kept.append(probes.report.cost["kept_bytes"])
+    assert kept[0] - kept[1] == 64 * 12
+
+
+def test_the_mask_is_that_before_the_step_changes_it() -> None:
+    class Changing(Reader):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            batch["attention_mask"].zero_()
+            return loss
+
+    reports = []
+    for kind in (Reader, Changing):
+        seed_everything(0, verbose=False)
+        probes = LinearProbeCallback("**.layer.*", num_classes=3, input=None, target="labels")
+        quiet(max_epochs=1, callbacks=[probes]).fit(kind(), texts(96, 1), texts(64, 2))
+        reports.append(probes.report)
+    assert reports[0].rows == reports[1].rows
+
+
+@pytest.mark.parametrize(
+    ("token_mask", "error", "said"),
+    [
+        ("mask", LookupError, "token_mask='mask': the batch has no such key; it is dict {'input_ids': "),
+        (
+            "labels",
+            ValueError,
+            r"token_mask: expected \(batch, tokens\) with a row for each of the 32 labels, found int64",
+        ),
+        (lambda batch: None, TypeError, r"token_mask: expected a tensor \(batch, tokens\), found NoneType"),
+    ],
+)
+def test_a_mask_that_is_not_there_where_the_user_said_is_told_of(token_mask: Any, error: Any, said: str) -> None:
+    choice: dict[str, Any] = {"num_classes": 3, "input": None, "target": "labels", "token_mask": token_mask}
+    with pytest.raises(error, match=said):
+        quiet(max_epochs=1, callbacks=[LinearProbeCallback(**choice)]).fit(Reader(), texts(64, 1), texts(32, 2))
+    with pytest.raises(error, match=said):
+        probe(Reader(), texts(64, 1), texts(32, 2), **choice, trainer=quiet())
+
+
+@pytest.mark.parametrize("token_mask", [True, 2.5, []])
+def test_a_mask_is_an_index_a_key_or_a_function(token_mask: Any) -> None:
+    with pytest.raises(TypeError, match="token_mask: expected an index, a key or a callable"):
+        LinearProbeCallback(token_mask=token_mask)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_a_decoder_is_probed_while_it_is_trained(backend: str | None) -> None:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 16}
+
+    class Decoder(Reader):
+        def __init__(self) -> None:
+            super().__init__()
+            given = transformers.GPT2Config(**sizes, num_labels=3, pad_token_id=0)
+            self.net = transformers.GPT2ForSequenceClassification(given)
+            if backend is not None:
+                self.net.transformer.compile(backend=backend)
+
+    torch.compiler.reset()
+    seed_everything(0, verbose=False)
+    model, train, held_out = Decoder(), texts(320, 1), texts(200, 2)
+    probes = LinearProbeCallback("**.h.0", num_classes=3, input=None, target="labels")
+    quiet(max_epochs=1, callbacks=[probes]).fit(model, train, held_out)
+    assert probes.report.notes == []
+    named = ["wte", "h.0", "h.1"]
+    model.net.transformer._compiled_call_impl = None
+    fit, scored = (by_hidden_states(model.net.transformer, named, batches) for batches in (train, held_out))
+    fit, scored = (({"net.transformer.h.0": x["h.0"]}, y) for x, y in (fit, scored))
+    check_gaps(gaps(probes.report, fit, scored, epoch=1))
+    torch.compiler.reset()
 
 
 # MiniLM, where it is installed

@@ -1,0 +1,152 @@
+"""The processes that train or probe one network together: what they sum, and what they tell one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DistributedSampler
+
+from lightning_probes.rows import Total, alone
+
+LONGEST_WAIT = timedelta(minutes=5)
+"""For other processes. One of them may have left the loop in which the others are, or have failed."""
+
+_lost: set[Any] = set()
+"""Process groups in which somebody waited in vain."""
+
+T = TypeVar("T")
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Ranks:
+    """All processes of a run. Every one of them calls the same methods in the same order.
+
+    One that waits for the others for longer than :data:`LONGEST_WAIT` raises, and is alone from then on.
+
+    Args:
+        rank: of this process.
+        number: of processes; 1: nothing is sent.
+        device: of the network.
+
+    Attributes:
+        rank: as given.
+        device: as given.
+        num_bytes: of the tensors that this process has given to be summed.
+    """
+
+    def __init__(self, rank: int = 0, number: int = 1, device: torch.device | str = "cpu") -> None:
+        self.rank = rank
+        self.num_bytes = 0
+        self.device = torch.device(device)
+        self._number = number
+
+    @classmethod
+    def of(cls, trainer: Any) -> Ranks:
+        """Those of a Lightning Trainer."""
+        return cls(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)
+
+    @property
+    def number(self) -> int:
+        """How many there are, as long as they come."""
+        return 1 if self._number == 1 or _group_beside(distributed.group.WORLD) in _lost else self._number
+
+    @property
+    def group(self) -> Any:
+        """A process group of their own, on the host: what they tell one another never meets what the network does."""
+        return _group_beside(distributed.group.WORLD) if self.number > 1 else None
+
+    @property
+    def total(self) -> Total:
+        """The sum of a tensor over all processes."""
+        return self._total if self.number > 1 else alone
+
+    def _total(self, tensor: Tensor) -> Tensor:
+        summed = tensor.detach().to("cpu", copy=True).contiguous()
+        self.num_bytes += summed.numel() * summed.element_size()
+        with self._waiting() as group:
+            distributed.all_reduce(summed, group=group)
+        return summed.to(tensor.device)
+
+    def gather(self, value: T) -> list[T]:
+        """What each process has, in the order of the ranks; anything that can be pickled."""
+        if self.number == 1:
+            return [value]
+        found: list[Any] = [None] * self.number
+        with self._waiting() as group:
+            distributed.all_gather_object(found, value, group=group)
+        return found
+
+    def gather_tensor(self, tensor: Tensor, group: Any = None) -> list[Tensor]:
+        """The same for tensors, each on the device of this process's own; as torchmetrics asks for it."""
+        return [part.to(tensor.device) for part in self.gather(tensor.cpu())]
+
+    @contextmanager
+    def _waiting(self) -> Iterator[Any]:
+        group = self.group
+        try:
+            yield group
+        except Exception as error:
+            _lost.add(group)
+            raise RuntimeError(f"process {self.rank} waited for the others in vain ({error})") from error
+
+    def union(self, value: Mapping[K, V]) -> dict[K, V]:
+        """What any process has under each key; of several the first one's."""
+        return {key: part for found in reversed(self.gather(value)) for key, part in found.items()}
+
+    def first(self, reason: str) -> str:
+        """The first reason that any process has, and which process; empty if none has one."""
+        found = self.gather(reason)
+        rank = next((i for i, text in enumerate(found) if text), None)
+        if rank is None:
+            return ""
+        return found[rank] if self.number == 1 else f"process {rank}: {found[rank]}"
+
+
+@lru_cache(maxsize=1)
+def _group_beside(world: Any) -> Any:
+    return distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
+
+
+def unrepeated(loaders: Any, dataloader: int, batch_idx: int) -> int | None:
+    """How many samples of a batch count, where a sampler repeats some so that all processes have equally many.
+
+    Args:
+        loaders: a DataLoader, whose samples come in the order of its sampler, or a collection of them.
+        dataloader: which of them.
+        batch_idx: of the batch, in this process.
+
+    Returns:
+        ``None``: all.
+    """
+    loader = tree_leaves(loaders)[dataloader]
+    sampler = getattr(loader, "sampler", None)
+    batch_size = getattr(loader, "batch_size", None) or getattr(
+        getattr(loader, "batch_sampler", None), "batch_size", None
+    )
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last or not isinstance(batch_size, int):
+        return None
+    samples = len(sampler.dataset)  # type: ignore[arg-type]
+    own = len(range(sampler.rank, samples, sampler.num_replicas))
+    return max(own - batch_idx * batch_size, 0)
+
+
+def refuse(strategy: Any) -> None:
+    """Say no to what is known not to work.
+
+    Raises:
+        ValueError: the strategy flattens or partitions weights in a way that the probes do not know.
+    """
+    unknown = {"FSDPStrategy", "DeepSpeedStrategy"} & {kind.__name__ for kind in type(strategy).__mro__}
+    if unknown:
+        raise ValueError(
+            f"strategy: probes do not work with {unknown.pop()}; expected ddp, or ModelParallelStrategy (FSDP2), or a "
+            "single device"
+        )

@@ -1,0 +1,286 @@
+"""Cases that several processes run together, each writing down what it found; started by ``test_ranks.py``.
+
+``python ranks.py FILE CASE ...`` in each process, with the environment that torchrun would give it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from networks import QUIET, Classifier, convnet, images, mlp
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+import lightning_probes.ranks
+from lightning_probes import LinearProbeCallback
+
+RANK, NUMBER = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+TRAIN, HELD_OUT = 96, 41
+
+Found = dict[str, Any]
+
+
+def shared(samples: int, batch_size: int, seed: int) -> DataLoader[Any]:
+    """This process's share of the same samples: global batches are the same, however many processes there are."""
+    data = images(samples, size=4, seed=seed)
+    return DataLoader(
+        data, batch_size=batch_size // NUMBER, sampler=DistributedSampler(data, NUMBER, RANK, shuffle=False)
+    )
+
+
+def loaders() -> tuple[DataLoader[Any], DataLoader[Any]]:
+    return shared(TRAIN, 24, 1), shared(HELD_OUT, 12, 2)
+
+
+def network() -> Classifier:
+    seed_everything(3, verbose=False)
+    return Classifier(mlp(inputs=16, width=12, depth=2))
+
+
+def make_trainer(*callbacks: Callback, **options: Any) -> Trainer:
+    several: dict[str, Any] = {"strategy": "ddp", "devices": NUMBER} if NUMBER > 1 else {}
+    return Trainer(
+        **{
+            **QUIET,
+            "max_epochs": 2,
+            **several,
+            "use_distributed_sampler": False,
+            "callbacks": list(callbacks),
+            **options,
+        }
+    )
+
+
+def tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors of nested dictionaries."""
+    if isinstance(state, Tensor):
+        yield name, state.clone()
+    elif isinstance(state, dict):
+        for key, part in state.items():
+            yield from tensors(part, f"{name}/{key}")
+
+
+def found(model: LightningModule, probes: LinearProbeCallback) -> Found:
+    report = probes.report
+    known = {"rows": report.rows, "notes": report.notes, "cost": report.cost, "baseline": report.baseline}
+    return {**known, "probes": dict(tensors(probes.state_dict()["probes"])), "weights": model.state_dict()}
+
+
+def fit(model: LightningModule, probes: LinearProbeCallback, *data: Any, **options: Any) -> Found:
+    make_trainer(probes, **options).fit(model, *(data or loaders()))
+    return found(model, probes)
+
+
+class Between(Classifier):
+    """Its step computes between two modules: it cannot be run again."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        net: Any = self.net
+        return F.cross_entropy(net[1:](net[0](batch[0]) * self.gain), batch[1])
+
+
+class OneSided(Classifier):
+    """A layer that runs in one process only."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.side = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if RANK == NUMBER - 1:
+            self.side(x.flatten(1))
+        return super().forward(x)
+
+
+class Raising(Classifier):
+    """Cannot be run again in one process."""
+
+    is_in_step = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if RANK == NUMBER - 1 and not self.is_in_step:
+            raise RuntimeError("not a second time")
+        return super().forward(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.is_in_step = True
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.is_in_step = False
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.is_in_step = True
+        super().validation_step(batch, batch_idx)
+        self.is_in_step = False
+
+
+class Infinite(Classifier):
+    """In the second epoch a layer of one process is not finite."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.side = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_now = RANK == NUMBER - 1 and self.current_epoch and self.training
+        self.side(x.flatten(1) / (0.0 if is_now else 1.0))
+        return super().forward(x)
+
+
+class Alone(Classifier):
+    """Each process trains by itself."""
+
+    def on_train_start(self) -> None:
+        wrapped: Any = self.trainer.model
+        wrapped.require_backward_grad_sync = False
+
+
+class Sharded(Classifier):
+    """FSDP2."""
+
+    def configure_model(self) -> None:
+        assert self.device_mesh is not None
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.net.children():
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+
+class Uneven(IterableDataset[Any]):
+    """Some batches in each process."""
+
+    def __init__(self, batches: int, seed: int) -> None:
+        self.batches = batches
+        self.data = images(8 * 10, size=4, seed=seed + RANK)
+
+    def __iter__(self) -> Iterator[Any]:
+        x, y = self.data.tensors
+        for i in range(self.batches):
+            yield x[8 * i : 8 * i + 8], y[8 * i : 8 * i + 8]
+
+
+def same() -> Found:
+    return fit(network(), LinearProbeCallback(log_metrics=["cross_entropy"]))
+
+
+def harmless() -> Found:
+    seen = {}
+    for name in ("with", "without"):
+        seed_everything(3, verbose=False)
+        trainer = make_trainer(*([LinearProbeCallback()] if name == "with" else []))
+        trainer.fit(model := Classifier(convnet(width=4)), *loaders())
+        seen[name] = {**model.state_dict(), "random": torch.rand(3), "loss": trainer.callback_metrics["val_loss"]}
+    return seen
+
+
+def cross_fitted() -> Found:
+    seed_everything(3, verbose=False)
+    return fit(Between(mlp(inputs=16, width=12, depth=2)), LinearProbeCallback())
+
+
+def online() -> Found:
+    return fit(network(), LinearProbeCallback(fit_samples=0))
+
+
+def padded() -> Found:
+    train, held_out = (DataLoader(images(n, size=4, seed=n), batch_size=8) for n in (TRAIN, HELD_OUT))
+    probes, model = LinearProbeCallback(), network()
+    trainer = make_trainer(probes, use_distributed_sampler=True)
+    trainer.fit(model, train, held_out)
+    trainer.test(model, held_out, verbose=False)
+    return found(model, probes)
+
+
+def one_sided() -> Found:
+    seed_everything(3, verbose=False)
+    options = {"strategy": DDPStrategy(find_unused_parameters=True)} if NUMBER > 1 else {}
+    return fit(OneSided(mlp(inputs=16, width=12, depth=1)), LinearProbeCallback(), **options)
+
+
+def not_finite() -> Found:
+    seed_everything(3, verbose=False)
+    return fit(Infinite(mlp(inputs=16, width=12, depth=1)), LinearProbeCallback(["net.*", "side"]))
+
+
+def raising() -> Found:
+    seed_everything(3, verbose=False)
+    return fit(Raising(mlp(inputs=16, width=12, depth=1)), LinearProbeCallback("net.*"))
+
+
+def no_validation_batch() -> Found:
+    data = [DataLoader(Uneven(n, seed), batch_size=None) for n, seed in ((4, 10), (3 if RANK == 0 else 0, 20))]
+    return fit(network(), LinearProbeCallback(), *data)
+
+
+def fewer_training_batches() -> Found:
+    lightning_probes.ranks.LONGEST_WAIT = timedelta(seconds=3)
+    seed_everything(3, verbose=False)
+    data = [DataLoader(Uneven(n, seed), batch_size=None) for n, seed in ((6 - 2 * RANK, 10), (3, 20))]
+    return fit(Alone(mlp(inputs=16, width=12, depth=1)), LinearProbeCallback(), *data)
+
+
+def sharded() -> Found:
+    seed_everything(3, verbose=False)
+    model, probes = Sharded(mlp(inputs=16, width=12, depth=2)), LinearProbeCallback("net.*")
+    make_trainer(probes, strategy=ModelParallelStrategy(data_parallel_size=NUMBER, tensor_parallel_size=1)).fit(
+        model, *loaders()
+    )
+    return {**found(model, probes), "weights": {}}
+
+
+CASES: dict[str, Callable[[], Found]] = {
+    case.__name__: case
+    for case in (
+        same,
+        harmless,
+        cross_fitted,
+        online,
+        padded,
+        one_sided,
+        not_finite,
+        raising,
+        no_validation_batch,
+        fewer_training_batches,
+        sharded,
+    )
+}
+
+
+class Save(Callback):
+    """What a process finds that will be gone."""
+
+    def __init__(self, probes: LinearProbeCallback, path: str) -> None:
+        self.probes = probes
+        self.path = path
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.probes.report.save(self.path)
+
+
+def spawned(path: str) -> None:
+    probes = LinearProbeCallback()
+    options = {"strategy": "ddp_spawn", "devices": 2, "use_distributed_sampler": True}
+    train, held_out = (DataLoader(images(n, size=4, seed=n), batch_size=8) for n in (TRAIN, HELD_OUT))
+    make_trainer(probes, Save(probes, path), **options).fit(network(), train, held_out)
+
+
+if __name__ == "__main__":
+    if sys.argv[2:] == ["spawned"]:
+        spawned(sys.argv[1])
+    else:
+        torch.save({name: CASES[name]() for name in sys.argv[2:]}, sys.argv[1])

@@ -1,0 +1,321 @@
+"""A fault of the probes' own never ends a training run: it costs the layers that it concerns, and one warning."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from networks import QUIET, Classifier, convnet, loader, mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_probes import LinearProbeCallback, ProbeReport, crossfit, fitting, optimum, probing, session
+from lightning_probes.activations import ActivationRecorder
+from lightning_probes.bank import ProbeBank
+from lightning_probes.kept import KeptBatches
+from lightning_probes.logs import Logs
+from lightning_probes.points import Points
+from lightning_probes.recording import CallRecorder
+from lightning_probes.replay import Replay
+from lightning_probes.scores import ProbeScores
+
+ONE = "net.1"
+"""The layer that faults of one layer concern; there is one in each network."""
+
+EPOCHS = 3
+
+
+class Setting(NamedTuple):
+    network: Callable[[], nn.Module]
+    validates: bool
+    fit_samples: int
+    runs_again: bool = True
+
+
+SETTINGS = {
+    "convolutions": Setting(convnet, validates=True, fit_samples=64),
+    "MLP without validation": Setting(mlp, validates=False, fit_samples=4096),
+    "MLP, online": Setting(mlp, validates=True, fit_samples=0),
+    "convolutions without validation, online": Setting(convnet, validates=False, fit_samples=0),
+    "MLP, cross-fitted": Setting(mlp, validates=True, fit_samples=4096, runs_again=False),
+}
+
+
+class Between(Classifier):
+    """Computes between two modules, so that its training cannot be run again."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        assert isinstance(self.net, nn.Sequential)
+        logits = batch[0]
+        for module in self.net:
+            logits = module(1.0 * logits)
+        loss = F.cross_entropy(logits, batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+
+class Memory(Logger):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int | None, dict[str, float]]] = []
+
+    name = version = property(lambda self: "memory")
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.seen.append((step, dict(metrics)))
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+@dataclass
+class Fault:
+    """Raises from the second epoch on, at first or always, where it concerns what was called."""
+
+    concerns: Callable[..., bool]
+    is_lasting: bool
+    is_armed: bool = False
+    raised: int = 0
+
+    def put_before(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def may_raise(*args: Any, **kwargs: Any) -> Any:
+            if self.is_armed and (self.is_lasting or not self.raised) and self.concerns(*args, **kwargs):
+                self.raised += 1
+                raise RuntimeError("injected")
+            return function(*args, **kwargs)
+
+        return may_raise
+
+
+class Arming(Callback):
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.fault.is_armed = trainer.current_epoch >= 1
+
+
+@dataclass
+class Run:
+    """What is left of a run."""
+
+    steps: int
+    weights: dict[str, Tensor]
+    logged: list[Any]
+    report: ProbeReport
+    hooks: int
+    warnings: list[str]
+
+
+def run(name: str, *callbacks: Callback, logger: Memory | None = None) -> Run:
+    network, validates, _, runs_again = SETTINGS[name]
+    seed_everything(5, verbose=False)
+    model = (Classifier if runs_again else Between)(network())
+    logger = logger or Memory()
+    trainer = Trainer(**{**QUIET, "logger": logger}, max_epochs=EPOCHS, callbacks=list(callbacks), log_every_n_steps=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(model, loader(64, shuffle=True), loader(32, seed=1) if validates else None)
+    logged = [(step, {k: v for k, v in seen.items() if "probe_" not in k}) for step, seen in logger.seen]
+    probes = next((c for c in callbacks if isinstance(c, LinearProbeCallback)), LinearProbeCallback())
+    return Run(
+        trainer.global_step,
+        model.state_dict(),
+        [(step, seen) for step, seen in logged if seen.keys() - {"epoch"}],
+        probes.report,
+        sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()),
+        [str(w.message) for w in caught if "LinearProbeCallback" in str(w.message)],
+    )
+
+
+def probes_of(name: str) -> LinearProbeCallback:
+    return LinearProbeCallback(fit_samples=SETTINGS[name].fit_samples, log_metrics=["lag"])
+
+
+@cache
+def without(name: str) -> Run:
+    return run(name)
+
+
+@cache
+def undisturbed(name: str) -> Run:
+    return run(name, probes_of(name))
+
+
+def is_one(recorder: Any, layer: str, *args: Any, **kwargs: Any) -> bool:
+    return layer == ONE
+
+
+def is_input(recorder: Any, layer: str, *args: Any, **kwargs: Any) -> bool:
+    return layer == "input"
+
+
+def is_fit_of_one(features: dict[str, Tensor], *args: Any, **kwargs: Any) -> bool:
+    return ONE in features
+
+
+EVERYWHERE = ["convolutions", "MLP without validation", "MLP, online", "convolutions without validation, online"]
+CONVERGED, MIXED, CROSSED = EVERYWHERE[:2], EVERYWHERE[1:3], ["MLP, cross-fitted"]
+BOTH, ONCE, ALWAYS = [False, True], [False], [True]
+
+
+class Case(NamedTuple):
+    """What raises, in which settings, once or always (or both), and what it costs."""
+
+    owner: Any
+    attribute: str
+    settings: list[str]
+    often: list[bool] = BOTH
+    concerns: Callable[..., bool] = lambda *args, **kwargs: True
+    layer: str | None = None  # all
+
+
+NAN = {
+    "the activation of one": Case(ActivationRecorder, "record", [*EVERYWHERE, *CROSSED], BOTH, is_one, ONE),
+    "the input": Case(ActivationRecorder, "record", EVERYWHERE, BOTH, is_input, "input"),
+    "the fit of one": Case(fitting, "fit_probes", CONVERGED, BOTH, is_fit_of_one, ONE),
+    "the cross-fit of one": Case(crossfit, "fit_probes", CROSSED, BOTH, is_fit_of_one, ONE),
+    "all activations": Case(ActivationRecorder, "record", MIXED, ALWAYS),
+    "all fits": Case(fitting, "fit_probes", CONVERGED, ALWAYS),
+    "all cross-fits": Case(crossfit, "fit_probes", CROSSED, ALWAYS),
+    "features to cross-fit": Case(crossfit.CrossFitter, "add", CROSSED),
+    "the update": Case(ProbeBank, "update", EVERYWHERE),
+    "counting classes in training": Case(session, "count_classes", MIXED, ONCE),
+    "counting classes in validation": Case(optimum, "count_classes", ["convolutions"], ONCE),
+    "scoring": Case(ProbeBank, "score", ["MLP, online"]),
+    "the end of recording": Case(CallRecorder, "stop", CONVERGED),
+    "choosing batches": Case(KeptBatches, "wants", CONVERGED, ONCE),
+    "keeping batches": Case(KeptBatches, "add", CONVERGED),
+    "adding scores": Case(Points, "add", MIXED, ONCE),
+    "summing up scores": Case(ProbeScores, "compute", EVERYWHERE),
+}
+WITHOUT_ROWS = {
+    "entering rows": Case(ProbeReport, "add", MIXED),
+    "publishing": Case(Points, "publish", MIXED),
+    "adding scores for good": Case(Points, "add", MIXED, ALWAYS),
+}
+ANOTHER_WAY = {
+    "running batches again": Case(Replay, "run", CONVERGED),
+    "hooks for recording": Case(CallRecorder, "start", CONVERGED),
+}
+FEWER_BATCHES = {
+    "the beginning of a call": Case(CallRecorder, "_enter", CONVERGED),
+    "the end of a call": Case(CallRecorder, "_leave", CONVERGED),
+    "labels": Case(probing, "distributions", MIXED, ONCE),
+}
+LOGGING = {"logging": Case(Logs, "write", MIXED)}
+
+
+def each(cases: dict[str, Case]) -> Any:
+    return pytest.mark.parametrize(
+        ("case", "name", "is_lasting"),
+        [
+            pytest.param(case, name, lasts, id=f"{fault}, {'always' if lasts else 'once'}, {name}")
+            for fault, case in cases.items()
+            for name in case.settings
+            for lasts in case.often
+        ],
+    )
+
+
+@pytest.fixture
+def disturbed(case: Case, name: str, is_lasting: bool, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run with a fault, whose training is what it is without the callback."""
+    undisturbed(name)
+    fault = Fault(case.concerns, is_lasting)
+    monkeypatch.setattr(case.owner, case.attribute, fault.put_before(getattr(case.owner, case.attribute)))
+    found = run(name, probes_of(name), Arming(fault))
+    assert fault.raised
+    check_that_training_is_the_same(found, name)
+    return found
+
+
+def check_that_training_is_the_same(found: Run, name: str) -> None:
+    expected = without(name)
+    assert found.steps == expected.steps == 4 * EPOCHS
+    assert found.logged == expected.logged
+    assert found.hooks == 0
+    assert all(torch.equal(found.weights[key], tensor) for key, tensor in expected.weights.items())
+
+
+def new_warnings(found: Run, name: str) -> list[str]:
+    return [text for text in found.warnings if text not in undisturbed(name).warnings]
+
+
+def values(found: Run) -> dict[tuple[Any, ...], float]:
+    keys = ("layer", "stage", "epoch", "metric")
+    # The lag needs both probes: of a layer that one of them has lost there may be none.
+    return {tuple(row[key] for key in keys): row["value"] for row in found.report.rows if row["metric"] != "lag"}
+
+
+@each(NAN | WITHOUT_ROWS)
+def test_fault_costs_the_values_of_its_layers_from_then_on_and_one_warning(
+    case: Case, name: str, is_lasting: bool, disturbed: Run
+) -> None:
+    expected = values(undisturbed(name))
+    layers = {case.layer} if case.layer else {layer for layer, *_ in expected}
+    (warning,) = new_warnings(disturbed, name)
+    assert "RuntimeError: injected: " in warning
+    named = warning.removesuffix("; their values are NaN from now on").split("injected: ")[1].split(", ")
+    assert sorted(named) == sorted(map(repr, layers))
+    after = {key: math.nan if key[0] in layers and key[2] > 1 else value for key, value in expected.items()}
+    if case in WITHOUT_ROWS.values():
+        after = {key: value for key, value in after.items() if key[2] < 2 or (key[2] > 2 and not is_lasting)}
+    # Fewer layers side by side in one product are rounded in another way.
+    assert values(disturbed) == pytest.approx(after, abs=1e-5, nan_ok=True)
+
+
+@each(ANOTHER_WAY | FEWER_BATCHES)
+def test_fault_of_what_can_be_had_in_another_way_costs_no_value(
+    case: Case, name: str, is_lasting: bool, disturbed: Run
+) -> None:
+    said = new_warnings(disturbed, name)
+    data = {row["fitted_on"]["data"] for row in disturbed.report.rows if row["epoch"] > 1}
+    if case in FEWER_BATCHES.values():
+        assert said == []
+        assert data == {row["fitted_on"]["data"] for row in undisturbed(name).report.rows}
+    else:
+        assert len(said) == 1
+        assert re.search(r"training cannot be run again \(.*injected\): the probes are ", said[0])
+        assert data == {"val, cross-fitted" if SETTINGS[name].validates else "online"}
+    assert values(disturbed).keys() == values(undisturbed(name)).keys()
+    assert all(math.isfinite(value) for value in values(disturbed).values())
+
+
+@each(LOGGING)
+def test_fault_of_logging_costs_what_would_have_been_logged(
+    case: Case, name: str, is_lasting: bool, disturbed: Run
+) -> None:
+    assert new_warnings(disturbed, name) == ["LinearProbeCallback: logging at step 8 raised RuntimeError: injected"]
+    assert disturbed.report == undisturbed(name).report
+
+
+class Refusing(Memory):
+    """Takes no values of the network as it was found."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if step == 0 and any("probe_" in name for name in metrics):
+            raise RuntimeError("refused")
+        super().log_metrics(metrics, step)
+
+
+@pytest.mark.parametrize("name", CONVERGED)
+def test_logger_that_refuses_the_starting_point_gets_the_later_ones(name: str) -> None:
+    logger = Refusing()
+    found = run(name, probes_of(name), logger=logger)
+    check_that_training_is_the_same(found, name)
+    assert new_warnings(found, name) == ["LinearProbeCallback: logging at step 4 raised RuntimeError: refused"]
+    assert sum(f"probe_error_train/{ONE}" in seen for _, seen in logger.seen) == EPOCHS
+    assert found.report == undisturbed(name).report

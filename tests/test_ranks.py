@@ -1,0 +1,188 @@
+"""Several processes: the same probes in all of them, the same numbers as in one, and no waiting for ever."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from lightning.pytorch.strategies import FSDPStrategy
+
+from lightning_probes import ProbeReport
+from lightning_probes.ranks import refuse
+
+pytestmark = pytest.mark.distributed
+
+HERE = Path(__file__).parent
+TOGETHER = [case for case in ranks.CASES if case not in ("fewer_training_batches", "sharded")]
+
+Found = list[dict[str, Any]]
+"""What each process found."""
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    paths = os.pathsep.join([str(HERE), str(HERE.parent)])
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "ranks.py"), *arguments],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    try:
+        output, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output[-4000:]
+
+
+def run(folder: Path, number: int, *cases: str) -> dict[str, Found]:
+    """The cases, one after the other, in so many processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(number):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        environment = {name: str(value) for name, value in {**place, **meeting}.items()}
+        processes.append(start(str(folder / str(rank)), *cases, **environment))
+    for process in processes:
+        finish(process)
+    found = [torch.load(folder / str(rank), weights_only=True) for rank in range(number)]
+    return {case: [one[case] for one in found] for case in cases}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+    return run(tmp_path_factory.mktemp("two"), 2, *TOGETHER)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+    return run(tmp_path_factory.mktemp("three"), 3, "same", "padded")
+
+
+def values(rows: list[dict[str, Any]], metric: str = "error") -> dict[Any, float]:
+    return {
+        (row["stage"], row["epoch"], row["step"], row["layer"]): row["value"] for row in rows if row["metric"] == metric
+    }
+
+
+def check_same_everywhere(found: Found) -> None:
+    first = found[0]
+    for other in found[1:]:
+        assert str(other["rows"]) == str(first["rows"])  # NaN equals NaN
+        assert other["notes"] == first["notes"]
+        assert other["probes"].keys() == first["probes"].keys()
+        for name, tensor in other["probes"].items():
+            torch.testing.assert_close(tensor, first["probes"][name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_all_processes_publish_and_save_the_same(case: str, two: dict[str, Found]) -> None:
+    if case != "harmless":
+        check_same_everywhere(two[case])
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("case", ["same", "cross_fitted"])
+def test_several_processes_find_what_one_finds(
+    case: str, number: int, two: dict[str, Found], three: dict[str, Found]
+) -> None:
+    if (found := {2: two, 3: three}[number].get(case)) is None:
+        pytest.skip("for two processes only")
+    one, several = ranks.CASES[case](), found[0]
+    for name, weight in one["weights"].items():  # or nothing could be the same
+        torch.testing.assert_close(several["weights"][name], weight, rtol=1e-5, atol=1e-6)
+    assert values(several["rows"]) == values(one["rows"])
+    for key, value in values(one["rows"], "cross_entropy").items():
+        # Five solutions for each layer stop at the solver's tolerance, wherever rounding has led them.
+        off = 1e-5 if case == "same" else 5e-3
+        assert values(several["rows"], "cross_entropy")[key] == pytest.approx(value, abs=off)
+    assert several["baseline"] == one["baseline"]
+    assert {row["samples"] for row in several["rows"] if row["stage"] == "val"} == {ranks.HELD_OUT}
+
+
+def test_training_together_is_bit_identical_with_and_without_the_callback(two: dict[str, Found]) -> None:
+    for found in two["harmless"]:
+        assert found["with"].keys() == found["without"].keys()
+        for name, value in found["with"].items():
+            assert torch.equal(value, found["without"][name]), name
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_samples_that_a_sampler_repeats_count_once(number: int, two: dict[str, Found], three: dict[str, Found]) -> None:
+    rows = {2: two, 3: three}[number]["padded"][0]["rows"]
+    assert {row["samples"] for row in rows if row["stage"] == "val"} == {ranks.HELD_OUT}
+    assert {row["samples"] for row in rows if row["stage"] == "test"} == {ranks.HELD_OUT}
+
+
+def test_online_probes_are_published_as_the_mean_of_all_processes(two: dict[str, Found]) -> None:
+    rows = two["online"][0]["rows"]
+    assert {row["fitted_on"]["data"] for row in rows} == {"online"}
+    assert all(0 <= value < 0.9 for value in values(rows).values())
+
+
+def test_a_layer_that_runs_in_one_process_is_probed_on_the_samples_of_that_one(two: dict[str, Found]) -> None:
+    rows = [row for row in two["one_sided"][0]["rows"] if row["stage"] == "val"]
+    assert {row["samples"] for row in rows if row["layer"] == "side"} == {ranks.HELD_OUT // 2}
+    assert {row["samples"] for row in rows if row["layer"] != "side"} == {ranks.HELD_OUT}
+    assert all(math.isfinite(row["value"]) for row in rows)
+
+
+def test_a_layer_that_is_not_finite_in_one_process_is_set_aside_in_all(two: dict[str, Found]) -> None:
+    found = values(two["not_finite"][1]["rows"])
+    last = {key: value for key, value in found.items() if key[1] == 2}
+    assert {key[3] for key, value in last.items() if math.isnan(value)} == {"side"}
+    assert all(math.isfinite(value) for key, value in found.items() if key[1] < 2)
+
+
+def test_what_one_process_cannot_run_again_is_cross_fitted_in_all(two: dict[str, Found]) -> None:
+    found = two["raising"][0]
+    assert {row["fitted_on"]["data"] for row in found["rows"]} == {"val, cross-fitted"}
+    assert any("process 1: " in note and "not a second time" in note for note in found["notes"])
+
+
+def test_a_process_without_a_batch_of_validation_keeps_nobody_waiting(two: dict[str, Found]) -> None:
+    rows = two["no_validation_batch"][1]["rows"]
+    assert {row["samples"] for row in rows if row["stage"] == "val"} == {24}
+    assert {row["fitted_on"]["samples"] for row in rows} == {64}
+
+
+def test_batches_that_run_out_in_one_process_cost_the_probes_and_not_the_run(tmp_path: Path) -> None:
+    # Lightning tells the processes of a signal in each step: they cannot wait for one another at an epoch's end.
+    for found in run(tmp_path, 2, "fewer_training_batches")["fewer_training_batches"]:
+        after = [value for key, value in values(found["rows"]).items() if key[1] == 2]
+        assert after
+        assert all(math.isnan(value) for value in after)
+
+
+def test_sharded_weights_are_cross_fitted(tmp_path: Path) -> None:
+    found = run(tmp_path, 2, "sharded")["sharded"]
+    check_same_everywhere(found)
+    assert {row["fitted_on"]["data"] for row in found[0]["rows"]} == {"val, cross-fitted"}
+    assert {row["samples"] for row in found[0]["rows"]} == {ranks.HELD_OUT}
+    assert all(math.isfinite(value) for value in values(found[0]["rows"]).values())
+
+
+def test_the_callback_travels_to_processes_that_are_spawned(tmp_path: Path) -> None:
+    finish(start(str(tmp_path / "report.json"), "spawned"))
+    report = ProbeReport.load(tmp_path / "report.json")
+    assert {row["samples"] for row in report.select(stage="val")} == {ranks.HELD_OUT}
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy(), type("DeepSpeedStrategy", (), {})()])
+def test_strategies_that_hide_the_weights_are_refused(strategy: Any) -> None:
+    with pytest.raises(ValueError, match=f"^strategy: .*{type(strategy).__name__}; expected ddp"):
+        refuse(strategy)

@@ -11,20 +11,18 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.bank import ProbeBank
-from lightning_probes.calls import CannotRunAgainError
 from lightning_probes.crossfit import CROSS_FITTED, CrossFitter
-from lightning_probes.fitting import Context, Fitted, KeptBatch, ProbeFitter, Seen, device_of
+from lightning_probes.fitting import Context, Fitted, ProbeFitter, Seen
 from lightning_probes.kept import Room
 from lightning_probes.points import Curve, Points
 from lightning_probes.probing import ProbedNetwork
 from lightning_probes.ranks import Ranks
-from lightning_probes.replay import copy_of_weights
 from lightning_probes.scores import count_classes
+from lightning_probes.starting import StartingPoint
 
 
 class Optimum:
@@ -40,14 +38,12 @@ class Optimum:
     Attributes:
         room: as given.
         fitted: the probes at their optimum, on the network as it was when the last point was due.
-        start: those on the network as it was found, while its point is scored.
         cost: as in :class:`~lightning_probes.ProbeReport`, without the share.
         note: why the probes are fitted in another way than on training run again, or the starting point is missing.
     """
 
     def __init__(self, network: ProbedNetwork, points: Points, room: Room, ranks: Ranks) -> None:
         self.fitted: Fitted | None = None
-        self.start: Fitted | None = None
         self.cost: dict[str, float] = {"seconds": 0.0, "kept_bytes": 0, "weights_bytes": 0}
         self.note = "" if room.samples else "the online probes are published: fit_samples is 0"
         self._network = network
@@ -57,8 +53,7 @@ class Optimum:
         self._ranks = ranks
         self._cross_fitters: defaultdict[int, CrossFitter] | None = None
         self._make_cross_fitter = partial(CrossFitter, network, room, ranks)
-        self._no_start = ""
-        self._initial: dict[str, Tensor] | None = None
+        self._start = StartingPoint(self._fitter, points, ranks)
 
     def begin(self, model: nn.Module, *, is_new: bool, has_start: bool) -> str:
         """Training begins.
@@ -78,26 +73,21 @@ class Optimum:
             self._fitter.refusal = "its weights are shared out among processes"
         if not is_new:
             return "" if has_start else "no starting point: training was resumed before there was one"
-        if any(is_lazy(tensor) for tensor in model.parameters()):
-            return "no starting point: before the first step the network had parameters without a shape"
-        if self._fitter.refusal:
-            return "no starting point: training cannot be run again"
-        self._initial = copy_of_weights(model)
-        sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in self._initial.values()}
-        self.cost["weights_bytes"] = sum(sizes.values())
-        return ""
+        note = self._start.keep(model)
+        self.cost["weights_bytes"] = self._start.num_bytes
+        return note
 
     def end(self) -> str:
         """Let go of the model and of what was kept of its training; what a reader should know."""
-        was_waiting = self._initial is not None
+        was_waiting = self._start.is_due
         self._fitter.detach()
         self.forget()
-        self._initial = None
+        self._start.drop()
         return "no starting point: it waited for a validation that never ended" if was_waiting else ""
 
     def forget(self) -> None:
         """A validation that did not end."""
-        self.start = self._cross_fitters = None
+        self._start.fitted = self._cross_fitters = None
 
     def renew(self, epoch: int) -> None:
         """An epoch begins."""
@@ -131,41 +121,26 @@ class Optimum:
             is_validation: whether a validation follows at once.
             has_validation: whether there will be any: the starting point waits for it.
         """
-        self.fitted = self.start = self._cross_fitters = None
+        self.fitted = self._start.fitted = self._cross_fitters = None
         if not self.room.samples:
             return
         with self._timed():
             self.fitted = self._fitter.fit(model, context, online)
-            if self.fitted is not None and self._initial is not None and (is_validation or not has_validation):
-                self._fit_start(model, context)
+            is_start_due = self._start.is_due and (is_validation or not has_validation)
+            if self.fitted is not None and is_start_due and (reason := self._start.fit(model, context)):
+                self._say(f"no starting point: {reason}")
         self.cost["kept_bytes"] = max(self.cost["kept_bytes"], self._fitter.num_bytes)
         if self.fitted is None:
             reason = self._fitter.refusal or "no batch of it was kept: fit_samples and fit_bytes have no room for one"
             self._cross_fitters = defaultdict(self._make_cross_fitter) if is_validation else None
             way = "cross-fitted on validation" if has_validation else "those trained along, which lag behind"
-            no_start = ", and there is no starting point" if self._initial is not None else ""
-            self._initial = None
+            no_start = ", and there is no starting point" if self._start.is_due else ""
+            self._start.drop()
             self._say(f"training cannot be run again ({reason}): the probes are {way}", no_start)
-
-    def _fit_start(self, model: nn.Module, context: Context) -> None:
-        assert self._initial is not None
-        device = device_of(model)
-        # There until the point is published: each batch of validation is run again on them.
-        self._initial = {name: tensor.to(device) for name, tensor in self._initial.items()}
-        self.start = self._fitter.fit(model, context, weights=self._initial)
-        if self.start is None:
-            reason, self._fitter.refusal = self._fitter.refusal, ""
-            self._miss_start(f"training cannot be run again on the first weights: {reason}")
-
-    def _miss_start(self, reason: str) -> None:
-        self.start = self._initial = None
-        self._points.clear(["start"])
-        self._no_start = ""
-        self._say(f"no starting point: {reason}")
 
     def watch(self, batch: Any) -> None:
         """Before a step of validation: if the starting point is due, what it calls is scored there too."""
-        if self.start is not None:
+        if self._start.fitted is not None:
             self._fitter.watch(batch)
 
     def score(
@@ -185,19 +160,9 @@ class Optimum:
             self._points.add("published", *curve, bank.score(*seen), classes)
         if online is not None and (self.fitted is not None or self._cross_fitters is not None):
             self._points.add("online", *curve, online.score(*seen), classes)
-        if watched is not None and self.start is not None and not self._no_start:
+        if watched is not None:
             with self._timed():
-                self._score_start(watched, curve, model, context)
-
-    def _score_start(self, batch: KeptBatch | str, curve: Curve, model: nn.Module, context: Context) -> None:
-        assert self.start is not None
-        try:
-            if isinstance(batch, str):
-                raise CannotRunAgainError(batch)
-            for seen in self._fitter.run_again([batch], model, context, self._initial):
-                self._points.add("start", *curve, self.start.bank.score(*seen), count_classes(seen[1]))
-        except Exception as error:  # whatever a module raises: a probe never ends a training run
-            self._no_start = f"validation cannot be run again: {type(error).__name__}: {error}"
+                self._start.score(watched, curve, model, context)
 
     def conclude(self) -> dict[str, dict[str, Any]]:
         """All samples have been scored: add what the fit itself knows, and let go of what only this point needs.
@@ -205,8 +170,8 @@ class Optimum:
         Returns:
             :attr:`Fitted.about` of the starting point, if it was due.
         """
-        if self.start is not None and (reason := self._ranks.first(self._no_start)):
-            self._miss_start(reason)
+        if reason := self._start.missed():
+            self._say(f"no starting point: {reason}")
         if any(self._ranks.gather(self._cross_fitters is not None)):
             fitters = self._cross_fitters or defaultdict(self._make_cross_fitter)
             with self._timed():
@@ -222,17 +187,14 @@ class Optimum:
                         # Of several loaders the first one's probes are those of the stage "train".
                         self.fitted = self.fitted or fitted
         self._cross_fitters = None
-        for probes, found in (("published", self.fitted), ("start", self.start)):
+        for probes, found in (("published", self.fitted), ("start", self._start.fitted)):
             if found is not None and found.sums is not None and found.classes is not None:
                 self._points.add(probes, "train", 0, found.sums, found.classes)
         if self.fitted is not None and self.fitted.online is not None and self.fitted.classes is not None:
             self._points.add("online", "train", 0, self.fitted.online, self.fitted.classes)
         if self.fitted is not None:
             self.fitted = Fitted(self.fitted.bank, self.fitted.about)
-        about = self.start.about if self.start is not None else {}
-        if self.start is not None:
-            self.start = self._initial = None
-        return about
+        return self._start.conclude()
 
     def state_dict(self) -> dict[str, Any]:
         """The probes at their optimum: tensors and plain types."""

@@ -50,7 +50,8 @@ class Samples:
             for layer, parts in self._parts.items()
         }
         shapes = self._ranks.union(own)
-        samples = int(self._ranks.total(torch.tensor(self._count)))
+        # If none counts, all rows are in one fold.
+        samples = max(int(self._ranks.total(torch.tensor(self._count))), 1)
         folds = Folds().next(samples)
         for layer in layers:
             if layer in shapes:
@@ -58,5 +59,5 @@ class Samples:
                 none = torch.zeros(0, width, dtype=dtype), torch.zeros(0, classes), torch.zeros(0, dtype=torch.long)
                 parts = self._parts.pop(layer, [none])
                 x, y, places = (torch.cat(list(column)).to(device) for column in zip(*parts, strict=True))
-                fold = folds[(places.cpu() * self._ranks.number + self._ranks.rank) % max(samples, 1)]
+                fold = folds[(places.cpu() * self._ranks.number + self._ranks.rank) % samples]
                 yield layer, x, y, fold.to(device)

@@ -177,7 +177,7 @@ class ProbingSession:
         is_validation: bool,
         has_validation: bool,
     ) -> None:
-        """A point is due; ``gap``: what a fit lacks; other arguments as for :class:`~lightning_probes.optimum.Optimum`."""
+        """A point is due; ``gap``: what a fit lacks; the others are those of :meth:`Optimum.prepare`."""
         with self._guarded("fitting their probes", "published", ("train", 0)):
             self.along.merge()
             self.optimum.prepare(

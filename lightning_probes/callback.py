@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_probes.arguments import Calls, Layout, flag, positive_float, whole
 from lightning_probes.kept import Room, enough_samples
@@ -28,19 +28,17 @@ class LinearProbeCallback(Callback):
     Logged at each validation (or at the end of an epoch without one), ``{layer}`` being a ``named_modules()`` path or
     ``input``, and ``/dataloader_idx_N`` appended where a stage has several loaders:
 
-    - ``probe_error_train/{layer}``, ``probe_error_val/{layer}``, in ``trainer.test`` ``probe_error_test/{layer}``: the
-      probe's classification error, a fraction in [0, 1]; ``train`` on the samples that it was fitted on;
+    - ``probe_error_{stage}/{layer}``, stage ``train``, ``val``, ``test``: the probe's classification error, a fraction in
+      [0, 1]; ``train`` on the samples that it was fitted on;
     - ``probe_cross_entropy_{stage}/{layer}``: its cross-entropy in nats, if asked for in ``log_metrics``;
-    - ``probe_lag_{stage}/{layer}``: likewise, the error on the same samples of the probe that was only trained along
-      with the network, minus this one's.
+    - ``probe_lag_{stage}/{layer}``: likewise, how much higher the error of the probe is that was only trained along.
 
-    Before they are published the probes are brought to their optimum on the frozen network: training batches are kept,
-    and their calls of the network's modules run again. Where that cannot be, probes are cross-fitted on validation, or
-    those trained along are published, and :attr:`report` and one warning say so. The first point, step 0, is the
-    network as ``fit`` found it; it is logged to the loggers directly.
+    Before that the probes are brought to their optimum on the frozen network: training batches are kept, and their
+    calls of the network's modules run again. Where that cannot be, probes are cross-fitted on validation, or those
+    trained along are published, and :attr:`report` and one warning say so. Step 0 is the network as ``fit`` found it.
 
-    Everything is in :attr:`report` as well. A layer with NaN or Inf in its features is set aside: its values are NaN
-    from then on, and ``EarlyStopping`` on one of them ends the run unless ``check_finite=False``.
+    All is in :attr:`report` as well. A layer with NaN or Inf in its features is set aside: its values are NaN from then
+    on, and ``EarlyStopping`` on one of them ends the run unless ``check_finite=False``.
 
     Args:
         layers: which layers: globs over ``named_modules()`` paths (``*`` within a segment, ``**`` across), or class
@@ -49,24 +47,21 @@ class LinearProbeCallback(Callback):
         num_classes: number of classes of the labels. Not given: the ``num_classes`` of the datamodule or module.
         input: where in the batch the network's input is (index, function or key), probed as depth 0; null: not probed.
         target: where in the batch the labels are: index, key or function.
-        max_features: a map (channels, ...) with more values than this is average-pooled over space to the largest grid
-            with at most this many; vectors keep their width.
+        max_features: a map (channels, ...) with more values is average-pooled over space to the largest grid with at
+            most this many; vectors keep their width.
         name: tells several of these callbacks in one Trainer apart; put before the logged names.
-        layout: what three dimensions mean, by layer pattern, where the default rule is wrong: ``tokens`` for
-            (batch, tokens, width), averaged over tokens, ``channels`` for (batch, channels, length), pooled.
+        layout: what three dimensions mean, by layer pattern, where the default is wrong: ``tokens``, (batch, tokens,
+            width), averaged over tokens, or ``channels``, (batch, channels, length), pooled.
         calls: of several calls of a layer in one step, which counts: ``last``, ``first`` or the ``mean`` of all.
-        token_mask: where in the batch the mask of tokens is (batch, tokens): where there is one, tokens at which it is
-            0 are left out of the mean; null: nowhere.
+        token_mask: where in the batch the mask of tokens is, which leaves those where it is 0 out of means; null: none.
         learning_rate: of the Adam that trains probes along with the network.
-        fit_samples: training samples, at most, on which the probes are brought to their optimum before each
-            publication. Not given: 10 240, or 200 a class where that is more; 0: not at all, the probes trained along
-            are published.
-        fit_bytes: of them, at most, in bytes: kept inputs and the features they become. The default holds about 6 000
-            images of 3 x 224 x 224.
+        fit_samples: training samples, at most, on which the probes are brought to their optimum. Not given: 10 240, or
+            200 a class where that is more; 0: none, the probes trained along are published.
+        fit_bytes: of them, at most: kept inputs and their features. The default: some 6 000 images of 3 x 224 x 224.
         fit_on_device: keep them on the network's device and not on the host: faster, if there is room.
         every_n_epochs: publish at the end of every so many epochs.
-        strict: whether a run that is resumed must have the layers, classes and widths of the checkpoint's probes; if
-            false, probes that differ start afresh, with one warning, and the others go on.
+        strict: whether a resumed run must have the layers, classes and widths of the checkpoint's probes; if false,
+            those that differ start afresh, with one warning.
         log_metrics: which metrics go to the loggers, of ``error`` (always), ``cross_entropy`` and ``lag``.
 
     Raises:
@@ -118,8 +113,7 @@ class LinearProbeCallback(Callback):
         return self._state_key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            # Before Lightning restores a checkpoint: what one has restored since the last fit is not of this one.
+        if stage == "fit":  # before a checkpoint is restored: what has been since the last fit is not of this one
             self._restored, self._session = None, self._new_session()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -154,7 +148,6 @@ class LinearProbeCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._session.update(self._schedule.now(trainer))
-        self._greet()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._session.point != self._schedule.now(trainer) and self._is_due(trainer):
@@ -200,15 +193,12 @@ class LinearProbeCallback(Callback):
         if not trainer.sanity_checking:
             stage = "test" if trainer.testing else "val"
             self._session.score(stage, dataloader_idx, pl_module, trainer.precision_plugin.forward_context)
-            self._greet()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and self._is_due(trainer):
-            # A process may have had no batch of it.
-            self._prepare(trainer, pl_module, is_validation=True)
+            self._prepare(trainer, pl_module, is_validation=True)  # a process may have had no batch of it
             self._publish(trainer, pl_module)
 
-    # Which of the two it is, the trainer knows.
     on_test_start = on_validation_start
     on_test_batch_start = on_validation_batch_start
     on_test_batch_end = on_validation_batch_end
@@ -231,41 +221,30 @@ class LinearProbeCallback(Callback):
         self._restored = state_dict or None
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, *, is_validation: bool) -> None:
-        """Once for each point of training: fit the probes."""
         if trainer.state.fn != "fit" or (is_validation and self._is_prepared):
             return
         self._is_prepared = True
-        coming = {"is_validation": is_validation, "has_validation": self._schedule.has_validation(trainer)}
         context, gap = trainer.precision_plugin.forward_context, self._schedule.gap(trainer)
-        self._session.prepare(pl_module, context, self.report, gap, **coming)
+        coming = self._schedule.has_validation(trainer)
+        self._session.prepare(pl_module, context, self.report, gap, is_validation=is_validation, has_validation=coming)
 
     def _new_session(self, trainer: Trainer | None = None) -> ProbingSession:
         samples = enough_samples(self._network.num_classes) if self._fit_samples is None else self._fit_samples
         ranks = Ranks() if trainer is None else Ranks.of(trainer)
-        # Each process keeps its share.
-        room = self._new_room(math.ceil(samples / ranks.number))
+        room = self._new_room(math.ceil(samples / ranks.number))  # each process keeps its share
         return ProbingSession(self._network, self._learning_rate, room, ranks)
 
     def _restore_probes(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._restored is not None
         self._session = self._new_session(trainer)
         saved, self._restored = self._restored["probes"], None
-        is_training = trainer.state.fn == "fit"
-        restore(self._session, saved, pl_module.device, strict=self._is_strict, is_training=is_training)
+        restore(self._session, saved, pl_module.device, strict=self._is_strict, is_training=trainer.state.fn == "fit")
 
     def _is_due(self, trainer: Trainer) -> bool:
         return self._schedule.is_due(trainer) if trainer.state.fn == "fit" else self._session.is_ready
 
-    def _greet(self) -> None:
-        if hello := self._session.greeting():
-            rank_zero_info(f"{type(self).__name__}: {hello}")
-
     def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A point of every curve that has been scored since the last time: into the report, and logged."""
         # Outside fit the probes are those of a checkpoint or of the last fit, and so are epoch and step.
         epoch, step = self._schedule.now(trainer) if trainer.state.fn == "fit" else self._session.now
         start, rows = self._session.publish(self.report, epoch, step)
-        try:
-            self._logs.write(start, rows, trainer, pl_module, Ranks.of(trainer))
-        except Exception as error:  # a logger that cannot write ends no training run: everything is in the report
-            self._logs.complain(error, step)
+        self._logs.write(start, rows, trainer, pl_module, Ranks.of(trainer))

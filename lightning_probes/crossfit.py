@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_probes.convergence import FOLDS, fit_probes, score
-from lightning_probes.fitting import Fitted, Seen, at_the_cost_of, fitted
+from lightning_probes.fitted import Fitted, at_the_cost_of, fitted
+from lightning_probes.fitting import Seen
 from lightning_probes.kept import KeptBatches, Room
 from lightning_probes.probing import ProbedNetwork
 from lightning_probes.ranks import Ranks

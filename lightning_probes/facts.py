@@ -31,6 +31,12 @@ class LayerFacts:
             self._first_depth = 0 if self._network.has_input else 1
         return self._layers
 
+    def described(self) -> str:
+        """How many layers and features; empty before any has been seen."""
+        widths, layers = self._network.recorder.widths, self._network.layers
+        features = sum(widths.get(layer, 0) for layer in layers)
+        return f"{len(layers)} layer{'s' * (len(layers) > 1)}, {features:,} features" if widths else ""
+
     def agree(self, ranks: Ranks) -> None:
         """What any process knows all do: a layer may run in some only."""
         self._totals = ranks.union(self._totals | self._network.recorder.totals)

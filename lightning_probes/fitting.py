@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_probes.bank import ProbeBank
 from lightning_probes.calls import Call, num_bytes
 from lightning_probes.convergence import fit_probes
+from lightning_probes.fitted import Fitted, at_the_cost_of, fitted
 from lightning_probes.frozen import frozen
 from lightning_probes.kept import KeptBatches, Room
 from lightning_probes.probing import INPUT, ProbedNetwork
@@ -44,26 +45,6 @@ class KeptBatch:
     def num_bytes(self) -> int:
         """Of what is given to the network, and of the mask."""
         return num_bytes(self.calls) + (0 if self.mask is None else self.mask.numel())
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """Probes at their optimum and what is known of them.
-
-    Attributes:
-        bank: scores with them.
-        about: ``{layer: {"fitted_on": {"data", "samples"}, "converged"}}``.
-        sums: ``(3, layers)`` of :func:`~lightning_probes.scores.tally` on the samples they were fitted on; ``None`` for
-            restored ones.
-        online: likewise of the probes that were trained along, if there are any.
-        classes: ``(classes,)``, how often each occurs among those samples.
-    """
-
-    bank: ProbeBank
-    about: dict[str, dict[str, Any]]
-    sums: Tensor | None = None
-    online: Tensor | None = None
-    classes: Tensor | None = None
 
 
 class ProbeFitter:
@@ -234,37 +215,3 @@ class ProbeFitter:
 def device_of(model: nn.Module) -> torch.device:
     """Where the parameters of ``model`` are; the host for a model without any."""
     return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-
-
-@contextmanager
-def at_the_cost_of(layer: str, network: ProbedNetwork, ranks: Ranks) -> Iterator[None]:
-    """What is raised inside is the fault of one layer, unless other processes wait for what would have been summed."""
-    try:
-        yield
-    except Exception as error:
-        if ranks.number > 1:
-            raise
-        network.recorder.faults[layer] = error
-
-
-def fitted(
-    network: ProbedNetwork,
-    ranks: Ranks,
-    solutions: Mapping[str, Solution],
-    data: str,
-    classes: Tensor,
-    online: Tensor | None = None,
-) -> Fitted:
-    """Solutions as probes to score with; ``data`` says what they were fitted on."""
-    none = next(iter(solutions.values())).sums.new_zeros(3)
-    sums = torch.stack([solutions[x].sums if x in solutions else none for x in network.layers], dim=1)
-    # They are those of all processes, and will be summed over processes once more.
-    sums = sums if ranks.rank == 0 else torch.zeros_like(sums)
-    about = {
-        layer: {
-            "fitted_on": {"data": data, "samples": int(found.sums[2].nan_to_num())},
-            "converged": found.converged,
-        }
-        for layer, found in solutions.items()
-    }
-    return Fitted(ProbeBank.of(network.layers, network.num_classes, solutions), about, sums, online, classes)

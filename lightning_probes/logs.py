@@ -61,6 +61,15 @@ class Logs:
             module: that is trained or evaluated.
             ranks: the processes that log the same.
         """
+        try:
+            self._write(start, rows, trainer, module, ranks)
+        except Exception as error:  # a logger that cannot write ends no training run
+            said = f"{type(error).__name__}: {error}"
+            if said not in self._complaints:
+                self._complaints.add(said)
+                rank_zero_warn(f"LinearProbeCallback: logging raised {said}; everything is in the report")
+
+    def _write(self, start: Iterable[Row], rows: Iterable[Row], trainer: Any, module: Any, ranks: Ranks) -> None:
         loaders = {"val": trainer.num_val_batches, "test": trainer.num_test_batches}
         several = {stage for stage, batches in loaders.items() if len(batches) > 1}
         # The values are the same in every process, and so is the largest of them: a mean of three would be rounded.
@@ -75,13 +84,6 @@ class Logs:
         if trainer.is_global_zero and not self._has_layout:
             self._write_layout(trainer.loggers)
             self._has_layout = True
-
-    def complain(self, error: Exception, step: int) -> None:
-        """Say that :meth:`write` raised; once, if it does so at every point."""
-        said = f"{type(error).__name__}: {error}"
-        if said not in self._complaints:
-            self._complaints.add(said)
-            rank_zero_warn(f"LinearProbeCallback: logging at step {step} raised {said}")
 
     def _values(self, rows: Iterable[Row], several: Container[str]) -> dict[str, float]:
         values = {}

@@ -16,7 +16,8 @@ from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.bank import ProbeBank
 from lightning_probes.crossfit import CROSS_FITTED, CrossFitter
-from lightning_probes.fitting import Context, Fitted, ProbeFitter, Seen
+from lightning_probes.fitted import Fitted
+from lightning_probes.fitting import Context, ProbeFitter, Seen
 from lightning_probes.kept import Room
 from lightning_probes.points import Curve, Points
 from lightning_probes.probing import ProbedNetwork

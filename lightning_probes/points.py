@@ -34,6 +34,7 @@ class Points:
         self._ranks = ranks
         self._scores: dict[str, dict[Curve, ProbeScores]] = {}
         self._silent: set[str] = set()
+        self._unconverged: set[str] = set()
 
     def add(self, probes: str, stage: str, dataloader: int, sums: Tensor, classes: Tensor) -> None:
         """Add the ``(3, layers)`` sums and class counts of some samples to a curve of ``probes``."""
@@ -141,6 +142,15 @@ class Points:
         except Exception as error:
             self.fail(layers, "summing up their scores", error, now)
             return {name: [0.0] * len(layers) for name in ("wrong", "loss", "total")} | {"classes": []}
+
+    def warn_unconverged(self, layers: Iterable[str]) -> None:
+        """Say once of each layer that its probe is not at its optimum."""
+        if new := sorted(set(layers) - self._unconverged - self.set_aside):
+            self._unconverged.update(new)
+            rank_zero_warn(
+                f"LinearProbeCallback: the probes of {', '.join(map(repr, new))} did not reach their optimum in a "
+                "bounded number of iterations; their rows say converged: False"
+            )
 
     def _warn_silent(self, stage: str, layers: list[str], reasons: Mapping[str, str]) -> None:
         new = [layer for layer in layers if layer not in self._silent | self.set_aside]

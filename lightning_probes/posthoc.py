@@ -17,7 +17,8 @@ from torch.nn.parameter import is_lazy
 from lightning_probes.arguments import Calls, Layout, whole
 from lightning_probes.checkpoints import CheckpointError
 from lightning_probes.convergence import Folds, fit_probes
-from lightning_probes.fitting import Fitted, Seen, fitted
+from lightning_probes.fitted import Fitted, fitted
+from lightning_probes.fitting import Seen
 from lightning_probes.passes import Pass
 from lightning_probes.points import Points
 from lightning_probes.probing import ProbedNetwork

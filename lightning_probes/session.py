@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torchmetrics.utilities import rank_zero_warn
+from torchmetrics.utilities import rank_zero_info
 
 from lightning_probes.along import ProbesAlong
 from lightning_probes.bank import ProbeBank
 from lightning_probes.facts import LayerFacts
 from lightning_probes.fitting import Context
+from lightning_probes.guard import Guard
 from lightning_probes.kept import Room
 from lightning_probes.optimum import Optimum
-from lightning_probes.points import Curve, Points
+from lightning_probes.points import Points
 from lightning_probes.probing import INPUT, ProbedNetwork
 from lightning_probes.ranks import Ranks
 from lightning_probes.report import ProbeReport, Row
@@ -50,14 +50,14 @@ class ProbingSession:
         self.point = self.now = 0, 0
         self.network = network
         self.facts = LayerFacts(network)
+        self._guard = Guard(network, self.facts, self.points)
         self._is_first_step = True
         self._has_greeted = False
-        self._warned: set[str] = set()
         self._begun = time.perf_counter()
 
     @property
     def layers(self) -> list[str]:
-        """All layers, in the order of every vector over them; fixed as soon as it is asked for."""
+        """All layers, in the order of every vector over them."""
         return self.facts.layers
 
     @property
@@ -89,8 +89,7 @@ class ProbingSession:
             is_new: not where an earlier run left it.
             missed: why that run's last point is not there and will not come.
         """
-        has_start = bool(report.select(epoch=0, step=0))
-        note = self.optimum.begin(model, is_new=is_new, has_start=has_start)
+        note = self.optimum.begin(model, is_new=is_new, has_start=bool(report.select(epoch=0, step=0)))
         report.notes = list(dict.fromkeys([*report.notes, *filter(None, [note, missed])]))
         if missed:
             self.points.clear()
@@ -111,7 +110,7 @@ class ProbingSession:
             LookupError, TypeError, ValueError: as :meth:`~lightning_probes.probing.ProbedNetwork.open`.
         """
         due = self.along.due()
-        with self._guarded("recording it"):
+        with self._guard.around("recording it"):
             if self.optimum.open() and due is not None:
                 due.add(INPUT)  # the only features that cannot be had again
         self.network.open(batch, self.along.open(due))
@@ -131,41 +130,25 @@ class ProbingSession:
 
     def update(self, now: tuple[int, int]) -> None:
         """After a training step, ``now`` epoch and step: one step of the online probes on the same batch."""
-        self.now = now
+        self.now = self._guard.now = now
         seen = self.network.close()
         if self._is_first_step:  # which all processes have, with labels or not
             self._is_first_step = False
-            with self._guarded("agreeing on layers"):
+            with self._guard.around("agreeing on layers"):
                 self.network.agree(self._ranks.gather)
         if seen is not None:
             self.check(seen[0])
             seen = self.along.accept(seen[0]), seen[1]
-        self._blame("taking its activation")
-        with self._guarded("keeping a batch"):
+        self._guard.blame("taking its activation")
+        with self._guard.around("keeping a batch"):
             self.optimum.close(seen)
         if seen is None:
             return
-        with self._guarded("updating their probes", "trained along", ("train", 0)):
+        with self._guard.around("updating their probes", "trained along", ("train", 0)):
             sums = self.along.update(*seen)
             self.points.add("trained along", "train", 0, sums, count_classes(seen[1]))
 
-    def _blame(self, doing: str) -> None:
-        """Set the layers aside that raised something since the last time; one warning for all that raised the same."""
-        faults, self.network.recorder.faults = self.network.recorder.faults, {}
-        for text in dict.fromkeys(map(repr, faults.values())):
-            layers = [layer for layer, error in faults.items() if repr(error) == text]
-            self.points.fail(layers, doing, faults[layers[0]], self.now)
-
-    @contextmanager
-    def _guarded(self, doing: str, probes: str = "published", curve: Curve | None = None) -> Iterator[None]:
-        """Whatever is raised inside, training goes on: all layers are set aside."""
-        try:
-            yield
-        except Exception as error:
-            self.points.fail(self.layers, doing, error, self.now)
-            with suppress(Exception):
-                if curve is not None:
-                    self.points.touch(probes, curve, len(self.layers), self.network.num_classes)
+        self._greet()
 
     def prepare(
         self,
@@ -178,18 +161,18 @@ class ProbingSession:
         has_validation: bool,
     ) -> None:
         """A point is due; ``gap``: what a fit lacks; the others are those of :meth:`Optimum.prepare`."""
-        with self._guarded("fitting their probes", "published", ("train", 0)):
+        with self._guard.around("fitting their probes", "published", ("train", 0)):
             self.along.merge()
             self.optimum.prepare(
                 model, context, self.online, is_validation=is_validation, has_validation=has_validation
             )
-        self._blame("fitting its probe")
+        self._guard.blame("fitting its probe")
         if gap and gap not in report.notes and self.optimum.fitted is not None:
             report.notes.append(gap)
 
     def watch(self, batch: Any, samples: int | None) -> None:
         """Before a step of evaluation; ``samples``: how many of the batch count, ``None`` for all."""
-        with self._guarded("recording a batch"):
+        with self._guard.around("recording a batch"):
             self.optimum.watch(batch)
             self.network.open(batch)
             self.network.count_only(samples)
@@ -197,21 +180,17 @@ class ProbingSession:
     def score(self, stage: str, dataloader: int, model: nn.Module, context: Context) -> None:
         """Score the probes on the batch that was just evaluated."""
         seen = self.network.close()
-        self._blame("taking its activation")
-        with self._guarded("scoring their probes", "published", (stage, dataloader)):
+        self._guard.blame("taking its activation")
+        with self._guard.around("scoring their probes", "published", (stage, dataloader)):
             self.optimum.score((stage, dataloader), seen, self.online, model, context)
+        self._greet()
 
-    def greeting(self) -> str:
-        """Once, as soon as it is known: a line about the layers."""
-        widths = self.network.recorder.widths
-        if self._has_greeted or not widths:
-            return ""
-        self._has_greeted = True
-        held = self.online.num_bytes if self.online is not None else 0
-        notes = "".join(f"; {note}" for note in self.network.notes)
-        layers = f"{len(self.network.layers)} layer{'s' * (len(self.network.layers) > 1)}"
-        features = sum(widths.get(layer, 0) for layer in self.network.layers)
-        return f"{layers}, {features:,} features, {held / 2**20:.1f} MiB{notes}"
+    def _greet(self) -> None:
+        if not self._has_greeted and (layers := self.facts.described()):
+            self._has_greeted = True
+            held = self.online.num_bytes if self.online is not None else 0
+            notes = "".join(f"; {note}" for note in self.network.notes)
+            rank_zero_info(f"LinearProbeCallback: {layers}, {held / 2**20:.1f} MiB{notes}")
 
     def publish(self, report: ProbeReport, epoch: int, step: int) -> tuple[list[Row], list[Row]]:
         """A point of every curve that has been scored since the last time, entered in ``report``.
@@ -222,23 +201,21 @@ class ProbingSession:
         Returns:
             The rows of the network as it was found, if they were due; those of now.
         """
-        rows: list[Row] = []
-        new: list[Row] = []
+        rows, new = list[Row](), list[Row]()
         first: dict[str, Row] = {}
-        with self._guarded("scoring their probes"):
+        with self._guard.around("scoring their probes"):
             self.network.agree(self._ranks.gather)
             self.facts.agree(self._ranks)
             first = self._about(self.optimum.conclude())
             self.points.agree(len(self.layers), self.network.num_classes)
-        self._blame("fitting its probe")
-        with self._guarded("publishing their scores"):
+        self._guard.blame("fitting its probe")
+        with self._guard.around("publishing their scores"):
             rows = self.points.publish("start", report, first, point=(0, 0))
             # A validation before the first step comes too late for the network as it was found.
             has_start = (epoch, step) == (0, 0) and bool(report.select(epoch=0, step=0))
             new = [] if has_start else self._points_of_now(report, epoch, step)
         if (epoch, step) != self.point:  # else: evaluated outside of training
-            notes = [*report.notes, *self.network.notes, *filter(None, [self.optimum.note])]
-            report.notes = list(dict.fromkeys(notes))
+            report.notes = list(dict.fromkeys([*report.notes, *self.network.notes, *filter(None, [self.optimum.note])]))
             share = self.optimum.cost["seconds"] / max(time.perf_counter() - self._begun, 1e-9)
             report.cost = {**self.optimum.cost, "share": share, "sent_bytes": self._ranks.num_bytes}
         self.points.clear()
@@ -263,7 +240,7 @@ class ProbingSession:
                 reasons=self.network.recorder.reasons if is_whole else None,
                 online="online",
             )
-        self._warn({layer for layer, known in about.items() if known["converged"] is False} - self.points.set_aside)
+        self.points.warn_unconverged(layer for layer, known in about.items() if known["converged"] is False)
         return new
 
     def _about(self, known: Mapping[str, Row]) -> dict[str, Row]:
@@ -271,11 +248,3 @@ class ProbingSession:
         if self.optimum.fitted is not None:
             widths |= self.optimum.fitted.bank.widths
         return self.facts.about(known, widths)
-
-    def _warn(self, unconverged: set[str]) -> None:
-        if new := sorted(unconverged - self._warned):
-            self._warned |= unconverged
-            rank_zero_warn(
-                f"LinearProbeCallback: the probes of {', '.join(map(repr, new))} did not reach their optimum in a "
-                "bounded number of iterations; their rows say converged: False"
-            )

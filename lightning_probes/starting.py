@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_probes.calls import CannotRunAgainError
-from lightning_probes.fitting import Context, Fitted, KeptBatch, ProbeFitter, device_of
+from lightning_probes.fitted import Fitted
+from lightning_probes.fitting import Context, KeptBatch, ProbeFitter, device_of
 from lightning_probes.points import Curve, Points
 from lightning_probes.ranks import Ranks
 from lightning_probes.replay import copy_of_weights

@@ -37,7 +37,7 @@ class Stopwatch(Callback):
         self.starts: list[float] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.probes._session.optimum._initial = None
+        self.probes._session.optimum._start.drop()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.starts.append(time.perf_counter())

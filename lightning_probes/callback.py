@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_probes.arguments import Calls, Layout, flag, positive_float, whole
 from lightning_probes.kept import Room, enough_samples
@@ -28,8 +28,8 @@ class LinearProbeCallback(Callback):
     Logged at each validation (or at the end of an epoch without one), ``{layer}`` being a ``named_modules()`` path or
     ``input``, and ``/dataloader_idx_N`` appended where a stage has several loaders:
 
-    - ``probe_error_{stage}/{layer}``, stage ``train``, ``val``, ``test``: the probe's classification error, a fraction in
-      [0, 1]; ``train`` on the samples that it was fitted on;
+    - ``probe_error_{stage}/{layer}``, stage ``train``, ``val``, ``test``: the probe's classification error, a fraction
+      in [0, 1]; ``train`` on the samples that it was fitted on;
     - ``probe_cross_entropy_{stage}/{layer}``: its cross-entropy in nats, if asked for in ``log_metrics``;
     - ``probe_lag_{stage}/{layer}``: likewise, how much higher the error of the probe is that was only trained along.
 
@@ -47,8 +47,8 @@ class LinearProbeCallback(Callback):
         num_classes: number of classes of the labels. Not given: the ``num_classes`` of the datamodule or module.
         input: where in the batch the network's input is (index, function or key), probed as depth 0; null: not probed.
         target: where in the batch the labels are: index, key or function.
-        max_features: a map (channels, ...) with more values is average-pooled over space to the largest grid with at
-            most this many; vectors keep their width.
+        max_features: a map (channels, ...) with more values is averaged over space to the largest grid with at most
+            this many; vectors keep their width.
         name: tells several of these callbacks in one Trainer apart; put before the logged names.
         layout: what three dimensions mean, by layer pattern, where the default is wrong: ``tokens``, (batch, tokens,
             width), averaged over tokens, or ``channels``, (batch, channels, length), pooled.
@@ -232,7 +232,7 @@ class LinearProbeCallback(Callback):
         samples = enough_samples(self._network.num_classes) if self._fit_samples is None else self._fit_samples
         ranks = Ranks() if trainer is None else Ranks.of(trainer)
         room = self._new_room(math.ceil(samples / ranks.number))  # each process keeps its share
-        return ProbingSession(self._network, self._learning_rate, room, ranks)
+        return ProbingSession(self._network, self._learning_rate, room, ranks, rank_zero_info)
 
     def _restore_probes(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._restored is not None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torchmetrics.utilities import rank_zero_info
 
 from lightning_probes.along import ProbesAlong
 from lightning_probes.bank import ProbeBank
@@ -31,6 +30,7 @@ class ProbingSession:
         learning_rate: of the online probes.
         room: for the samples that probes are brought to their optimum on; without any, online probes are published.
         ranks: the processes that train together.
+        say: tells the user of the layers, once they are known.
 
     Attributes:
         network: as given.
@@ -42,17 +42,18 @@ class ProbingSession:
         now: those of the last training step.
     """
 
-    def __init__(self, network: ProbedNetwork, learning_rate: float, room: Room, ranks: Ranks) -> None:
+    def __init__(
+        self, network: ProbedNetwork, learning_rate: float, room: Room, ranks: Ranks, say: Callable[[str], None]
+    ) -> None:
         self.along = ProbesAlong(network, learning_rate, ranks)
-        self._ranks = ranks
+        self._ranks, self._say = ranks, say
         self.points = Points(ranks)
         self.optimum = Optimum(network, self.points, room, ranks)
         self.point = self.now = 0, 0
         self.network = network
         self.facts = LayerFacts(network)
         self._guard = Guard(network, self.facts, self.points)
-        self._is_first_step = True
-        self._has_greeted = False
+        self._is_first_step, self._has_greeted = True, False
         self._begun = time.perf_counter()
 
     @property
@@ -116,10 +117,7 @@ class ProbingSession:
         self.network.open(batch, self.along.open(due))
 
     def check(self, features: Mapping[str, Tensor] | None = None) -> None:
-        """With the first batch after resuming: restored probes of other widths start afresh.
-
-        Args:
-            features: of the batch; by default what has been recorded of it so far.
+        """With the first ``features`` after resuming: restored probes of other widths start afresh.
 
         Raises:
             ValueError: there are some, and there must not be.
@@ -163,9 +161,8 @@ class ProbingSession:
         """A point is due; ``gap``: what a fit lacks; the others are those of :meth:`Optimum.prepare`."""
         with self._guard.around("fitting their probes", "published", ("train", 0)):
             self.along.merge()
-            self.optimum.prepare(
-                model, context, self.online, is_validation=is_validation, has_validation=has_validation
-            )
+            coming = {"is_validation": is_validation, "has_validation": has_validation}
+            self.optimum.prepare(model, context, self.online, **coming)
         self._guard.blame("fitting its probe")
         if gap and gap not in report.notes and self.optimum.fitted is not None:
             report.notes.append(gap)
@@ -190,7 +187,7 @@ class ProbingSession:
             self._has_greeted = True
             held = self.online.num_bytes if self.online is not None else 0
             notes = "".join(f"; {note}" for note in self.network.notes)
-            rank_zero_info(f"LinearProbeCallback: {layers}, {held / 2**20:.1f} MiB{notes}")
+            self._say(f"LinearProbeCallback: {layers}, {held / 2**20:.1f} MiB{notes}")
 
     def publish(self, report: ProbeReport, epoch: int, step: int) -> tuple[list[Row], list[Row]]:
         """A point of every curve that has been scored since the last time, entered in ``report``.
@@ -202,7 +199,7 @@ class ProbingSession:
             The rows of the network as it was found, if they were due; those of now.
         """
         rows, new = list[Row](), list[Row]()
-        first: dict[str, Row] = {}
+        first = dict[str, Row]()
         with self._guard.around("scoring their probes"):
             self.network.agree(self._ranks.gather)
             self.facts.agree(self._ranks)
@@ -212,8 +209,11 @@ class ProbingSession:
         with self._guard.around("publishing their scores"):
             rows = self.points.publish("start", report, first, point=(0, 0))
             # A validation before the first step comes too late for the network as it was found.
-            has_start = (epoch, step) == (0, 0) and bool(report.select(epoch=0, step=0))
-            new = [] if has_start else self._points_of_now(report, epoch, step)
+            new = (
+                []
+                if (epoch, step) == (0, 0) and report.select(epoch=0, step=0)
+                else self._points_of_now(report, epoch, step)
+            )
         if (epoch, step) != self.point:  # else: evaluated outside of training
             report.notes = list(dict.fromkeys([*report.notes, *self.network.notes, *filter(None, [self.optimum.note])]))
             share = self.optimum.cost["seconds"] / max(time.perf_counter() - self._begun, 1e-9)

@@ -195,7 +195,8 @@ class ActivationRecorder:
         try:
             self.record(layer, output, channels_first=channels_first)
         except Exception as error:
-            self.misfits[layer], self.faults[layer] = f"{type(error).__name__}: {error}", error
+            self.misfits[layer] = f"{type(error).__name__}: {error}"
+            self.faults[layer] = error.with_traceback(None)  # whose frames hold the activation
 
     def record(self, layer: str, output: Any, *, channels_first: bool = False) -> None:
         """Reduce and keep one output of a layer; what does not fit the batch is noted in ``misfits``."""

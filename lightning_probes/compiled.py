@@ -39,7 +39,9 @@ def leave(place: int) -> None:
 
 
 def _tell(activation: Tensor | None, place: int) -> None:
-    if (listener := _LISTENERS[place]) is not None:
+    # What is recorded in a CUDA graph is written again at each replay, wherever that memory belongs then.
+    is_captured = activation is not None and activation.is_cuda and torch.cuda.is_current_stream_capturing()
+    if (listener := _LISTENERS[place]) is not None and not is_captured:
         listener(activation)
 
 

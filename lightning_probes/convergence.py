@@ -17,7 +17,7 @@ _FEWEST = 20
 """Samples below which a fifth of them says nothing about a strength."""
 
 _ROUGHLY = 10
-"""Times the tolerance at which strengths are compared: the same were chosen in two thirds of the time (posthoc.py)."""
+"""Times the tolerance at which strengths are tried; the one that is chosen must be the best at the tolerance itself."""
 
 _CLEARLY = 1.01
 """A held-out loss that is higher than the best by this factor has passed its minimum."""
@@ -64,7 +64,7 @@ def fit_probes(
         priors: ``{layer: (classes, features)}`` on the features as they are: weights that the penalty pulls towards.
         folds: ``(samples,)``, which of :class:`Folds` each belongs to; views of one sample to the same. Of those that
             occur the last one is held out. Default: drawn for each sample.
-        tolerance: see :func:`~lightning_probes.regression.solve`; ten times that for the choice of a strength.
+        tolerance: see :func:`~lightning_probes.regression.solve`; of the strength that is chosen, too.
         max_iterations: likewise, for each fit.
 
     Raises:
@@ -92,9 +92,7 @@ def fit_probes(
             prior = torch.where(scale > 0, prior.to(mean) / scale, 0.0)
         part = Folds().next(len(y)).to(y.device) if folds is None else folds.to(y.device)[counted]
         solver = partial(solve, prior=prior, gram=_mean_gram(rows), max_iterations=max_iterations)
-        l2, start = _choose(
-            rows, y, part, sorted(strengths, reverse=True), partial(solver, tolerance=_ROUGHLY * tolerance)
-        )
+        l2, start = _choose(rows, y, part, sorted(strengths, reverse=True), solver, tolerance)
         best = solver(rows, y, l2, start=start, tolerance=tolerance)
         found[layer] = replace(best, mean=mean, variance=variance)
     return found
@@ -119,25 +117,34 @@ def _mean_gram(x: Rows) -> Tensor:
 
 
 def _choose(
-    x: Rows, y: Tensor, part: Tensor, strengths: Sequence[float], solver: Callable[..., Solution]
+    x: Rows, y: Tensor, part: Tensor, strengths: Sequence[float], solver: Callable[..., Solution], tolerance: float
 ) -> tuple[float, tuple[Tensor, Tensor] | None]:
     """The strength with the lowest held-out cross-entropy, and the probe that had it."""
     if x.total(y.new_tensor(float(len(y)))) < _FEWEST or len(strengths) == 1:
         return strengths[0], None
     held = part == part.max() if len(part) else part > 0
     fit, fit_y, rest, rest_y = x.where(~held), y[~held], x.where(held), y[held]
-    lowest, chosen, start = float("inf"), strengths[0], None
     # Never from a probe that has seen the held-out part: short of its optimum it would remember it.
-    best: tuple[Tensor, Tensor] | None = None
+    starts: dict[float, tuple[Tensor, Tensor]] = {}
+    losses: dict[float, float] = {}
+    start: tuple[Tensor, Tensor] | None = None
+
+    def attempt(l2: float, start: tuple[Tensor, Tensor] | None, tolerance: float) -> None:
+        tried = solver(fit, fit_y, l2, start=start, tolerance=tolerance)
+        starts[l2] = tried.weight, tried.bias
+        losses[l2] = float(sums_of(rest, rest_y, *starts[l2])[1])
+
     for l2 in strengths:
-        tried = solver(fit, fit_y, l2, start=start)
-        start = tried.weight, tried.bias
-        loss = float(sums_of(rest, rest_y, *start)[1])
-        if loss < lowest:
-            lowest, chosen, best = loss, l2, start
-        elif loss > _CLEARLY * lowest:
+        attempt(l2, start, _ROUGHLY * tolerance)
+        start = starts[l2]
+        if losses[l2] > _CLEARLY * min(losses.values()):
             break
-    return chosen, best
+    # Short of its optimum a weak penalty looks better than it is, like a training that is stopped early.
+    exact: set[float] = set()
+    while (best := min(losses, key=lambda l2: losses[l2])) not in exact:
+        attempt(best, starts[best], tolerance)
+        exact.add(best)
+    return best, starts[best]
 
 
 def _nothing(mean: Tensor, targets: Tensor, l2: float) -> Solution:

@@ -67,4 +67,4 @@ def at_the_cost_of(layer: str, network: ProbedNetwork, ranks: Ranks) -> Iterator
     except Exception as error:
         if ranks.number > 1:
             raise
-        network.recorder.faults[layer] = error
+        network.recorder.faults[layer] = error.with_traceback(None)  # whose frames hold a layer's features

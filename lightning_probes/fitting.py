@@ -166,6 +166,8 @@ class ProbeFitter:
         device = device_of(model)
         classes = torch.zeros(self._network.num_classes, device=device)
         sums: Tensor | None = None
+        # All processes or none, for a module may wait for the others as well.
+        self.refusal = self._ranks.first(self.refusal)
         try:
             if not self.refusal:
                 with closing(self.run_again(self._kept.items(), model, context, weights)) as batches:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from lightning_probes.facts import LayerFacts
 from lightning_probes.points import Curve, Points
 from lightning_probes.probing import ProbedNetwork
+from lightning_probes.ranks import Ranks
 
 
 class Guard:
@@ -17,23 +18,32 @@ class Guard:
         network: whose hooks may have raised.
         facts: knows the layers.
         points: in which layers are set aside.
+        ranks: the processes that work together.
 
     Attributes:
         now: epoch and step, for those who read of it.
     """
 
-    def __init__(self, network: ProbedNetwork, facts: LayerFacts, points: Points) -> None:
+    def __init__(self, network: ProbedNetwork, facts: LayerFacts, points: Points, ranks: Ranks) -> None:
         self.now = 0, 0
+        self._ranks = ranks
         self._network = network
         self._facts = facts
         self._points = points
 
     @contextmanager
-    def around(self, doing: str, probes: str = "published", curve: Curve | None = None) -> Iterator[None]:
-        """Whatever is raised inside, training goes on: all layers are set aside, and ``curve`` has a point."""
+    def around(
+        self, doing: str, probes: str = "published", curve: Curve | None = None, *, together: bool = False
+    ) -> Iterator[None]:
+        """Whatever is raised inside, training goes on: all layers are set aside, and ``curve`` has a point.
+
+        ``together``: processes tell one another things inside; one in which something is raised leaves them.
+        """
         try:
             yield
         except Exception as error:
+            if together:
+                self._ranks.leave()
             layers = self._facts.layers
             self._points.fail(layers, doing, error, self.now)
             with suppress(Exception):

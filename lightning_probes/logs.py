@@ -74,7 +74,7 @@ class Logs:
         several = {stage for stage, batches in loaders.items() if len(batches) > 1}
         # The values are the same in every process, and so is the largest of them: a mean of three would be rounded.
         # Without a batch size Lightning would look for one in the batch.
-        shared: dict[str, Any] = {"sync_dist": ranks.number > 1, "sync_dist_group": ranks.group, "reduce_fx": "max"}
+        shared: dict[str, Any] = {"sync_dist": ranks.number > 1, "sync_dist_group": ranks.own_group, "reduce_fx": "max"}
         values = self._values(rows, several)
         module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, add_dataloader_idx=False, **shared)
         # After that: other callbacks that watch a value find it even if a logger raises.

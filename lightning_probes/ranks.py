@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
+from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.rows import Total, alone
 
@@ -50,8 +51,15 @@ class Ranks:
 
     @classmethod
     def of(cls, trainer: Any) -> Ranks:
-        """Those of a Lightning Trainer."""
-        return cls(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)
+        """Those of a Lightning Trainer; each is alone, with a warning, if they cannot reach one another."""
+        rank, number, device = trainer.global_rank, trainer.world_size, trainer.strategy.root_device
+        try:
+            if number > 1:
+                _group_beside(distributed.group.WORLD)
+        except Exception as error:
+            rank_zero_warn(f"LinearProbeCallback: each process probes its own samples, as gloo cannot start: {error}")
+            number = 1
+        return cls(rank, number, device)
 
     @property
     def number(self) -> int:
@@ -62,6 +70,16 @@ class Ranks:
     def group(self) -> Any:
         """A process group of their own, on the host: what they tell one another never meets what the network does."""
         return _group_beside(distributed.group.WORLD) if self.number > 1 else None
+
+    @property
+    def own_group(self) -> Any:
+        """One of this process only, for those who insist on telling what all know."""
+        return _groups_alone(distributed.group.WORLD)[self.rank] if self.number > 1 else None
+
+    def leave(self) -> None:
+        """Something went wrong here, and the others are somewhere else by now: this process is alone from now on."""
+        if self.number > 1:
+            _lost.add(self.group)
 
     @property
     def total(self) -> Total:
@@ -115,6 +133,11 @@ def _group_beside(world: Any) -> Any:
     return distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
 
+@lru_cache(maxsize=1)
+def _groups_alone(world: Any) -> list[Any]:
+    return [distributed.new_group([rank], backend="gloo") for rank in range(distributed.get_world_size())]
+
+
 def unrepeated(loaders: Any, dataloader: int, batch_idx: int) -> int | None:
     """How many samples of a batch count, where a sampler repeats some so that all processes have equally many.
 
@@ -142,8 +165,11 @@ def refuse(strategy: Any) -> None:
     """Say no to what is known not to work.
 
     Raises:
-        ValueError: the strategy flattens or partitions weights in a way that the probes do not know.
+        ValueError: the strategy flattens or partitions weights, or shares samples, in a way that probes do not know.
     """
+    sharing = getattr(strategy, "distributed_sampler_kwargs", None)
+    if sharing and sharing["num_replicas"] != strategy.world_size:
+        raise ValueError("strategy: probes do not work with tensor parallelism; expected tensor_parallel_size=1")
     unknown = {"FSDPStrategy", "DeepSpeedStrategy"} & {kind.__name__ for kind in type(strategy).__mro__}
     if unknown:
         raise ValueError(

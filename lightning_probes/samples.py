@@ -57,7 +57,8 @@ class Samples:
             if layer in shapes:
                 width, classes, dtype = shapes[layer]
                 none = torch.zeros(0, width, dtype=dtype), torch.zeros(0, classes), torch.zeros(0, dtype=torch.long)
-                parts = self._parts.pop(layer, [none])
+                # Of several widths that of the first process counts.
+                parts = self._parts.pop(layer, [none]) if own.get(layer, shapes[layer]) == shapes[layer] else [none]
                 x, y, places = (torch.cat(list(column)).to(device) for column in zip(*parts, strict=True))
                 fold = folds[(places.cpu() * self._ranks.number + self._ranks.rank) % samples]
                 yield layer, x, y, fold.to(device)

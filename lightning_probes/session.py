@@ -52,7 +52,7 @@ class ProbingSession:
         self.point = self.now = 0, 0
         self.network = network
         self.facts = LayerFacts(network)
-        self._guard = Guard(network, self.facts, self.points)
+        self._guard = Guard(network, self.facts, self.points, ranks)
         self._is_first_step, self._has_greeted = True, False
         self._begun = time.perf_counter()
 
@@ -132,7 +132,7 @@ class ProbingSession:
         seen = self.network.close()
         if self._is_first_step:  # which all processes have, with labels or not
             self._is_first_step = False
-            with self._guard.around("agreeing on layers"):
+            with self._guard.around("agreeing on layers", together=True):
                 self.network.agree(self._ranks.gather)
         if seen is not None:
             self.check(seen[0])
@@ -159,7 +159,7 @@ class ProbingSession:
         has_validation: bool,
     ) -> None:
         """A point is due; ``gap``: what a fit lacks; the others are those of :meth:`Optimum.prepare`."""
-        with self._guard.around("fitting their probes", "published", ("train", 0)):
+        with self._guard.around("fitting their probes", "published", ("train", 0), together=True):
             self.along.merge()
             coming = {"is_validation": is_validation, "has_validation": has_validation}
             self.optimum.prepare(model, context, self.online, **coming)
@@ -200,13 +200,13 @@ class ProbingSession:
         """
         rows, new = list[Row](), list[Row]()
         first = dict[str, Row]()
-        with self._guard.around("scoring their probes"):
+        with self._guard.around("scoring their probes", together=True):
             self.network.agree(self._ranks.gather)
             self.facts.agree(self._ranks)
             first = self._about(self.optimum.conclude())
             self.points.agree(len(self.layers), self.network.num_classes)
         self._guard.blame("fitting its probe")
-        with self._guard.around("publishing their scores"):
+        with self._guard.around("publishing their scores", together=True):
             rows = self.points.publish("start", report, first, point=(0, 0))
             # A validation before the first step comes too late for the network as it was found.
             new = (

@@ -196,13 +196,12 @@ class _Posthoc:
         self._done[one.point] = one.name
 
     def _fit(self, model: Pass, store: FeatureStore) -> Fitted:
-        ranks = self._runner.ranks
-
         def keep(dataloader: int, before: int, seen: Seen) -> None:
+            ranks = self._runner.ranks
             store.add(*seen, (before + torch.arange(len(seen[1]))) * ranks.number + ranks.rank)
 
         self._runner.run(model, "train", keep)
-        begun = time.perf_counter()
+        ranks, begun = self._runner.ranks, time.perf_counter()
         self._network.agree(ranks.gather)
         seen = [store.samples, store.labelled, *(layer in store.layers for layer in self._network.layers)]
         samples, labelled, *ran = ranks.total(torch.tensor(seen)).tolist()

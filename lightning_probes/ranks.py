@@ -167,12 +167,12 @@ def refuse(strategy: Any) -> None:
     Raises:
         ValueError: the strategy flattens or partitions weights, or shares samples, in a way that probes do not know.
     """
-    sharing = getattr(strategy, "distributed_sampler_kwargs", None)
-    if sharing and sharing["num_replicas"] != strategy.world_size:
-        raise ValueError("strategy: probes do not work with tensor parallelism; expected tensor_parallel_size=1")
     unknown = {"FSDPStrategy", "DeepSpeedStrategy"} & {kind.__name__ for kind in type(strategy).__mro__}
     if unknown:
         raise ValueError(
             f"strategy: probes do not work with {unknown.pop()}; expected ddp, or ModelParallelStrategy (FSDP2), or a "
             "single device"
         )
+    sharing = getattr(strategy, "distributed_sampler_kwargs", None)
+    if sharing and sharing["num_replicas"] != strategy.world_size:
+        raise ValueError("strategy: probes do not work with tensor parallelism; expected tensor_parallel_size=1")

@@ -247,4 +247,4 @@ class LinearProbeCallback(Callback):
         # Outside fit the probes are those of a checkpoint or of the last fit, and so are epoch and step.
         epoch, step = self._schedule.now(trainer) if trainer.state.fn == "fit" else self._session.now
         start, rows = self._session.publish(self.report, epoch, step)
-        self._logs.write(start, rows, trainer, pl_module, Ranks.of(trainer))
+        self._logs.write(start, rows, trainer, pl_module, self._session.ranks)

@@ -108,9 +108,9 @@ def load_weights(model: nn.Module, path: Path, content: dict[str, Any]) -> None:
     model.load_state_dict({names[name]: tensor for name, tensor in weights.items() if name in names}, strict=is_strict)
 
 
-def first_of(keys: Sequence[str]) -> str:
-    """The first three, and how many more there are."""
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+def first_of(keys: Sequence[str], most: int = 3) -> str:
+    """The first few, and how many more there are."""
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def _weights_in(content: Mapping[str, Any]) -> dict[str, Any]:

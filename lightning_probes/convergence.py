@@ -111,7 +111,10 @@ def score(solution: Solution, features: Tensor, targets: Tensor) -> Tensor:
     return sums_of(Rows.of(x), targets, solution.weight, solution.bias)
 
 
-def _mean_gram(x: Rows) -> Tensor:
+def _mean_gram(x: Rows) -> Tensor | None:
+    """Of the features; ``None`` where no solution will need it, and it may not fit into memory."""
+    if x.is_wide:
+        return None
     own = x.gram()
     return own / x.total(own.new_tensor(float(x.samples))).clamp(min=1)
 

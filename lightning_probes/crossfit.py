@@ -72,9 +72,8 @@ class CrossFitter:
                     part = {layer: x[others]}
                     found = fit_probes(part, y[others], folds=fold[others], total=self._ranks.total)[layer]
                     held[layer] += score(found, x[~others], y[~others])
-        if not solutions and self._network.recorder.faults:
-            raise next(iter(self._network.recorder.faults.values()))
-        if not solutions:
+        found_all = fitted(self._network, self._ranks, solutions, CROSS_FITTED, classes)
+        if found_all is None:
             return None
         sums = torch.stack([held.get(layer, none) for layer in self._network.layers], dim=1)
-        return sums, fitted(self._network, self._ranks, solutions, CROSS_FITTED, classes), classes
+        return sums, found_all, classes

@@ -43,8 +43,16 @@ def fitted(
     data: str,
     classes: Tensor,
     online: Tensor | None = None,
-) -> Fitted:
-    """Solutions as probes to score with; ``data`` says what they were fitted on."""
+) -> Fitted | None:
+    """Solutions as probes to score with, ``None`` if there are none; ``data`` says what they were fitted on.
+
+    Raises:
+        Exception: what kept all layers from having one, see :func:`at_the_cost_of`.
+    """
+    if not solutions and network.recorder.faults:
+        raise next(iter(network.recorder.faults.values()))
+    if not solutions:
+        return None
     none = next(iter(solutions.values())).sums.new_zeros(3)
     sums = torch.stack([solutions[x].sums if x in solutions else none for x in network.layers], dim=1)
     # They are those of all processes, and will be summed over processes once more.

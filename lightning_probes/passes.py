@@ -59,7 +59,6 @@ class Pass(LightningModule):
         self._samples = 0
         self._step = _step_of(model)
         self._restore: list[Callable[[], Any]] = []
-        self.num_loaders = 0
         for stage, loader in loaders.items():
             if loader is None and not any(self._with(f"{stage}_dataloader")):
                 raise ValueError(
@@ -113,7 +112,6 @@ class Pass(LightningModule):
     def on_predict_start(self) -> None:
         order = self._network.layers or None
         self._network.attach(self.model, *self._owners, order=order)
-        self.num_loaders = self.trainer.predict_loop.num_dataloaders
         for name in ("on_validation_start", "on_validation_epoch_start"):
             # A validation_step counts on what they set up.
             if self._step is not None and is_overridden(name, self.model):

@@ -174,6 +174,7 @@ class _Posthoc:
             found = self._fit(model, store)
         finally:
             store.close()
+        assert found is not None
         assert found.sums is not None
         assert found.classes is not None
         points = Points(self._runner.ranks)
@@ -195,7 +196,7 @@ class _Posthoc:
         self._note(store)
         self._done[one.point] = one.name
 
-    def _fit(self, model: Pass, store: FeatureStore) -> Fitted:
+    def _fit(self, model: Pass, store: FeatureStore) -> Fitted | None:
         def keep(dataloader: int, before: int, seen: Seen) -> None:
             ranks = self._runner.ranks
             store.add(*seen, (before + torch.arange(len(seen[1]))) * ranks.number + ranks.rank)

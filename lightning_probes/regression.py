@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_probes.descent import Problem, minimise
-from lightning_probes.rows import Rows, alone, floating
+from lightning_probes.rows import Rows, floating
 from lightning_probes.scores import Labels, tally
 
 TOLERANCE = 5e-4
@@ -128,7 +128,7 @@ def _solve(
         v = warm if full.objective(warm) <= full.objective(cold) else cold
     # A step moves weights only within the span of the samples: few of them are a problem as small as they are.
     basis, small = None, full
-    if x.whole is not None and x.total is alone and 2 * samples < x.width - 1:
+    if x.is_wide and x.whole is not None:
         basis, across = torch.linalg.qr(x.whole[:, :-1].T)
         size = across.norm(dim=1, keepdim=True)
         # Collinear samples leave directions that are rounding, along which without a penalty anything can be fitted.

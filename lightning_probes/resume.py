@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Container, Mapping
 from typing import Any
 
 from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.bank import ProbeBank
+from lightning_probes.checkpoints import first_of
 
 _NAMED = 8
 """Layers that a message names."""
@@ -43,7 +44,7 @@ class Restored:
         layers = [layer for layer, width in found.items() if self._widths.get(layer, width) != width]
         if layers:
             widths = [f"{x!r} has {self._widths[x]} features in the checkpoint and {found[x]} here" for x in layers]
-            refuse(_few(widths), strict=self._is_strict)
+            refuse(first_of(widths, _NAMED), strict=self._is_strict)
             self._widths = {layer: width for layer, width in self._widths.items() if layer not in layers}
             self._bank.load_state_dict(only(self._bank.state_dict(), self._widths))
         return set(layers)
@@ -74,7 +75,7 @@ def differing(saved: Mapping[str, Any], selected: Collection[str], num_classes: 
     gone = [layer for layer in saved["selected"] if layer not in here]
     new = [layer for layer in selected if layer not in there]
     parts = [("only in the checkpoint", gone), ("only here", new)]
-    found = "; ".join(f"{where}: {_named(layers)}" for where, layers in parts if layers)
+    found = "; ".join(f"{where}: {first_of([repr(x) for x in layers], _NAMED)}" for where, layers in parts if layers)
     return f"layers {found}" if found else ""
 
 
@@ -104,11 +105,3 @@ def only(bank: Mapping[str, Mapping[str, Any]], layers: Collection[str]) -> dict
                 "tensors": {name: tensor[rows] for name, tensor in stack["tensors"].items()},
             }
     return kept
-
-
-def _named(layers: Iterable[str]) -> str:
-    return _few([repr(layer) for layer in layers])
-
-
-def _few(parts: list[str]) -> str:
-    return ", ".join(parts[:_NAMED]) + (f" and {len(parts) - _NAMED} more" if len(parts) > _NAMED else "")

@@ -92,6 +92,11 @@ class Rows:
         """Of this process."""
         return sum(self.parts.lengths)
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether the samples span so little of the features that a problem is better posed in their span."""
+        return self.whole is not None and self.total is alone and 2 * self.samples < self.width - 1
+
     def kept(self) -> Rows:
         """The same, read once."""
         whole = torch.cat(list(self.parts)) if len(self.parts) != 1 else self.parts[0]

@@ -60,7 +60,7 @@ class Runner:
     @property
     def device(self) -> torch.device:
         """Where models run."""
-        return self.ranks.device
+        return self._trainer.strategy.root_device
 
     @property
     def ranks(self) -> Ranks:

@@ -34,6 +34,7 @@ class ProbingSession:
 
     Attributes:
         network: as given.
+        ranks: as given.
         points: what is being scored.
         facts: what rows say of their layers.
         along: the probes that are trained along with the network.
@@ -46,7 +47,7 @@ class ProbingSession:
         self, network: ProbedNetwork, learning_rate: float, room: Room, ranks: Ranks, say: Callable[[str], None]
     ) -> None:
         self.along = ProbesAlong(network, learning_rate, ranks)
-        self._ranks, self._say = ranks, say
+        self.ranks, self._say = ranks, say
         self.points = Points(ranks)
         self.optimum = Optimum(network, self.points, room, ranks)
         self.point = self.now = 0, 0
@@ -133,7 +134,7 @@ class ProbingSession:
         if self._is_first_step:  # which all processes have, with labels or not
             self._is_first_step = False
             with self._guard.around("agreeing on layers", together=True):
-                self.network.agree(self._ranks.gather)
+                self.network.agree(self.ranks.gather)
         if seen is not None:
             self.check(seen[0])
             seen = self.along.accept(seen[0]), seen[1]
@@ -145,7 +146,6 @@ class ProbingSession:
         with self._guard.around("updating their probes", "trained along", ("train", 0)):
             sums = self.along.update(*seen)
             self.points.add("trained along", "train", 0, sums, count_classes(seen[1]))
-
         self._greet()
 
     def prepare(
@@ -201,23 +201,20 @@ class ProbingSession:
         rows, new = list[Row](), list[Row]()
         first = dict[str, Row]()
         with self._guard.around("scoring their probes", together=True):
-            self.network.agree(self._ranks.gather)
-            self.facts.agree(self._ranks)
+            self.network.agree(self.ranks.gather)
+            self.facts.agree(self.ranks)
             first = self._about(self.optimum.conclude())
             self.points.agree(len(self.layers), self.network.num_classes)
         self._guard.blame("fitting its probe")
         with self._guard.around("publishing their scores", together=True):
             rows = self.points.publish("start", report, first, point=(0, 0))
             # A validation before the first step comes too late for the network as it was found.
-            new = (
-                []
-                if (epoch, step) == (0, 0) and report.select(epoch=0, step=0)
-                else self._points_of_now(report, epoch, step)
-            )
+            if (epoch, step) != (0, 0) or not report.select(epoch=0, step=0):
+                new = self._points_of_now(report, epoch, step)
         if (epoch, step) != self.point:  # else: evaluated outside of training
             report.notes = list(dict.fromkeys([*report.notes, *self.network.notes, *filter(None, [self.optimum.note])]))
             share = self.optimum.cost["seconds"] / max(time.perf_counter() - self._begun, 1e-9)
-            report.cost = {**self.optimum.cost, "share": share, "sent_bytes": self._ranks.num_bytes}
+            report.cost = {**self.optimum.cost, "share": share, "sent_bytes": self.ranks.num_bytes}
         self.points.clear()
         self.along.turn()
         self.point = self.now = epoch, step

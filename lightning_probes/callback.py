@@ -55,7 +55,7 @@ class LinearProbeCallback(Callback):
         calls: of several calls of a layer in one step, which counts: ``last``, ``first`` or the ``mean`` of all.
         token_mask: where in the batch the mask of tokens is, which leaves those where it is 0 out of means; null: none.
         learning_rate: of the Adam that trains probes along with the network.
-        fit_samples: training samples, at most, on which the probes are brought to their optimum. Not given: 12 288, or
+        fit_samples: training samples, at most, on which the probes are brought to their optimum. Not given: 14 000, or
             200 a class where that is more; 0: none, the probes trained along are published.
         fit_bytes: of them, at most: kept inputs and their features. The default: some 6 000 images of 3 x 224 x 224.
         fit_on_device: keep them on the network's device and not on the host: faster, if there is room.

@@ -75,7 +75,7 @@ def measure(network: str, samples: int, batch_size: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=list(NETWORKS), help=f"of {list(NETWORKS)}")
-    parser.add_argument("--samples", type=int, default=12_288, help="trained on, kept and run again (default 12288)")
+    parser.add_argument("--samples", type=int, default=14_000, help="trained on, kept and run again (default 14000)")
     parser.add_argument("--batch-size", type=int, default=128)
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -235,8 +235,9 @@ def exact_error(train: Split, held_out: Split, classes: int, with_sklearn: bool)
     error = ((held_x.double() @ w[:, :-1].T + w[:, -1]).argmax(dim=1) != held_out[1]).double().mean().item()
     if not with_sklearn:
         return error, float("nan")
-    reference = LogisticRegression(C=1 / (len(x) * best[1]), max_iter=3000, tol=1e-4).fit(x.numpy(), train[1].numpy())
-    return error, 1 - reference.score(held_x.numpy(), held_out[1].numpy())
+    reference = LogisticRegression(C=1 / (len(x) * best[1]), max_iter=10_000, tol=1e-5)
+    reference.fit(x.double().numpy(), train[1].numpy())
+    return error, 1 - reference.score(held_x.double().numpy(), held_out[1].numpy())
 
 
 def refits(

@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from networks import Classifier, ViT, mlp
 
 from lightning_probes import LinearProbeCallback
-from lightning_probes.activations import reduce
 from lightning_probes.convergence import fit_probes, score
+from lightning_probes.reduction import reduce
 from lightning_probes.standardise import inverse_deviation
 
 Split = tuple[Tensor, Tensor]
@@ -287,7 +287,8 @@ def measure(network: str, seed: int, args: argparse.Namespace) -> list[dict[str,
     print(f"  fit: {probes.report.cost['seconds'] / training:.0%} of training ({training:.0f} s)", flush=True)
     order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(seed))
     known, is_first = recorded(args.record), seed == args.seeds[0]
-    inputs: dict[str, tuple[float, float]] = {}
+    exact: dict[str, tuple[float, float]] = {}
+    before: dict[str, Tensor] = {}
     rows: list[dict[str, Any]] = []
     for epoch, state in enumerate(heads.states):
         if epoch not in args.epochs:
@@ -298,16 +299,18 @@ def measure(network: str, seed: int, args: argparse.Namespace) -> list[dict[str,
         others: dict[str, dict[str, float]] = {}
         if args.refits and is_first:
             others = refits(found, train[1][order], held, held_out[1], classes, heads.online[epoch])
+        has_learned = any(not torch.equal(tensor, state[name]) for name, tensor in before.items())
+        before = state
         for layer, x in found.items():
             pair = (x, train[1][order]), (held[layer], held_out[1])
             if found_before := known.get((network, seed, epoch, layer)):
-                inputs[layer] = found_before
-            elif layer != "input" or not inputs:
-                inputs[layer] = exact_error(*pair, classes, args.sklearn and is_first)
+                exact[layer] = found_before
+            elif layer not in exact or (has_learned and layer != "input"):
+                exact[layer] = exact_error(*pair, classes, args.sklearn and is_first)
             published = probes.report.select(epoch=epoch, stage="val", layer=layer)
             values = {row["metric"]: row["value"] for row in published}
-            row = {"network": network, "seed": seed, "epoch": epoch, "layer": layer, "exact": inputs[layer][0]}
-            row |= {"sklearn": inputs[layer][1], "callback": values["error"]}
+            row = {"network": network, "seed": seed, "epoch": epoch, "layer": layer, "exact": exact[layer][0]}
+            row |= {"sklearn": exact[layer][1], "callback": values["error"]}
             if epoch:
                 row |= {"online, standardised": values["error"] + values["lag"]}
                 row |= {"online, Adam 1e-3": heads.errors[epoch - 1][layer]}

@@ -99,3 +99,8 @@ def where(argument: str, value: Any) -> Where:
     if isinstance(value, bool) or not (isinstance(value, (int, str)) or callable(value)):
         raise TypeError(f"{argument}: expected an index, a key or a callable, found {value!r}")
     return value  # type: ignore[no-any-return]
+
+
+def first_of(keys: Sequence[str], most: int = 3) -> str:
+    """The first few, and how many more there are."""
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")

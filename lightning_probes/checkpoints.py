@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_probes.arguments import first_of
 from lightning_probes.layers import clean
 
 
@@ -106,11 +107,6 @@ def load_weights(model: nn.Module, path: Path, content: dict[str, Any]) -> None:
         told = "; ".join(f"{what}: {first_of(keys)}" for what, keys in differences.items() if keys)
         raise CheckpointError(f"{path} is a checkpoint of another architecture than {type(model).__name__}; {told}")
     model.load_state_dict({names[name]: tensor for name, tensor in weights.items() if name in names}, strict=is_strict)
-
-
-def first_of(keys: Sequence[str], most: int = 3) -> str:
-    """The first few, and how many more there are."""
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def _weights_in(content: Mapping[str, Any]) -> dict[str, Any]:

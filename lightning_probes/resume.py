@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
+from lightning_probes.arguments import first_of
 from lightning_probes.bank import ProbeBank
-from lightning_probes.checkpoints import first_of
 
 _NAMED = 8
 """Layers that a message names."""

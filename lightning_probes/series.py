@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_probes.checkpoints import CheckpointError, find_checkpoints, first_of, load_weights, read_checkpoint
+from lightning_probes.arguments import first_of
+from lightning_probes.checkpoints import CheckpointError, find_checkpoints, load_weights, read_checkpoint
 
 AS_GIVEN, UNTRAINED = "as given", "untrained"
 

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from networks import Classifier, ResNet, ViT, images
 
 from lightning_probes import LinearProbeCallback
+from lightning_probes.kept import enough_samples
 
 NETWORKS = {"resnet": ("18-layer residual network, 32x32x3", ResNet), "vit": ("ViT, 12 blocks of 192, 32x32x3", ViT)}
 TARGETS = {50_000: 0.10, 20_000: 0.25}
@@ -75,7 +76,8 @@ def measure(network: str, samples: int, batch_size: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=list(NETWORKS), help=f"of {list(NETWORKS)}")
-    parser.add_argument("--samples", type=int, default=14_000, help="trained on, kept and run again (default 14000)")
+    default = enough_samples(10)
+    parser.add_argument("--samples", type=int, default=default, help=f"kept and run again (default {default})")
     parser.add_argument("--batch-size", type=int, default=128)
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -102,9 +102,8 @@ class LinearProbeCallback(Callback):
             Room, num_bytes=whole("fit_bytes", fit_bytes), on_device=flag("fit_on_device", fit_on_device)
         )
         self._schedule = Schedule(every_n_epochs)
-        self._is_strict = flag("strict", strict)
-        self._is_prepared = False
-        self.report = ProbeReport()
+        self._is_strict, self._is_prepared = flag("strict", strict), False
+        self._ranks, self.report = Ranks(), ProbeReport()
         self._session = self._new_session()
         self._restored: dict[str, Any] | None = None
 
@@ -121,7 +120,8 @@ class LinearProbeCallback(Callback):
         self._logs.begin(c._logs for c in callbacks if isinstance(c, LinearProbeCallback) and c is not self)
         refuse(trainer.strategy)
         self._network.attach(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
-        self._session = self._new_session(trainer)
+        self._ranks.meet(trainer)
+        self._session = self._new_session()
         self.report = ProbeReport()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -159,6 +159,7 @@ class LinearProbeCallback(Callback):
         self._session.forget()
         if trainer.state.fn == "fit":
             return
+        self._ranks.meet(trainer)
         # Hook the network again, with the probes of the checkpoint if one was loaded.
         if self._restored is not None:
             self._network.attach(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
@@ -174,7 +175,7 @@ class LinearProbeCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if trainer.sanity_checking:
-            self._network.preview(batch)
+            self._network.labels.preview(batch)
         elif self._is_due(trainer):
             # Not at the validation's start, where a callback may still put averaged weights into the network.
             self._prepare(trainer, pl_module, is_validation=True)
@@ -228,15 +229,14 @@ class LinearProbeCallback(Callback):
         coming = self._schedule.has_validation(trainer)
         self._session.prepare(pl_module, context, self.report, gap, is_validation=is_validation, has_validation=coming)
 
-    def _new_session(self, trainer: Trainer | None = None) -> ProbingSession:
+    def _new_session(self) -> ProbingSession:
         samples = enough_samples(self._network.num_classes) if self._fit_samples is None else self._fit_samples
-        ranks = Ranks() if trainer is None else Ranks.of(trainer)
-        room = self._new_room(math.ceil(samples / ranks.number))  # each process keeps its share
-        return ProbingSession(self._network, self._learning_rate, room, ranks, rank_zero_info)
+        room = self._new_room(math.ceil(samples / self._ranks.number))  # each process keeps its share
+        return ProbingSession(self._network, self._learning_rate, room, self._ranks, rank_zero_info)
 
     def _restore_probes(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._restored is not None
-        self._session = self._new_session(trainer)
+        self._session = self._new_session()
         saved, self._restored = self._restored["probes"], None
         restore(self._session, saved, pl_module.device, strict=self._is_strict, is_training=trainer.state.fn == "fit")
 
@@ -247,4 +247,4 @@ class LinearProbeCallback(Callback):
         # Outside fit the probes are those of a checkpoint or of the last fit, and so are epoch and step.
         epoch, step = self._schedule.now(trainer) if trainer.state.fn == "fit" else self._session.now
         start, rows = self._session.publish(self.report, epoch, step)
-        self._logs.write(start, rows, trainer, pl_module, self._session.ranks)
+        self._logs.write(start, rows, trainer, pl_module, self._ranks)

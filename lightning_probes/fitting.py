@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_probes.bank import ProbeBank
-from lightning_probes.calls import Call, num_bytes
+from lightning_probes.calls import Call, CannotRunAgainError, num_bytes
 from lightning_probes.convergence import fit_probes
 from lightning_probes.fitted import Fitted, at_the_cost_of, fitted
 from lightning_probes.frozen import frozen
@@ -177,8 +177,8 @@ class ProbeFitter:
                             own = online.score(seen, labels)
                             sums = own if sums is None else sums + own
                         samples.add(seen, labels)
-        except Exception as error:  # whatever a module raises: a probe never ends a training run
-            self.refusal = f"running them again raised {type(error).__name__}: {error}"
+        except CannotRunAgainError as error:
+            self.refusal = str(error)
         # All processes or none: those that can would wait for those that cannot.
         self.refusal = self._ranks.first(self.refusal)
         if self.refusal:
@@ -199,17 +199,21 @@ class ProbeFitter:
         """What the layers of the frozen network say to each of ``batches`` now.
 
         Raises:
-            Exception: whatever a module raises.
+            CannotRunAgainError: a module raises something, whatever it is: a probe never ends a training run.
         """
         device = device_of(model)
-        with frozen(model):
-            replay = Replay(model, device=device, weights=weights)
-            for batch in batches:
-                with context():
-                    run = partial(replay.run, batch.calls)
-                    seen = self._network.observe(len(batch.targets), run, batch.mask)
-                raw = {layer: x.to(device) for layer, x in batch.raw.items()}
-                yield raw | seen, batch.targets.to(device)
+        try:
+            with frozen(model):
+                replay = Replay(model, device=device, weights=weights)
+                for batch in batches:
+                    with context():
+                        run = partial(replay.run, batch.calls)
+                        seen = self._network.observe(len(batch.targets), run, batch.mask)
+                    raw = {layer: x.to(device) for layer, x in batch.raw.items()}
+                    yield raw | seen, batch.targets.to(device)
+        except Exception as error:
+            raised = f"running them again raised {type(error).__name__}: {error}"
+            raise CannotRunAgainError(raised) from error.with_traceback(None)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -43,7 +43,7 @@ class Guard:
             yield
         except Exception as error:
             if together:
-                self._ranks.leave()
+                self._ranks.leave(f"{doing} raised {type(error).__name__}: {error}")
             layers = self._facts.layers
             self._points.fail(layers, doing, error, self.now)
             with suppress(Exception):

@@ -101,7 +101,7 @@ class Optimum:
     def close(self, seen: Seen | None) -> None:
         """After a training step: what it showed; copied, where it is kept."""
         self._fitter.close(seen)
-        if self._network.trains_without_labels:
+        if self._network.labels.absent_in_training:
             self._fitter.refusal = "its batches have no usable labels"
 
     def prepare(

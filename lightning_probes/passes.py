@@ -74,6 +74,7 @@ class Pass(LightningModule):
         """The pass is over, however it ended: no hooks, and the loaders' generators as they were."""
         self._take = _leave
         self._network.detach()
+        self._network.recorder.faults = {}
         for restore in self._restore:
             restore()
         self._restore = []
@@ -126,6 +127,10 @@ class Pass(LightningModule):
         # Lightning runs in inference mode; what is kept will be used outside of it. Nor are probes in mixed precision.
         with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
             seen = self._network.close()
+            for layer, error in self._network.recorder.faults.items():
+                raise RuntimeError(
+                    f"layers: taking the activation of {layer!r} raised {type(error).__name__}: {error}"
+                ) from error
             if seen is not None:
                 features, targets = seen
                 seen = {layer: x.clone() for layer, x in features.items()}, targets.clone()

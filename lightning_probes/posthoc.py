@@ -215,7 +215,7 @@ class _Posthoc:
             solutions |= fit_probes({layer: x}, y, folds=folds[positions % samples], total=ranks.total)
         self.report.cost["seconds"] += time.perf_counter() - begun
         self.report.cost["kept_bytes"] = max(self.report.cost["kept_bytes"], store.memory_bytes + store.file_bytes)
-        self.report.notes = list(dict.fromkeys([*self.report.notes, *self._network.notes]))
+        self.report.notes = list(dict.fromkeys([*self.report.notes, *self._network.notes, *self._network.labels.notes]))
         return fitted(self._network, ranks, solutions, "train", store.classes.to(self._runner.device))
 
     def _check(self, samples: int, silent: list[str]) -> None:
@@ -247,4 +247,4 @@ class _Posthoc:
     def _note(self, store: FeatureStore) -> None:
         where = f"{store.memory_bytes / 2**20:,.0f} MiB of features in memory"
         where += f", {store.file_bytes / 2**20:,.0f} MiB in temporary files" * (store.file_bytes > 0)
-        self.report.notes = list(dict.fromkeys([*self.report.notes, where]))
+        self.report.notes = list(dict.fromkeys([*self.report.notes, *self._network.labels.notes, where]))

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from lightning_probes.activations import ActivationRecorder, is_channels_first
 from lightning_probes.arguments import Calls, Layout, Patterns, calls_of, layouts, patterns, where, whole
 from lightning_probes.compiled import compiled_parts
+from lightning_probes.labels import ATTENTION_MASK, LabelReader
 from lightning_probes.layers import match_layers, select_layers
-from lightning_probes.targets import Where, check_labels, distributions, find_num_classes, pick, pick_mask
+from lightning_probes.targets import Where, find_num_classes, pick
 
 INPUT = "input"
 """The name of the raw input among the layers: the probe at depth 0."""
-
-ATTENTION_MASK = "attention_mask"
-"""Where Hugging Face's batches have their mask; others need none there."""
 
 
 class ProbedNetwork:
@@ -32,8 +30,7 @@ class ProbedNetwork:
         selected: those that were selected, before the first batch showed which do not fit.
         modules: the module of each layer but ``input``; empty once detached.
         notes: what a user should know about how the layers were chosen.
-        trains_without_labels: whether the batches of training have no labels while those of validation have.
-        validates_with_labels: whether those of validation are known to have some, so that training needs none.
+        labels: reads those of each batch.
         has_input: whether the raw input is one of the layers.
         mask: which tokens of the batch that was opened last count; ``None`` if that batch does not say.
     """
@@ -56,19 +53,17 @@ class ProbedNetwork:
         self._layout = layouts(layout or {})
         self._given_classes = None if num_classes is None else whole("num_classes", num_classes)
         self._input = None if input is None else where("input", input)
-        self._target = where("target", target)
-        self._token_mask = None if token_mask is None else where("token_mask", token_mask)
+        mask = None if token_mask is None else where("token_mask", token_mask)
+        self.labels = LabelReader(where("target", target), mask)
         self.recorder = ActivationRecorder(whole("max_features", max_features), calls_of(calls))
         self.mask: Tensor | None = None
         self.num_classes = self._given_classes or 0
         self.layers: list[str] = []
         self.selected: list[str] = []
         self.modules: dict[str, nn.Module] = {}
-        self.trains_without_labels = False
-        self.validates_with_labels = False
         self.notes: list[str] = []
         self.has_input = False
-        self._is_checked = self._is_ordered = False
+        self._is_ordered = False
         self._targets: Tensor | None = None
 
     def attach(self, model: nn.Module, *owners: Any, order: Sequence[str] | None = None) -> None:
@@ -96,12 +91,12 @@ class ProbedNetwork:
         self.has_input = self._input is not None and INPUT not in modules
         self.layers = [INPUT] * self.has_input + list(modules)
         self.selected = list(self.layers)
-        self._is_checked, self._is_ordered = order is not None, False
+        self.labels.begin(self.num_classes, is_checked=order is not None)
+        self._is_ordered = False
         self._unfit: dict[str, str] = {}
         if order is not None:
             self.restore(order)
         self.modules = modules
-        self.trains_without_labels = self.validates_with_labels = False
         self.recorder.attach(modules, channels, compiled_parts(model)[1])
 
     def restore(self, order: Sequence[str]) -> None:
@@ -116,14 +111,6 @@ class ProbedNetwork:
         self.modules = {}
         self._targets = self.mask = None
 
-    def preview(self, batch: Any) -> None:
-        """A batch of validation before training begins: if it has usable labels, those of training need none."""
-        try:
-            check_labels(pick(batch, self._target, "target"), self.num_classes)
-            self.validates_with_labels = True
-        except Exception:  # whatever a user's function raises; a mistake will show in training
-            pass
-
     def open(self, batch: Any, only: Container[str] | None = None) -> None:
         """Take the labels and the raw input of ``batch``, before the step can change them, and begin to record.
 
@@ -135,20 +122,10 @@ class ProbedNetwork:
             LookupError, TypeError, ValueError: the first batch has no usable labels, and none that was previewed; or
                 no usable mask where the user said. Later ones are passed over.
         """
-        self._targets = self.mask = None
-        try:
-            labels = pick(batch, self._target, "target")
-            if not self._is_checked:
-                check_labels(labels, self.num_classes)
-            self._targets = distributions(labels, self.num_classes)
-        except Exception as error:  # whatever a user's function raises
-            if not self._is_checked and not self.trains_without_labels:
-                if not self.validates_with_labels:
-                    raise
-                self.trains_without_labels = True
-                self.notes.append(f"batches of training have no usable labels ({error})")
+        self._targets, self.mask = self.labels.read(batch), None
+        if self._targets is None:
             return
-        self._take_mask(batch, len(self._targets))
+        self.mask = self.labels.read_mask(batch, len(self._targets))
         self.recorder.start(len(self._targets), only, self.mask)
         if self.has_input:
             self._record_input(batch)
@@ -158,13 +135,6 @@ class ProbedNetwork:
         if samples is not None and self._targets is not None:
             self._targets = self._targets.clone()
             self._targets[samples:] = 0
-
-    def _take_mask(self, batch: Any, samples: int) -> None:
-        try:
-            self.mask = None if self._token_mask is None else pick_mask(batch, self._token_mask, samples)
-        except Exception:  # whatever a user's function raises
-            if not self._is_checked and self._token_mask != ATTENTION_MASK:
-                raise
 
     def observe(self, samples: int, run: Callable[[], None], mask: Tensor | None = None) -> dict[str, Tensor]:
         """What the layers say in a ``run`` of theirs outside of all steps, on ``samples``; in memory of their own."""
@@ -186,7 +156,7 @@ class ProbedNetwork:
         Raises:
             ValueError: naming layer, shape and number of labels.
         """
-        if not self._is_checked and self._patterns is not None and not self.trains_without_labels:
+        if not self.labels.is_checked and self._patterns is not None and not self.labels.absent_in_training:
             for layer, reason in self.recorder.misfits.items():
                 if layer != INPUT and layer not in self.recorder.features:
                     raise ValueError(f"layers: {layer!r} cannot be probed: {reason}")
@@ -199,7 +169,7 @@ class ProbedNetwork:
         self.check()
         misfits = dict(self.recorder.misfits)
         features = self.recorder.stop()
-        if not self._is_checked:
+        if not self.labels.is_checked:
             self._settle(features, misfits)
         # A function of the user's may make labels on another device.
         devices = {x.device for x in features.values()}
@@ -210,7 +180,7 @@ class ProbedNetwork:
         try:
             value = pick(batch, self._input, "input")
         except Exception as error:  # whatever a user's function raises
-            if not self._is_checked and not isinstance(error, LookupError):
+            if not self.labels.is_checked and not isinstance(error, LookupError):
                 raise
             value = None
         if isinstance(value, Tensor):
@@ -218,7 +188,7 @@ class ProbedNetwork:
 
     def _settle(self, features: Mapping[str, Tensor], misfits: Mapping[str, str]) -> None:
         """After the first batch: the order of the calls, and no layer that nobody asked for and that does not fit."""
-        self._is_checked = True
+        self.labels.is_checked = True
         if self._is_ordered:
             return
         if self.has_input and INPUT not in features:
@@ -241,10 +211,15 @@ class ProbedNetwork:
         """
         if self._is_ordered:
             return
-        found = [layers for is_settled, layers in gather((self._is_checked, self.layers)) if is_settled]
-        if found:
-            self._is_checked = True
-            self.restore(list(dict.fromkeys(chain(*found))))
-            if unfit := [layer for layer in self._unfit if layer not in self.layers]:
+        known = gather((self.labels.is_checked, self.layers, self.recorder.widths))
+        if found := [layers for is_settled, layers, _ in known if is_settled]:
+            self.labels.is_checked = True
+            layers = list(dict.fromkeys(chain(*found)))
+            widths = {layer: {own[layer] for *_, own in known if layer in own} for layer in layers}
+            differing = [layer for layer in layers if len(widths[layer]) > 1]
+            self.restore([layer for layer in layers if layer not in differing])
+            if differing:
+                self.notes.append(f"left out: {', '.join(differing)} (of other widths in other processes)")
+            if unfit := [layer for layer in self._unfit if layer not in layers]:
                 reason = self._unfit[unfit[0]] if len(unfit) == 1 else "did not run or do not fit the batch"
                 self.notes.append(f"left out: {', '.join(unfit)} ({reason})")

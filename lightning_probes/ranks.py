@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -19,9 +19,6 @@ from lightning_probes.rows import Total, alone
 LONGEST_WAIT = timedelta(minutes=5)
 """For other processes. One of them may have left the loop in which the others are, or have failed."""
 
-_lost: set[Any] = set()
-"""Process groups in which somebody waited in vain."""
-
 T = TypeVar("T")
 K = TypeVar("K")
 V = TypeVar("V")
@@ -30,56 +27,54 @@ V = TypeVar("V")
 class Ranks:
     """All processes of a run. Every one of them calls the same methods in the same order.
 
-    One that waits for the others for longer than :data:`LONGEST_WAIT` raises, and is alone from then on.
-
-    Args:
-        rank: of this process.
-        number: of processes; 1: nothing is sent.
-        device: of the network.
+    One that waits for the others for longer than :data:`LONGEST_WAIT` raises, and is alone until they :meth:`meet`
+    again. Made anew, a process is alone.
 
     Attributes:
-        rank: as given.
-        device: as given.
+        rank: of this process.
+        number: of processes, as long as they come; 1: nothing is sent.
+        device: of the network.
         num_bytes: of the tensors that this process has given to be summed.
+        note: why it is alone though there are others; empty otherwise.
     """
 
-    def __init__(self, rank: int = 0, number: int = 1, device: torch.device | str = "cpu") -> None:
-        self.rank = rank
+    def __init__(self) -> None:
+        self.rank, self.number = 0, 1
         self.num_bytes = 0
-        self.device = torch.device(device)
-        self._number = number
+        self.device = torch.device("cpu")
+        self.note = ""
+        self._group: Any = None
 
-    @classmethod
-    def of(cls, trainer: Any) -> Ranks:
-        """Those of a Lightning Trainer; each is alone, with a warning, if they cannot reach one another."""
-        rank, number, device = trainer.global_rank, trainer.world_size, trainer.strategy.root_device
+    def meet(self, trainer: Any) -> Ranks:
+        """Become those of a Lightning Trainer; each is alone, with a warning, if they cannot reach one another."""
+        if self._group is not None and self.number > 1:  # of a lost one somebody may still wait
+            with suppress(Exception):  # the world that it was of may be gone
+                distributed.destroy_process_group(self._group)
+        self.rank, self.number, self.device = trainer.global_rank, trainer.world_size, trainer.strategy.root_device
+        self.num_bytes, self.note, self._group = 0, "", None
         try:
-            if number > 1:
-                _group_beside(distributed.group.WORLD)
+            if self.number > 1:
+                # Of their own and on the host: what they tell one another never meets what the network does. In each
+                # run anew, by all of them: one that was left alone in an earlier run is not alone in this one.
+                self._group = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
         except Exception as error:
-            rank_zero_warn(f"LinearProbeCallback: each process probes its own samples, as gloo cannot start: {error}")
-            number = 1
-        return cls(rank, number, device)
+            self.number, self.note = 1, f"each process probes its own samples, as gloo cannot start: {error}"
+            rank_zero_warn(f"LinearProbeCallback: {self.note}")
+        return self
 
-    @property
-    def number(self) -> int:
-        """How many there are, as long as they come."""
-        return 1 if self._number == 1 or _group_beside(distributed.group.WORLD) in _lost else self._number
-
-    @property
-    def group(self) -> Any:
-        """A process group of their own, on the host: what they tell one another never meets what the network does."""
-        return _group_beside(distributed.group.WORLD) if self.number > 1 else None
+    def __getstate__(self) -> dict[str, Any]:
+        """In another process, or a copy, they have to meet first."""
+        return Ranks().__dict__
 
     @property
     def own_group(self) -> Any:
         """One of this process only, for those who insist on telling what all know."""
         return _groups_alone(distributed.group.WORLD)[self.rank] if self.number > 1 else None
 
-    def leave(self) -> None:
+    def leave(self, reason: str) -> None:
         """Something went wrong here, and the others are somewhere else by now: this process is alone from now on."""
         if self.number > 1:
-            _lost.add(self.group)
+            self.number, self.note = 1, f"process {self.rank} went on without the others: {reason}"
 
     @property
     def total(self) -> Total:
@@ -108,11 +103,10 @@ class Ranks:
 
     @contextmanager
     def _waiting(self) -> Iterator[Any]:
-        group = self.group
         try:
-            yield group
+            yield self._group
         except Exception as error:
-            _lost.add(group)
+            self.leave("it waited for them in vain")
             raise RuntimeError(f"process {self.rank} waited for the others in vain ({error})") from error
 
     def union(self, value: Mapping[K, V]) -> dict[K, V]:
@@ -126,11 +120,6 @@ class Ranks:
         if rank is None:
             return ""
         return found[rank] if self.number == 1 else f"process {rank}: {found[rank]}"
-
-
-@lru_cache(maxsize=1)
-def _group_beside(world: Any) -> Any:
-    return distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
 
 @lru_cache(maxsize=1)

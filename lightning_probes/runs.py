@@ -44,6 +44,7 @@ class Runner:
 
     def __init__(self, trainer: Trainer | None) -> None:
         self._bar = _Bar()
+        self._ranks: Ranks | None = None
         self._trainer = trainer or Trainer(
             logger=False,
             devices=1,
@@ -65,7 +66,9 @@ class Runner:
     @property
     def ranks(self) -> Ranks:
         """The processes that run; known once a pass has begun."""
-        return Ranks.of(self._trainer)
+        if self._ranks is None:
+            self._ranks = Ranks().meet(self._trainer)
+        return self._ranks
 
     def run(self, model: Pass, stage: str, take: Take) -> None:
         """Give every batch of a stage to ``model``, and what it shows to ``take``.

@@ -17,7 +17,7 @@ def state_of(session: ProbingSession) -> dict[str, Any]:
     return {
         "facts": session.facts.state_dict(),
         "selected": list(network.selected),
-        "trains_without_labels": network.trains_without_labels,
+        "trains_without_labels": network.labels.absent_in_training,
         "num_classes": network.num_classes,
         "along": session.along.state_dict(),
         "optimum": session.optimum.state_dict(),
@@ -52,7 +52,7 @@ def restore(
     if difference := differing(state, selected, network.num_classes):
         refuse(difference, strict=strict)
     session.point, session.now = tuple(state["point"]), tuple(state["now"])
-    network.validates_with_labels |= state["trains_without_labels"]
+    network.labels.present_in_validation |= state["trains_without_labels"]
     if state["num_classes"] != network.num_classes:
         return
     layers = selected if difference else state["facts"]["layers"]

@@ -212,7 +212,8 @@ class ProbingSession:
             if (epoch, step) != (0, 0) or not report.select(epoch=0, step=0):
                 new = self._points_of_now(report, epoch, step)
         if (epoch, step) != self.point:  # else: evaluated outside of training
-            report.notes = list(dict.fromkeys([*report.notes, *self.network.notes, *filter(None, [self.optimum.note])]))
+            notes = [*report.notes, *self.network.notes, *self.network.labels.notes, self.optimum.note, self.ranks.note]
+            report.notes = list(dict.fromkeys(filter(None, notes)))
             share = self.optimum.cost["seconds"] / max(time.perf_counter() - self._begun, 1e-9)
             report.cost = {**self.optimum.cost, "share": share, "sent_bytes": self.ranks.num_bytes}
         self.points.clear()

@@ -85,7 +85,8 @@ class StartingPoint:
             for seen in self._fitter.run_again([batch], model, context, self._weights):
                 self._points.add("start", *curve, self.fitted.bank.score(*seen), count_classes(seen[1]))
         except Exception as error:  # whatever a module raises: a probe never ends a training run
-            self._fault = f"validation cannot be run again: {type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, CannotRunAgainError) else f"{type(error).__name__}: {error}"
+            self._fault = f"validation cannot be run again: {reason}"
 
     def missed(self) -> str:
         """Why some process could not score it, if so; it is dropped then."""

@@ -9,10 +9,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from networks import QUIET, Classifier, convnet, images, mlp
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 import lightning_probes.ranks
 from lightning_probes import LinearProbeCallback
+from lightning_probes.bank import ProbeBank
 
 RANK, NUMBER = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 TRAIN, HELD_OUT = 96, 41
@@ -160,6 +163,18 @@ class Sharded(Classifier):
         fully_shard(self.net, mesh=mesh)
 
 
+class OtherWidths(Classifier):
+    """A layer whose features number otherwise in one process."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.side = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.side(x.flatten(1)[:, : 8 + RANK])
+        return super().forward(x)
+
+
 class Uneven(IterableDataset[Any]):
     """Some batches in each process."""
 
@@ -233,6 +248,51 @@ def fewer_training_batches() -> Found:
     return fit(Alone(mlp(inputs=16, width=12, depth=1)), LinearProbeCallback(), *data)
 
 
+def other_widths() -> Found:
+    seed_everything(3, verbose=False)
+    return fit(OtherWidths(mlp(inputs=16, width=12, depth=1)), LinearProbeCallback())
+
+
+def met_again() -> Found:
+    """One process leaves the others in a first fit, for a fault of its own; in a second one all are there."""
+    longest, merge = lightning_probes.ranks.LONGEST_WAIT, ProbeBank.merge
+
+    def raising(*args: Any) -> None:
+        raise RuntimeError("injected")
+
+    lightning_probes.ranks.LONGEST_WAIT = timedelta(seconds=3)
+    if RANK == 1:
+        ProbeBank.merge = raising  # type: ignore[method-assign,assignment]
+    first = fit(network(), probes := LinearProbeCallback())
+    lightning_probes.ranks.LONGEST_WAIT, ProbeBank.merge = longest, merge  # type: ignore[method-assign]
+    return {"first": {"notes": first["notes"], "rows": first["rows"]}, **fit(network(), probes)}
+
+
+def scored_alone() -> Found:
+    """After training together one process evaluates by itself, as Lightning recommends."""
+    probes, model = LinearProbeCallback(), network()
+    make_trainer(probes).fit(model, *loaders())
+    known = found(model, probes)
+    if RANK == 0:
+        trainer = Trainer(**QUIET, callbacks=[probes], use_distributed_sampler=False)
+        whole = DataLoader(images(HELD_OUT, size=4, seed=2), batch_size=12)
+        known["alone"] = trainer.test(model, whole, verbose=False)[0]["probe_error_test/input"]
+    torch.distributed.barrier()
+    return known
+
+
+def resumed() -> Found:
+    """Resumed from the checkpoint of the first epoch's end, beside the run that was never stopped."""
+    folder = Path(sys.argv[1]).parent / "checkpoints"
+    saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    whole, model = LinearProbeCallback(), network()
+    make_trainer(whole, saving, max_epochs=3, enable_checkpointing=True).fit(model, *loaders())
+    expected = found(model, whole)
+    probes, model = LinearProbeCallback(), network()
+    make_trainer(probes, max_epochs=3).fit(model, *loaders(), ckpt_path=folder / "epoch=0.ckpt")
+    return {**found(model, probes), "expected": {key: expected[key] for key in ("rows", "probes")}}
+
+
 def sharded() -> Found:
     seed_everything(3, verbose=False)
     model, probes = Sharded(mlp(inputs=16, width=12, depth=2)), LinearProbeCallback("net.*")
@@ -255,6 +315,10 @@ CASES: dict[str, Callable[[], Found]] = {
         raising,
         no_validation_batch,
         fewer_training_batches,
+        other_widths,
+        met_again,
+        scored_alone,
+        resumed,
         sharded,
     )
 }

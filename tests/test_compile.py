@@ -86,6 +86,13 @@ class Quiet(Classifier):
         self(batch[0])
 
 
+class Loud(Quiet):
+    """Logs one value."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+
 class Compilations(Callback):
     """A backend that counts what it compiles, and that count after each step."""
 
@@ -134,11 +141,14 @@ class Run:
         make: Callable[[], nn.Module] = Net,
         prepare: Callable[[Any], None] | None = None,
         samples: int = 96,
+        kind: type[Classifier] = Quiet,
+        epochs: int = 2,
     ) -> None:
         torch.compiler.reset()
         counters.clear()
         seed_everything(0, verbose=False)
-        self.model = Quiet(make())
+        self.model = kind(make())
+        self.epochs = epochs
         self.compilations = Compilations(backend)
         given = compiled(self.model, way, self.compilations)
         if prepare is not None:
@@ -146,7 +156,9 @@ class Run:
         self.fit(given, *probes, samples=samples)
 
     def fit(self, given: Any, *probes: LinearProbeCallback, samples: int = 96) -> None:
-        trainer = Trainer(**QUIET, max_epochs=2, callbacks=[*probes, self.compilations], num_sanity_val_steps=0)
+        trainer = Trainer(
+            **QUIET, max_epochs=self.epochs, callbacks=[*probes, self.compilations], num_sanity_val_steps=0
+        )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer.fit(given, loader(samples), loader(32, seed=1))
@@ -196,6 +208,16 @@ def test_hooks_cost_no_graph_break_and_no_compilation(way: str, backend: str, ea
         assert watched.said == []
         assert values(probes) == pytest.approx(values(eager), rel=1e-4, abs=1e-4)
         assert {row["fitted_on"]["data"] for row in probes.report.rows} == {"train"}
+
+
+def test_compiled_logging_is_compiled_once_more_at_the_first_publication() -> None:
+    # Lightning's own: its compiled self.log knows how many values there are.
+    without = Run("by the trainer", "eager", kind=Loud, epochs=4)
+    watched = Run("by the trainer", "eager", LinearProbeCallback("net.**"), kind=Loud, epochs=4)
+    assert without.graphs <= watched.graphs <= without.graphs + 1
+    for run in (without, watched):
+        assert run.after_steps[-8:] == run.after_steps[-1:] * 8
+    assert all(torch.equal(value, watched.state[name]) for name, value in without.state.items())
 
 
 def test_layers_that_have_their_turn_cost_no_compilation() -> None:

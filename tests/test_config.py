@@ -9,6 +9,7 @@ import re
 import runpy
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +145,12 @@ def test_every_argument_can_be_written_in_yaml() -> None:
     assert network._exclude == written["exclude"]
     assert network._given_classes == 7
     assert network._input == "pixels"
-    assert network._target == "labels"
+    assert network.labels._target == "labels"
     assert network.recorder.max_features == 256
     assert probes.state_key == LinearProbeCallback(name="digit").state_key
     assert network._layout == written["layout"]
     assert network.recorder.calls == "mean"
-    assert network._token_mask == "mask"
+    assert network.labels._token_mask == "mask"
     assert probes._new_session().optimum.room == Room(1000, 2_000_000, on_device=True)
     assert (probes._learning_rate, probes._schedule._every_n_epochs) == (0.01, 3)
     assert probes._is_strict is False
@@ -165,18 +166,18 @@ def test_every_argument_can_be_written_in_yaml() -> None:
         ("exclude: Dropout", "_exclude", ["Dropout"]),
         ("input: null", "_input", None),
         ("input: 2", "_input", 2),
-        ("target: 2", "_target", 2),
-        ("target: -1", "_target", -1),
-        ("target: operator.length_hint", "_target", __import__("operator").length_hint),
+        ("target: 2", "labels._target", 2),
+        ("target: -1", "labels._target", -1),
+        ("target: operator.length_hint", "labels._target", __import__("operator").length_hint),
         ("num_classes: null", "_given_classes", None),
-        ("{}", "_token_mask", "attention_mask"),
-        ("token_mask: null", "_token_mask", None),
-        ("token_mask: 2", "_token_mask", 2),
-        ("token_mask: operator.length_hint", "_token_mask", __import__("operator").length_hint),
+        ("{}", "labels._token_mask", "attention_mask"),
+        ("token_mask: null", "labels._token_mask", None),
+        ("token_mask: 2", "labels._token_mask", 2),
+        ("token_mask: operator.length_hint", "labels._token_mask", __import__("operator").length_hint),
     ],
 )
 def test_argument_in_yaml_means_what_it_means_in_python(init_args: str, attribute: str, expected: Any) -> None:
-    assert getattr(from_yaml(yaml.safe_load(init_args))._network, attribute) == expected
+    assert attrgetter(attribute)(from_yaml(yaml.safe_load(init_args))._network) == expected
 
 
 @pytest.mark.parametrize(
@@ -202,8 +203,16 @@ def test_mistake_in_yaml_is_refused_by_name(init_args: str, argument: str) -> No
 def test_lists_and_mappings_of_omegaconf_are_accepted() -> None:
     written = OmegaConf.create(EVERYTHING)
     probes, plain = LinearProbeCallback(**written), from_yaml(yaml.safe_load(EVERYTHING))  # type: ignore[arg-type]
-    for attribute in ("_patterns", "_exclude", "_layout", "_given_classes", "_input", "_target", "_token_mask"):
-        found = getattr(probes._network, attribute)
-        assert found == getattr(plain._network, attribute)
-        assert type(found) is type(getattr(plain._network, attribute))
+    for attribute in (
+        "_patterns",
+        "_exclude",
+        "_layout",
+        "_given_classes",
+        "_input",
+        "labels._target",
+        "labels._token_mask",
+    ):
+        found, expected = map(attrgetter(attribute), (probes._network, plain._network))
+        assert found == expected
+        assert type(found) is type(expected)
     assert probes._logs._metrics == plain._logs._metrics

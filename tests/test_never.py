@@ -12,7 +12,7 @@ import torch
 from faults import EPOCHS, ONE, SETTINGS, Arming, Fault, Memory, Run, probes_of, run, undisturbed, without
 from torch import Tensor
 
-from lightning_probes import ProbeReport, crossfit, fitting, optimum, probing, session
+from lightning_probes import ProbeReport, crossfit, fitting, labels, optimum, session
 from lightning_probes.activations import ActivationRecorder
 from lightning_probes.bank import ProbeBank
 from lightning_probes.kept import KeptBatches
@@ -63,7 +63,7 @@ NAN = {
     "the update": Case(ProbeBank, "update", EVERYWHERE),
     "counting classes in training": Case(session, "count_classes", MIXED, ONCE),
     "counting classes in validation": Case(optimum, "count_classes", ["convolutions"], ONCE),
-    "scoring": Case(ProbeBank, "score", ["MLP, online"]),
+    "scoring": Case(ProbeBank, "score", [*CONVERGED, "MLP, online"]),
     "the end of recording": Case(CallRecorder, "stop", CONVERGED),
     "choosing batches": Case(KeptBatches, "wants", CONVERGED, ONCE),
     "keeping batches": Case(KeptBatches, "add", CONVERGED),
@@ -82,7 +82,7 @@ ANOTHER_WAY = {
 FEWER_BATCHES = {
     "the beginning of a call": Case(CallRecorder, "_enter", CONVERGED),
     "the end of a call": Case(CallRecorder, "_leave", CONVERGED),
-    "labels": Case(probing, "distributions", MIXED, ONCE),
+    "labels": Case(labels, "distributions", MIXED, ONCE),
 }
 LOGGING = {"logging": Case(Logs, "_write", MIXED)}
 
@@ -154,6 +154,10 @@ def test_fault_of_what_can_be_had_in_another_way_costs_no_value(
     data = {row["fitted_on"]["data"] for row in disturbed.report.rows if row["epoch"] > 1}
     if case in FEWER_BATCHES.values():
         assert said == []
+        told = [
+            note for note in disturbed.report.notes if "labels cannot be used are passed over (the first: inj" in note
+        ]
+        assert len(told) == (case.attribute == "distributions")
         assert data == {row["fitted_on"]["data"] for row in undisturbed(name).report.rows}
     else:
         assert len(said) == 1

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_probes import LinearProbeCallback, ProbeReport, probe
+from lightning_probes.activations import ActivationRecorder
 
 TRAIN, HELD_OUT = 640, 400
 
@@ -694,3 +695,18 @@ def test_a_model_that_a_trainer_knows_is_from_where_that_trainer_is(tmp_path: Pa
         ("as given", 2, 8),
     }
     assert errors(report, network="untrained") != errors(report, network="as given")
+
+
+def test_activation_that_cannot_be_taken_is_told_with_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = ActivationRecorder.record
+
+    def raising(self: ActivationRecorder, layer: str, *args: Any, **kwargs: Any) -> None:
+        if layer == "net.1":
+            raise RuntimeError("injected")
+        record(self, layer, *args, **kwargs)
+
+    monkeypatch.setattr(ActivationRecorder, "record", raising)
+    with pytest.raises(
+        RuntimeError, match=r"^layers: taking the activation of 'net\.1' raised RuntimeError: injected$"
+    ):
+        probe(Classifier(mlp()), loader(64), loader(32, seed=1), trainer=Trainer(**QUIET))

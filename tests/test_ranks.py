@@ -21,7 +21,8 @@ from lightning_probes.ranks import refuse
 pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
-TOGETHER = [case for case in ranks.CASES if case not in ("fewer_training_batches", "sharded")]
+APART = ("fewer_training_batches", "met_again", "sharded")
+TOGETHER = [case for case in ranks.CASES if case not in APART]
 
 Found = list[dict[str, Any]]
 """What each process found."""
@@ -166,6 +167,38 @@ def test_batches_that_run_out_in_one_process_cost_the_probes_and_not_the_run(tmp
         after = [value for key, value in values(found["rows"]).items() if key[1] == 2]
         assert after
         assert all(math.isnan(value) for value in after)
+        assert any("went on without the others: " in note for note in found["notes"])
+
+
+def test_a_process_that_was_alone_in_one_run_is_not_in_the_next(tmp_path: Path) -> None:
+    found = run(tmp_path, 2, "met_again")["met_again"]
+    for rank, one in enumerate(found):
+        assert any(f"process {rank} went on without the others: " in note for note in one["first"]["notes"])
+        assert all(math.isnan(value) for value in values(one["first"]["rows"]).values())
+    check_same_everywhere(found)
+    assert not any("without the others" in note for note in found[0]["notes"])
+    assert {row["samples"] for row in found[0]["rows"] if row["stage"] == "val"} == {ranks.HELD_OUT}
+    assert values(found[0]["rows"]) == values(ranks.same()["rows"])
+
+
+def test_a_process_can_evaluate_alone_after_training_together(two: dict[str, Found]) -> None:
+    known = two["scored_alone"][0]
+    together = {key[3]: value for key, value in values(known["rows"]).items() if key[:2] == ("val", 2)}
+    assert known["alone"] == pytest.approx(together["input"], abs=1e-6)  # loggers get float32
+
+
+def test_a_layer_of_other_widths_in_other_processes_is_left_out(two: dict[str, Found]) -> None:
+    found = two["other_widths"][0]
+    assert "left out: side (of other widths in other processes)" in found["notes"]
+    assert "side" not in {row["layer"] for row in found["rows"]}
+    assert all(math.isfinite(value) for value in values(found["rows"]).values())
+
+
+def test_several_processes_resume_with_the_curves_of_the_run_that_was_never_stopped(two: dict[str, Found]) -> None:
+    for found in two["resumed"]:
+        assert found["rows"] == found["expected"]["rows"]
+        for name, tensor in found["expected"]["probes"].items():
+            assert torch.equal(found["probes"][name], tensor), name
 
 
 def test_sharded_weights_are_cross_fitted(tmp_path: Path) -> None:

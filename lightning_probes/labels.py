@@ -1,0 +1,82 @@
+"""The labels of one batch after another, and the mask of their tokens: usable, missing on purpose, or passed over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_probes.targets import Where, check_labels, distributions, pick, pick_mask
+
+ATTENTION_MASK = "attention_mask"
+"""Where Hugging Face's batches have their mask; others need none there."""
+
+
+class LabelReader:
+    """Reads labels strictly from the first batch, so that a mistake shows before training; later ones end no run.
+
+    Args:
+        target: where in a batch the labels are.
+        token_mask: where the mask of tokens is.
+
+    Attributes:
+        is_checked: whether a first batch has been read to its end.
+        absent_in_training: whether the batches of training have no labels while those of validation have.
+        present_in_validation: whether those of validation are known to have some, so that training needs none.
+        notes: what a reader should know.
+    """
+
+    def __init__(self, target: Where, token_mask: Where | None) -> None:
+        self._target = target
+        self._token_mask = token_mask
+        self.begin(0, is_checked=False)
+
+    def begin(self, num_classes: int, *, is_checked: bool) -> None:
+        """A run begins; ``is_checked``: its batches are known from an earlier one."""
+        self._num_classes = num_classes
+        self.is_checked = is_checked
+        self.absent_in_training = self.present_in_validation = self._has_passed_over = False
+        self.notes: list[str] = []
+
+    def preview(self, batch: Any) -> None:
+        """A batch of validation before training begins: if it has usable labels, those of training need none."""
+        try:
+            check_labels(pick(batch, self._target, "target"), self._num_classes)
+            self.present_in_validation = True
+        except Exception:  # whatever a user's function raises; a mistake will show in training
+            pass
+
+    def read(self, batch: Any) -> Tensor | None:
+        """Targets ``(batch, classes)``; ``None`` where there are none that can be used.
+
+        Raises:
+            LookupError, TypeError, ValueError: the first batch has no usable labels, and none that was previewed.
+        """
+        try:
+            labels = pick(batch, self._target, "target")
+            if not self.is_checked:
+                check_labels(labels, self._num_classes)
+            return distributions(labels, self._num_classes)
+        except Exception as error:  # whatever a user's function raises
+            if not self.is_checked and not self.absent_in_training:
+                if not self.present_in_validation:
+                    raise
+                self.absent_in_training = True
+                self.notes.append(f"batches of training have no usable labels ({error})")
+            elif self.is_checked and not self._has_passed_over:
+                self._has_passed_over = True
+                self.notes.append(f"batches whose labels cannot be used are passed over (the first: {error})")
+            return None
+
+    def read_mask(self, batch: Any, samples: int) -> Tensor | None:
+        """``(batch, tokens)``: which tokens count; ``None`` where the batch does not say.
+
+        Raises:
+            LookupError, TypeError, ValueError: the first batch has no usable mask where the user said.
+        """
+        try:
+            return None if self._token_mask is None else pick_mask(batch, self._token_mask, samples)
+        except Exception:  # whatever a user's function raises
+            if not self.is_checked and self._token_mask != ATTENTION_MASK:
+                raise
+            return None

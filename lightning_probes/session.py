@@ -135,6 +135,8 @@ class ProbingSession:
             self._is_first_step = False
             with self._guard.around("agreeing on layers", together=True):
                 self.network.agree(self.ranks.gather)
+            if seen is not None:  # of which some may be left out by now
+                seen = {layer: x for layer, x in seen[0].items() if layer in self.network.layers}, seen[1]
         if seen is not None:
             self.check(seen[0])
             seen = self.along.accept(seen[0]), seen[1]

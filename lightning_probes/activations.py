@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_probes.arguments import Calls
 from lightning_probes.compiled import leave, listen, never_compiled, part_of_a_graph, tell
+from lightning_probes.reduction import OtherSizeError, Reducer
 from lightning_probes.targets import describe
 
 _LENGTH_MODULES = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d)
 _NOT_HEARD = "it never ran, or in code that was compiled before the probes came: call torch.compiler.reset() before fit"
-_POOLS: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
 def first_float_tensor(output: Any) -> Tensor | None:
@@ -50,70 +48,12 @@ def is_channels_first(module: nn.Module, siblings: Mapping[nn.Module, nn.Module]
     return is_element and parent is not None and any(isinstance(child, _LENGTH_MODULES) for child in parent.children())
 
 
-def reduce(
-    activation: Tensor,
-    max_features: int,
-    *,
-    channels_first: bool = False,
-    out: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """A layer's activation as features of each sample, in float32 (float64 stays), in memory of its own.
-
-    Args:
-        activation: ``(samples, ...)``, any floating type. ``(samples,)`` and ``(samples, width)`` keep their width.
-            ``(samples, tokens, width)`` is averaged over tokens.
-        max_features: a map with more values is average-pooled over space to the largest grid (``s`` per spatial
-            dimension, never more than its size) with at most this many values, at least ``s = 1``.
-        channels_first: three dimensions are ``(samples, channels, length)``, a map as in two and three dimensions.
-        out: memory that may be written over and returned, if it fits; its type is kept.
-        mask: ``(batch, tokens)``, true for the tokens that count; the others do not, where there are as many tokens.
-
-    Returns:
-        ``(samples, features)``, detached.
-    """
-    activation = activation.detach()
-    dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
-    if activation.dim() == 3 and not channels_first:
-        if mask is not None and mask.shape[1] == activation.shape[1] and not len(activation) % len(mask):
-            return _into(out, _masked_mean(activation, mask, dtype))
-        return _into(out, activation.mean(dim=1, dtype=dtype))
-    if activation.dim() in (3, 4, 5) and activation.numel() > max_features * len(activation):
-        size = tuple(activation.shape[2:])
-        grid = _grid(activation.shape[1], size, max_features)
-        if grid != size:
-            pooled: Tensor = _POOLS[len(size)](activation, grid)
-            return _into(out, pooled.flatten(1).to(dtype))
-    # A later in-place operation of the network must not reach what was taken here.
-    flat = activation.flatten(1) if activation.dim() > 1 else activation.unsqueeze(1)
-    return out.copy_(flat) if out is not None and out.shape == flat.shape else flat.to(dtype, copy=True)
-
-
-def _masked_mean(activation: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Over the tokens that count; zeros where none does. Several views of a batch have its mask one by one."""
-    keep = mask.to(activation.device).repeat(len(activation) // len(mask), 1)
-    # Not a product: what stands at the other tokens may be NaN.
-    sums = activation.masked_fill(~keep.unsqueeze(2), 0).sum(dim=1, dtype=dtype)
-    return sums / keep.sum(dim=1, keepdim=True).clamp(min=1)
-
-
-def _into(out: Tensor | None, features: Tensor) -> Tensor:
-    return out.copy_(features) if out is not None and out.shape == features.shape else features
-
-
-def _grid(channels: int, size: tuple[int, ...], max_features: int) -> tuple[int, ...]:
-    """The largest ``(min(s, size), ...)`` with at most ``max_features`` values over all channels; at least ones."""
-    side = 1
-    while side < max(size) and channels * math.prod(min(side + 1, n) for n in size) <= max_features:
-        side += 1
-    return tuple(min(side, n) for n in size)
-
-
 class ActivationRecorder:
     """Hooks on the selected layers that, while recording, keep each layer's reduced features of one step.
 
     Attributes:
         features: ``{layer: (samples, features)}`` of the step being recorded, in the order of the calls.
+        reducer: makes features of activations.
         calls: which of several calls of a layer counts, of those whose first dimension is a multiple of the batch: the
             last, the first, or the mean of all that have as many samples as the first.
         misfits: ``{layer: what was wrong}`` of the calls that could not be used, in the step being recorded.
@@ -127,8 +67,8 @@ class ActivationRecorder:
 
     alone: ClassVar[ActivationRecorder | None] = None
 
-    def __init__(self, max_features: int, calls: Calls = "last") -> None:
-        self.max_features = max_features
+    def __init__(self, reducer: Reducer, calls: Calls = "last") -> None:
+        self.reducer = reducer
         self.calls = calls
         self.features: dict[str, Tensor] = {}
         self.misfits: dict[str, str] = {}
@@ -220,7 +160,11 @@ class ActivationRecorder:
             return
         # The memory that is lent is where the mean of the earlier calls is.
         memory = self.memory.get(layer) if so_far is None else None
-        features = reduce(activation, self.max_features, channels_first=channels_first, out=memory, mask=self._mask)
+        try:
+            features = self.reducer(layer, activation, channels_first=channels_first, out=memory, mask=self._mask)
+        except OtherSizeError as error:
+            self.misfits[layer] = str(error)
+            return
         width = self.widths.setdefault(layer, features.shape[1])
         if features.shape[1] != width:
             self.misfits[layer] = f"it has {features.shape[1]} features where it had {width} before"

@@ -11,6 +11,7 @@ from lightning_probes.targets import Where
 Patterns = str | Sequence[str]
 Layout = Literal["tokens", "channels"]
 Calls = Literal["last", "first", "mean"]
+Reduction = Literal["pool", "subset", "projection"]
 
 
 def whole(argument: str, value: Any, least: int = 1) -> int:
@@ -87,6 +88,17 @@ def calls_of(value: Any) -> Calls:
     """
     if value not in ("last", "first", "mean"):
         raise ValueError(f"calls: expected 'last', 'first' or 'mean', found {value!r}")
+    return value  # type: ignore[no-any-return]
+
+
+def reduction_of(value: Any) -> Reduction:
+    """``value`` if it says how activations become features.
+
+    Raises:
+        ValueError: naming what was given.
+    """
+    if value not in ("pool", "subset", "projection"):
+        raise ValueError(f"reduction: expected 'pool', 'subset' or 'projection', found {value!r}")
     return value  # type: ignore[no-any-return]
 
 

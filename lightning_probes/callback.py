@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_probes.arguments import Calls, Layout, flag, positive_float, whole
+from lightning_probes.arguments import Calls, Layout, Reduction, flag, positive_float, whole
 from lightning_probes.kept import Room, enough_samples
 from lightning_probes.logs import Logs
 from lightning_probes.probing import ProbedNetwork
@@ -49,6 +48,8 @@ class LinearProbeCallback(Callback):
         target: where in the batch the labels are: index, key or function.
         max_features: a map (channels, ...) with more values is averaged over space to the largest grid with at most
             this many; vectors keep their width.
+        reduction: or ``subset``: maps and vectors with more keep that many values, drawn once; or ``projection``: they
+            are dealt out, once, to that many sums with random signs.
         name: tells several of these callbacks in one Trainer apart; put before the logged names.
         layout: what three dimensions mean, by layer pattern, where the default is wrong: ``tokens``, (batch, tokens,
             width), averaged over tokens, or ``channels``, (batch, channels, length), pooled.
@@ -58,7 +59,7 @@ class LinearProbeCallback(Callback):
         fit_samples: training samples, at most, on which the probes are brought to their optimum. Not given: 14 000, or
             200 a class where that is more; 0: none, the probes trained along are published.
         fit_bytes: of them, at most: kept inputs and their features. The default: some 6 000 images of 3 x 224 x 224.
-        fit_on_device: keep them on the network's device and not on the host: faster, if there is room.
+        fit_on_device: keep them on the network's device, not on the host: faster, if there is room.
         every_n_epochs: publish at the end of every so many epochs.
         strict: whether a resumed run must have the layers, classes and widths of the checkpoint's probes; if false,
             those that differ start afresh, with one warning.
@@ -77,6 +78,7 @@ class LinearProbeCallback(Callback):
         input: int | Callable[[Any], Any] | str | None = 0,
         target: int | Callable[[Any], Any] | str = 1,
         max_features: int = 1024,
+        reduction: Reduction = "pool",
         name: str | None = None,
         layout: dict[str, Layout] | None = None,
         calls: Calls = "last",
@@ -91,16 +93,14 @@ class LinearProbeCallback(Callback):
     ) -> None:
         # As it was given: with the same, the command line probes checkpoints.
         self.selection: dict[str, Any] = {"layers": layers, "exclude": exclude, "num_classes": num_classes}
-        self.selection |= {"input": input, "target": target, "max_features": max_features, "layout": layout}
-        self.selection |= {"calls": calls, "token_mask": token_mask}
+        self.selection |= {"input": input, "target": target, "max_features": max_features}
+        self.selection |= {"reduction": reduction, "layout": layout, "calls": calls, "token_mask": token_mask}
         self._network = ProbedNetwork(**self.selection)
         self._logs = Logs(name, log_metrics)
         self._state_key = self._generate_state_key(name=name)
         self._learning_rate = positive_float("learning_rate", learning_rate)
         self._fit_samples = None if fit_samples is None else whole("fit_samples", fit_samples, least=0)
-        self._new_room = partial(
-            Room, num_bytes=whole("fit_bytes", fit_bytes), on_device=flag("fit_on_device", fit_on_device)
-        )
+        self._bounds = whole("fit_bytes", fit_bytes), flag("fit_on_device", fit_on_device)
         self._schedule = Schedule(every_n_epochs)
         self._is_strict, self._is_prepared = flag("strict", strict), False
         self._ranks, self.report = Ranks(), ProbeReport()
@@ -231,7 +231,7 @@ class LinearProbeCallback(Callback):
 
     def _new_session(self) -> ProbingSession:
         samples = enough_samples(self._network.num_classes) if self._fit_samples is None else self._fit_samples
-        room = self._new_room(math.ceil(samples / self._ranks.number))  # each process keeps its share
+        room = Room(math.ceil(samples / self._ranks.number), *self._bounds)  # each process keeps its share
         return ProbingSession(self._network, self._learning_rate, room, self._ranks, rank_zero_info)
 
     def _restore_probes(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_probes.arguments import Calls, Layout, whole
+from lightning_probes.arguments import Calls, Layout, Reduction, whole
 from lightning_probes.checkpoints import CheckpointError
 from lightning_probes.convergence import Folds, fit_probes
 from lightning_probes.fitted import Fitted, fitted
@@ -44,6 +44,7 @@ def probe(
     input: int | Callable[[Any], Any] | str | None = 0,
     target: int | Callable[[Any], Any] | str = 1,
     max_features: int = 1024,
+    reduction: Reduction = "pool",
     layout: dict[str, Layout] | None = None,
     calls: Calls = "last",
     token_mask: int | Callable[[Any], Any] | str | None = "attention_mask",
@@ -73,6 +74,7 @@ def probe(
         input: where in the batch the network's input is.
         target: where the labels are.
         max_features: most features of a map.
+        reduction: ``pool``, ``subset`` or ``projection``.
         layout: what three dimensions mean, by layer pattern.
         calls: of several calls of a layer in one step, which counts: ``last``, ``first`` or the ``mean`` of all.
         token_mask: where in the batch the mask of tokens is, for the mean over tokens.
@@ -96,24 +98,17 @@ def probe(
         Exception: whatever else the model raises. Once something is done this and all of the above become notes.
         KeyboardInterrupt: before anything was done.
     """
-    network = ProbedNetwork(
-        layers,
-        exclude,
-        num_classes=num_classes,
-        input=input,
-        target=target,
-        max_features=max_features,
-        layout=layout,
-        calls=calls,
-        token_mask=token_mask,
-    )
+    reading: dict[str, Any] = {"input": input, "target": target, "calls": calls, "token_mask": token_mask}
+    reduced: dict[str, Any] = {"max_features": max_features, "reduction": reduction, "layout": layout}
+    network = ProbedNetwork(layers, exclude, num_classes=num_classes, **reading, **reduced)
     model = getattr(model, "_orig_mod", model)  # compiled code has no hooks
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise ValueError("model: it has parameters without a shape; run a batch through it first")
-    loaders = {"train": train_dataloaders, "val": val_dataloaders}
     networks = list(series(model, ckpt_path, untrained, weights_only))
     # A checkpoint needs a model of its own to be loaded into.
     own = model if all(one.name == AS_GIVEN for one in networks) else copied(model)
+
+    loaders = {"train": train_dataloaders, "val": val_dataloaders}
 
     @cache
     def stand_in(is_given: bool) -> Pass:

@@ -9,10 +9,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_probes.activations import ActivationRecorder, is_channels_first
-from lightning_probes.arguments import Calls, Layout, Patterns, calls_of, layouts, patterns, where, whole
+from lightning_probes.arguments import (
+    Calls,
+    Layout,
+    Patterns,
+    Reduction,
+    calls_of,
+    layouts,
+    patterns,
+    reduction_of,
+    where,
+    whole,
+)
 from lightning_probes.compiled import compiled_parts
 from lightning_probes.labels import ATTENTION_MASK, LabelReader
 from lightning_probes.layers import match_layers, select_layers
+from lightning_probes.reduction import Reducer
 from lightning_probes.targets import Where, find_num_classes, pick
 
 INPUT = "input"
@@ -31,6 +43,7 @@ class ProbedNetwork:
         modules: the module of each layer but ``input``; empty once detached.
         notes: what a user should know about how the layers were chosen.
         labels: reads those of each batch.
+        reducer: makes features of activations.
         has_input: whether the raw input is one of the layers.
         mask: which tokens of the batch that was opened last count; ``None`` if that batch does not say.
     """
@@ -44,6 +57,7 @@ class ProbedNetwork:
         input: Where | None = 0,
         target: Where = 1,
         max_features: int = 1024,
+        reduction: Reduction = "pool",
         layout: Mapping[str, Layout] | None = None,
         calls: Calls = "last",
         token_mask: Where | None = ATTENTION_MASK,
@@ -55,7 +69,8 @@ class ProbedNetwork:
         self._input = None if input is None else where("input", input)
         mask = None if token_mask is None else where("token_mask", token_mask)
         self.labels = LabelReader(where("target", target), mask)
-        self.recorder = ActivationRecorder(whole("max_features", max_features), calls_of(calls))
+        self.reducer = Reducer(reduction_of(reduction), whole("max_features", max_features))
+        self.recorder = ActivationRecorder(self.reducer, calls_of(calls))
         self.mask: Tensor | None = None
         self.num_classes = self._given_classes or 0
         self.layers: list[str] = []
@@ -80,6 +95,8 @@ class ProbedNetwork:
         self.num_classes = self._given_classes or find_num_classes(*owners, model)
         modules, note = select_layers(model, self._patterns, self._exclude)
         self.notes = [note] if note else []
+        if self.reducer.kind != "pool":
+            self.notes.append(f"features: a random {self.reducer.kind} of at most {self.reducer.max_features} values")
         parents = {child: parent for parent in model.modules() for child in parent.children()}
         channels = {layer: is_channels_first(module, parents) for layer, module in modules.items()}
         for pattern, kind in self._layout.items():

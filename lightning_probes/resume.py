@@ -61,16 +61,22 @@ class Restored:
         return bank
 
 
-def differing(saved: Mapping[str, Any], selected: Collection[str], num_classes: int) -> str:
+def differing(
+    saved: Mapping[str, Any], selected: Collection[str], num_classes: int, reduced: str, reduction: str
+) -> str:
     """How the probes of a checkpoint differ from those of this run in classes and layers; empty if they do not.
 
     Args:
         saved: the state of a session.
         selected: the layers of this run as they were selected, before any was left out.
         num_classes: of this run.
+        reduced: how features were reduced in that of the checkpoint.
+        reduction: how they are in this one.
     """
     if saved["num_classes"] != num_classes:
         return f"num_classes is {saved['num_classes']} in the checkpoint and {num_classes} here"
+    if reduced != reduction:
+        return f"reduction is {reduced!r} in the checkpoint and {reduction!r} here"
     here, there = set(selected), set(saved["selected"])
     gone = [layer for layer in saved["selected"] if layer not in here]
     new = [layer for layer in selected if layer not in there]

@@ -17,6 +17,7 @@ def state_of(session: ProbingSession) -> dict[str, Any]:
     return {
         "facts": session.facts.state_dict(),
         "selected": list(network.selected),
+        "reduction": network.reducer.state_dict(),
         "trains_without_labels": network.labels.absent_in_training,
         "num_classes": network.num_classes,
         "along": session.along.state_dict(),
@@ -49,12 +50,15 @@ def restore(
     """
     network = session.network
     selected = network.selected if is_training else state["selected"]
-    if difference := differing(state, selected, network.num_classes):
+    # Of checkpoints that do not say it was the mean over space.
+    reduction = state.get("reduction", {"kind": "pool", "draws": {}})
+    if difference := differing(state, selected, network.num_classes, reduction["kind"], network.reducer.kind):
         refuse(difference, strict=strict)
     session.point, session.now = tuple(state["point"]), tuple(state["now"])
     network.labels.present_in_validation |= state["trains_without_labels"]
-    if state["num_classes"] != network.num_classes:
+    if state["num_classes"] != network.num_classes or reduction["kind"] != network.reducer.kind:
         return
+    network.reducer.load_state_dict(reduction)
     layers = selected if difference else state["facts"]["layers"]
     session.along.load_state_dict(
         state["along"], layers, device, strict=strict, is_training=is_training, goes_on=not difference

@@ -17,7 +17,8 @@ from networks import BasicBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_probes.activations import ActivationRecorder, first_float_tensor, is_channels_first, reduce
+from lightning_probes.activations import ActivationRecorder, first_float_tensor, is_channels_first
+from lightning_probes.reduction import Reducer, reduce
 
 
 def pooled(activation: Tensor, grid: tuple[int, ...]) -> Tensor:
@@ -206,7 +207,7 @@ def test_three_dimensions_are_channels_first_with_or_beside_a_conv1d(
 
 
 def recorder(model: nn.Module, *layers: str, max_features: int = 64) -> ActivationRecorder:
-    made = ActivationRecorder(max_features)
+    made = ActivationRecorder(Reducer("pool", max_features))
     made.attach({layer: model.get_submodule(layer) for layer in layers}, dict.fromkeys(layers, False))
     return made
 

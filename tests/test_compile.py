@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_probes import LinearProbeCallback
 from lightning_probes.activations import ActivationRecorder
 from lightning_probes.compiled import Interception, compiled_parts
+from lightning_probes.reduction import Reducer
 
 WAYS = ["in place", "wrapped", "module in place", "part in place", "parts in one", "by the trainer"]
 
@@ -253,7 +254,7 @@ def test_activation_checkpointing_in_compiled_code(use_reentrant: bool, eager: L
 
 def test_features_are_those_before_an_operation_in_place() -> None:
     net = Net().train()
-    recorder = ActivationRecorder(1024)
+    recorder = ActivationRecorder(Reducer())
     recorder.attach({"conv": net.body.conv, "act": net.body.act}, {"conv": False, "act": False})
     net.compile(backend="aot_eager")
     recorder.start(16)

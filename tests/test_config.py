@@ -79,7 +79,7 @@ def test_command_line_replaces_one_argument_and_keeps_the_others(
     monkeypatch.chdir(tmp_path)
     network = build("--trainer.callbacks.layers=Linear", "--trainer.callbacks.max_features=64")._network
     assert network._patterns == ["Linear"]
-    assert network.recorder.max_features == 64
+    assert network.reducer.max_features == 64
     assert network._exclude == ["net.1"]
     assert network._given_classes == 10
 
@@ -102,7 +102,7 @@ def test_help_shows_every_argument_with_its_docstring(capsys: pytest.CaptureFixt
     assert list(texts) == list(ARGUMENTS)
     for name, text in texts.items():
         said = " ".join(text.split())
-        value = rf"(?:{name.upper()}|\{{true,false\}}|\{{last,first,mean\}})"
+        value = rf"(?:{name.upper()}|\{{true,false\}}|\{{last,first,mean\}}|\{{pool,subset,projection\}})"
         assert re.search(rf"--trainer\.callbacks\.{name} {value} {re.escape(said)} \(type: ", shown), name
 
 
@@ -120,6 +120,7 @@ num_classes: 7
 input: pixels
 target: labels
 max_features: 256
+reduction: subset
 name: digit
 layout:
   "encoder.*": channels
@@ -146,7 +147,7 @@ def test_every_argument_can_be_written_in_yaml() -> None:
     assert network._given_classes == 7
     assert network._input == "pixels"
     assert network.labels._target == "labels"
-    assert network.recorder.max_features == 256
+    assert (network.reducer.kind, network.reducer.max_features) == ("subset", 256)
     assert probes.state_key == LinearProbeCallback(name="digit").state_key
     assert network._layout == written["layout"]
     assert network.recorder.calls == "mean"
@@ -190,6 +191,7 @@ def test_argument_in_yaml_means_what_it_means_in_python(init_args: str, attribut
         ("every_n_epochs: 0", "every_n_epochs"),
         ("layout: {input: rows}", "layout"),
         ("calls: second", "calls"),
+        ("reduction: mean", "reduction"),
         ("token_mask: 2.5", "token_mask"),
         ("log_metrics: cross_entropy", "log_metrics"),
         ("layer: net.0", "layer"),

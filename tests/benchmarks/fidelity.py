@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from networks import Classifier, ViT, mlp
 
 from lightning_probes import LinearProbeCallback
-from lightning_probes.activations import reduce
 from lightning_probes.convergence import fit_probes, score
+from lightning_probes.reduction import reduce
 from lightning_probes.standardise import inverse_deviation
 
 Split = tuple[Tensor, Tensor]

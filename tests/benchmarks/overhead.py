@@ -32,6 +32,7 @@ from networks import Classifier, ResNet, ViT, mlp
 
 from lightning_probes import LinearProbeCallback
 from lightning_probes.activations import ActivationRecorder
+from lightning_probes.reduction import Reducer
 
 NETWORKS: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...], str | None]] = {
     "mlp": ("MLP, 128 layers of 128, 128 probes", lambda: mlp(128, 128, 784), (1, 28, 28), "LeakyReLU"),
@@ -46,7 +47,7 @@ class HandRolled(Callback):
 
     def __init__(self, layers: dict[str, nn.Module], heads: str) -> None:
         self.layers, self.heads = layers, heads
-        self.recorder = ActivationRecorder(1024)
+        self.recorder = ActivationRecorder(Reducer())
         self.modules: dict[str, nn.Linear] = {}
         self.optimizers: list[torch.optim.Optimizer] = []
 

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_probes import ProbeReport
@@ -69,12 +69,13 @@ class Classifier(LightningModule):
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says, or does not, and what was found here."""
+    """What the paper says, or does not, and what was found here; ``why`` it differs, if it does."""
 
     text: str
     paper: str
     ours: str
     holds: bool
+    why: str = ""
 
 
 def parser(description: str | None, name: str, *, seeds: int) -> argparse.ArgumentParser:
@@ -115,13 +116,24 @@ def images(args: argparse.Namespace) -> tuple[TensorDataset, TensorDataset]:
 
 
 def loaders(
-    train: TensorDataset, held_out: TensorDataset, batch_size: int, seed: int
+    train: TensorDataset, held_out: TensorDataset, batch_size: int, seed: int, *, steps: int | None = None
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Batches in an order that only the seed tells."""
+    """Batches in an order that only the seed tells.
+
+    Args:
+        train: to train on.
+        held_out: to validate on.
+        batch_size: of training.
+        seed: of the order.
+        steps: minibatches that count as an epoch; not given: all.
+    """
     order = torch.Generator().manual_seed(seed)
+    options: dict[str, Any] = {"shuffle": True, "generator": order}
+    if steps:
+        options = {"sampler": RandomSampler(train, num_samples=steps * batch_size, generator=order)}
     # Single-sample batches would do batch normalisation no good.
-    shuffled = DataLoader(train, batch_size, shuffle=True, drop_last=len(train) > batch_size, generator=order)
-    return shuffled, DataLoader(held_out, batch_size=500)
+    batches = DataLoader(train, batch_size, drop_last=len(train) > batch_size, **options)
+    return batches, DataLoader(held_out, batch_size=500)
 
 
 def trainer(args: argparse.Namespace, name: str, *callbacks: Callback, **options: Any) -> Trainer:
@@ -189,14 +201,15 @@ def save(args: argparse.Namespace, figure: Figure, reports: Mapping[str, ProbeRe
         report.save(args.output / f"{name}.json")
 
 
-def conclude(args: argparse.Namespace, claims: Sequence[Claim], begun: float) -> dict[str, Any]:
-    """Print what was found, and leave it as ``result.json``."""
-    found = {"claims": [asdict(claim) for claim in claims], "minutes": (time.monotonic() - begun) / 60}
+def conclude(args: argparse.Namespace, claims: Sequence[Claim], begun: float, about: str | None) -> dict[str, Any]:
+    """Print what was found, and leave it as ``result.json``, with what ``about`` says that the paper leaves open."""
+    settings = " ".join((about or "").partition("The paper leaves open: ")[2].split())
+    minutes = (time.monotonic() - begun) / 60
+    found = {"claims": [asdict(claim) for claim in claims], "settings": settings, "minutes": minutes}
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "result.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for claim in claims:
-        print(
-            f"\n{claim.text}\n  paper: {claim.paper}\n  here:  {claim.ours}  ({'agrees' if claim.holds else 'differs'})"
-        )
+        verdict = "agrees" if claim.holds else f"differs{claim.why and ': '}{claim.why}"
+        print(f"\n{claim.text}\n  paper: {claim.paper}\n  here:  {claim.ours}  ({verdict})")
     print(f"\nFigure: {args.output / 'figure.png'}\nCurves: tensorboard --logdir {args.output / 'tensorboard'}")
     return found

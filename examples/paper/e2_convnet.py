@@ -4,8 +4,9 @@ python examples/paper/e2_convnet.py [--data mnist.npz] [--epochs 10] [--seeds 1]
 
 Two convolutions (5x5, 32 and 64 channels), each with ReLU and pooling, a layer of 512 units, ten logits; dropout 0.5,
 L2 of 5e-4 on the weights of the last two, SGD with momentum 0.9 and a learning rate of 0.01 that falls to 0.95 of
-itself each epoch, minibatches of 64. The probes are fitted on all training samples; maps are pooled to at most 1024
-values.
+itself each epoch, minibatches of 64.
+The paper leaves open: how its probes were trained (here to their optimum, on all training samples), what they see of
+large maps (here averages over space, at most 1024 values), initial weights (torch's default).
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     start, end = ([common.errors(report, "val", epoch=e) for report in reports.values()] for e in (0, args.epochs))
     own = [error for _, error in found]
     common.save(args, figure(args, start, end, fmean(own)), reports)
-    return common.conclude(args, claims(start, end, own), begun)
+    return common.conclude(args, claims(start, end, own), begun, __doc__)
 
 
 def claims(start: list[list[float]], end: list[list[float]], own: list[float]) -> list[common.Claim]:

@@ -8,6 +8,7 @@ paper probes a network trained on ImageNet. The first command trains the same ar
 to it as three equal channels: the claim is tested, the figures cannot be compared. The second probes torchvision's
 weights on ImageNet (folders `train` and `val` in DIR, one folder a class in each; needs torchvision). The features of
 200 000 images take 6 GB, partly in temporary files, and 1000 classes take a GPU.
+The paper leaves open: how its probes were trained (here to their optimum).
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     start = [curve(report, 0) for report in reports.values()]
     end = [curve(report, -1) for report in reports.values()]
     common.save(args, figure(args, start, end, next(iter(reports.values()))), reports)
-    return common.conclude(args, claims(args, start, end), begun)
+    return common.conclude(args, claims(args, start, end), begun, __doc__)
 
 
 def claims(args: argparse.Namespace, start: list[Curve], end: list[Curve]) -> list[common.Claim]:

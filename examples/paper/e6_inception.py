@@ -7,6 +7,7 @@ ImageNet for two weeks; this network is built of the same parts (blocks with bra
 and pooling, with batch normalisation), but it is narrower and shorter: 2 layers in its stem and 7 blocks, for images of
 28 x 28. The auxiliary head branches off after the fifth block; its loss counts as much as the main head's. What is
 probed of a head are its logits, 10 values.
+The paper leaves open: how its probes were trained (here to their optimum at each moment), what a head's probe sees.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         curves = {step: curve for (_, step), curve in report.curves("val").items()}
         found.append([curves[step] for step in steps])
     common.save(args, figure(args, steps, found), reports)
-    return common.conclude(args, claims(found, next(iter(reports.values())).baseline["val"]), begun)
+    return common.conclude(args, claims(found, next(iter(reports.values())).baseline["val"]), begun, __doc__)
 
 
 def claims(found: list[list[Moment]], baseline: float) -> list[common.Claim]:

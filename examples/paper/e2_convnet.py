@@ -115,6 +115,7 @@ def claims(start: list[list[float]], end: list[list[float]], own: list[float]) -
             f"from {common.percent([one[0] for one in end])} (input) to {common.percent([one[LOGITS] for one in end])} "
             f"(logits); rises at {', '.join(kinks) or 'none'}",
             kinks == [f"{FC1}: {NAMES[FC1]}"],
+            why=f"by at most {100 * max(later - earlier for earlier, later in pairwise(after)):.1f} points",
         ),
         common.Claim(
             "The trained network errs on about 0.7 %.", "0.7 %", common.percent(own), abs(fmean(own) - 0.007) < 0.003

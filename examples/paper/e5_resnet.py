@@ -190,6 +190,7 @@ def claims(args: argparse.Namespace, start: list[Curve], end: list[Curve]) -> li
             "after additions 3, 7, 13, 16: 88, 76, 51, 31 %",
             f"after additions 3, 7, 13, 16: {', '.join(common.percent(at(end, i)) for i in ENDS)}",
             all(later < earlier for earlier, later in pairwise(steps)),
+            why=f"higher by at most {100 * max(later - earlier for earlier, later in pairwise(steps)):.1f} points",
         ),
     ]
     if not args.pretrained:

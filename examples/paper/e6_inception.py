@@ -159,14 +159,16 @@ def claims(found: list[list[Moment]], baseline: float) -> list[common.Claim]:
             "At the start all probes are wrong on everything.",
             "all at 100 %",
             f"from {common.percent(at(0, best))} ({NAMES[best]}) to {common.percent(at(0, worst))} ({NAMES[worst]}), "
-            f"majority class {common.percent([baseline])}: these probes are at their optimum, the paper's were new",
+            f"majority class {common.percent([baseline])}",
             min(start.values()) > 0.95 * baseline,
+            why="these probes are at their optimum, the paper's were new; random convolutions help (E2)",
         ),
         common.Claim(
             "Errors fall over time, at every layer.",
             "seen in its figure",
             f"by {100 * falls[least]:.1f} points ({NAMES[least]}) to {100 * falls[most]:.1f} points ({NAMES[most]})",
             falls[least] > 0,
+            why=f"{NAMES[least]} is before training what it is after it",
         ),
         common.Claim(
             "At the end the error falls with depth: no layer is clearly worse than an earlier one.",

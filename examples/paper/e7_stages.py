@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_probes import LinearProbeCallback, ProbeReport, probe
 
 STAGED, AT_ONCE = "in stages", "all at once"
-AUXILIARY, LARGER = "with auxiliary losses", "all at once, from larger weights"
+AUXILIARY, LARGER = "with auxiliary losses", "all at once from larger weights"
 
 RATES = {STAGED: 0.2, AT_ONCE: 0.01, AUXILIARY: 0.01, LARGER: 0.01}
 """Learning rates."""
@@ -229,9 +229,9 @@ def figure(args: argparse.Namespace, found: dict[str, list[Outcome]], deciding: 
         baseline, across = None if axes is stages else majority, "layer" if axes is by_depth else "steps"
         common.label(axes, title, majority=baseline, layers=across)
         axes.set_yscale("log")
-        axes.autoscale(axis="y")
         axes.set_yticks(TICKS, TICKS)
         axes.set_yticks([], minor=True)
+        axes.autoscale(axis="y")
     over_steps.legend(frameon=False, fontsize=9)
     name = args.data.stem if args.data else "5 000 digits"
     new.suptitle(f"A network of {args.depth} layers, trained stage by stage and otherwise; {name}")

@@ -49,7 +49,7 @@ class DeepMLP(nn.Module):
         """Logits of the last head, then those of the others."""
         x = first = self.layers[0](x.flatten(1))
         others = []
-        for i, layer in enumerate(self.layers[1:], start=1):
+        for i, layer in enumerate(list(self.layers)[1:], start=1):
             x = layer(x + first if self.bridge and i == len(self.layers) // 2 else x)
             if str(i + 1) in self.heads:
                 others.append(self.heads[str(i + 1)](x))

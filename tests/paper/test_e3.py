@@ -1,0 +1,102 @@
+"""E3 on two thousand digits: the layers under the bridge are bypassed, those after it are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import common
+import e3_bridge
+import matplotlib.image
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from mlp import DeepMLP
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_probes import ProbeReport
+
+BRIDGE = 64
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """What was found, and the folder."""
+    output = tmp_path_factory.mktemp("e3")
+    size = ["--samples", "2000", "--held-out", "500", "--fit-samples", "250", "--steps", "80", "160", "--seeds", "1"]
+    return e3_bridge.main([*size, "--quiet", "--output", str(output)]), output
+
+
+def curves(output: Path, name: str, stage: str, step: int, *, online: bool = False) -> list[float]:
+    return common.errors(ProbeReport.load(output / f"{name}.json"), stage, step=step, online=online)
+
+
+def claim(found: dict[str, Any], beginning: str) -> dict[str, Any]:
+    (one,) = [claim for claim in found["claims"] if claim["text"].startswith(beginning)]
+    return dict(one)
+
+
+def test_under_the_bridge_probes_by_hand_stay_at_the_majority_class(run: tuple[dict[str, Any], Path]) -> None:
+    for moment in ("at the start", "after 80 minibatches", "after 160"):
+        ends = f"{moment}."
+        (one,) = [c for c in run[0]["claims"] if c["text"].startswith("Layers 38 to 63") and c["text"].endswith(ends)]
+        assert one["holds"], one
+
+
+def test_above_the_bridge_a_layer_is_well_below(run: tuple[dict[str, Any], Path]) -> None:
+    report = ProbeReport.load(run[1] / "seed0-training.json")
+    for step in (80, 160):
+        found = common.errors(report, "val", step=step)
+        assert min(found[BRIDGE:]) < 0.35 < 0.6 < report.baseline["val"]
+        # Fitted probes know something where those by hand know nothing, but less than above the bridge.
+        assert min(found[38:BRIDGE]) > min(found[BRIDGE:]) + 0.1
+
+
+def test_the_first_half_is_bypassed_and_the_bridge_carries() -> None:
+    torch.manual_seed(0)
+    net, x = DeepMLP(128, bridge=True), torch.randn(3, 1, 28, 28)
+    without = DeepMLP(128)
+    without.load_state_dict(net.state_dict())
+    first = net.layers[0](x.flatten(1))
+    inside = first
+    for layer in net.layers[1:BRIDGE]:
+        inside = layer(inside)
+    after = inside + first
+    for layer in net.layers[BRIDGE:]:
+        after = layer(after)
+    torch.testing.assert_close(net(x)[0], net.head(after))
+    assert not torch.allclose(net(x)[0], without(x)[0])
+
+
+def test_probes_by_hand_are_those_that_autograd_trains() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 1, 28, 28), torch.randint(10, (64,))
+    net = DeepMLP(2)
+    by_hand = e3_bridge.ByHand(0.05, x, y, steps=[4])
+    run = Trainer(
+        max_steps=4,
+        callbacks=[by_hand],
+        logger=False,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    run.fit(common.Classifier(net, 0.0), DataLoader(TensorDataset(x, y), 64))
+    features = net.layers[0](x.flatten(1)).detach()
+    head = torch.nn.Linear(128, 10)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    optimizer = torch.optim.SGD(head.parameters(), 0.05)
+    for _ in range(4):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(head(features), y).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    torch.testing.assert_close(by_hand.weight[0].T, head.weight.detach())
+    assert by_hand.errors[4][0] == pytest.approx((head(features).argmax(1) != y).float().mean().item())
+
+
+def test_figure_is_there_and_not_blank(run: tuple[dict[str, Any], Path]) -> None:
+    pixels = matplotlib.image.imread(run[1] / "figure.png")[..., :3]
+    assert min(pixels.shape[:2]) > 300
+    assert 0.01 < (pixels.min(axis=2) < 0.9).mean() < 0.6

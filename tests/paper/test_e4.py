@@ -1,0 +1,93 @@
+"""E4 on two thousand digits and 64 layers: auxiliary losses train what cannot be trained without them."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import common
+import e4_auxiliary
+import matplotlib.image
+import pytest
+import torch
+from mlp import DeepMLP
+from torch.nn import functional as F
+
+from lightning_probes import ProbeReport
+
+DEPTH, STEPS, CHANCE = 64, 400, math.log(10)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """What was found, and the folder."""
+    output = tmp_path_factory.mktemp("e4")
+    size = ["--samples", "2000", "--held-out", "500", "--depth", str(DEPTH), "--steps", str(STEPS), "--moments", "4"]
+    # A higher rate than at full size, where training takes longer.
+    size += ["--rate", "0.01", "--fit-samples", "600"]
+    return e4_auxiliary.main([*size, "--quiet", "--output", str(output)]), output
+
+
+def report(output: Path, way: str) -> ProbeReport:
+    return ProbeReport.load(output / f"seed0-{way.replace(' ', '-')}.json")
+
+
+def test_loss_falls_with_auxiliary_losses_and_stays_at_chance_without(run: tuple[dict[str, Any], Path]) -> None:
+    without, auxiliary, front = run[0]["claims"]
+    losses = [re.search(r"cross-entropy (\d\.\d\d)", claim["ours"]) for claim in (without, auxiliary)]
+    assert [found is not None for found in losses] == [True, True]
+    stays, falls = (float(found[1]) for found in losses if found)
+    assert stays > CHANCE - 0.05
+    assert falls < CHANCE - 0.3
+    assert front["holds"]
+
+
+def test_probes_are_at_every_fourth_layer_and_the_front_moves(run: tuple[dict[str, Any], Path]) -> None:
+    args = e4_auxiliary.arguments().parse_args(["--depth", str(DEPTH)])
+    auxiliary, without = (report(run[1], way) for way in ("a loss every 16 layers", "without auxiliary losses"))
+    expected = {f"net.layers.{i}" for i in [0, *range(3, DEPTH, 4)]}
+    for one in (auxiliary, without):
+        assert {row["layer"] for row in one.rows} == expected
+        assert {row["step"] for row in one.rows} == set(range(0, STEPS + 1, STEPS // 4))
+    first, *_, last = e4_auxiliary.front(args, auxiliary)
+    assert last == DEPTH - 1 > first
+    assert e4_auxiliary.front(args, without)[-1] < DEPTH // 2
+
+
+def test_front_is_the_deepest_layer_before_which_none_is_bad() -> None:
+    args = e4_auxiliary.arguments().parse_args(["--depth", "16"])
+    planted = ProbeReport()
+    layers = e4_auxiliary.depths(args)
+    for step, wrong in enumerate([[1, 3, 5, 1, 1], [1] * 5, [5] * 5]):
+        about = {f"net.layers.{i}": {"depth": i, "features": 1, "features_total": 1} for i in layers}
+        scores: dict[str, list[float]] = {"wrong": wrong, "loss": [0.0] * 5, "total": [10.0] * 5, "classes": [2.0] * 5}
+        planted.add(about, scores, stage="val", dataloader=0, epoch=step, step=step)
+    assert e4_auxiliary.front(args, planted) == [3, 15, -1]
+
+
+def test_loss_is_the_sum_of_all_heads_and_gradients_reach_the_first_layer() -> None:
+    torch.manual_seed(0)
+    net, x, y = DeepMLP(64, heads_every=16, gain=1.2), torch.randn(32, 1, 28, 28), torch.randint(10, (32,))
+    assert list(net.heads) == ["16", "32", "48"]
+    model = common.Classifier(net, 0.1)
+    loss = model.training_step([x, y], 0)
+    torch.testing.assert_close(loss, torch.stack([F.cross_entropy(one, y) for one in net(x)]).sum())
+
+    def first_gradient(network: DeepMLP) -> float:
+        network.zero_grad()
+        torch.stack([F.cross_entropy(one, y) for one in network(x)]).sum().backward()  # type: ignore[no-untyped-call]
+        weight = next(network.layers.parameters())
+        assert weight.grad is not None
+        return float(weight.grad.norm())
+
+    without = DeepMLP(64, gain=1.2)
+    without.load_state_dict({name: value for name, value in net.state_dict().items() if "heads" not in name})
+    assert first_gradient(net) > 100 * first_gradient(without)
+
+
+def test_figure_is_there_and_not_blank(run: tuple[dict[str, Any], Path]) -> None:
+    pixels = matplotlib.image.imread(run[1] / "figure.png")[..., :3]
+    assert min(pixels.shape[:2]) > 300
+    assert pixels.std() > 0.1

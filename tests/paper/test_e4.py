@@ -60,7 +60,7 @@ def test_front_is_the_deepest_layer_before_which_none_is_bad() -> None:
     args = e4_auxiliary.arguments().parse_args(["--depth", "16"])
     planted = ProbeReport()
     layers = e4_auxiliary.depths(args)
-    for step, wrong in enumerate([[1, 3, 5, 1, 1], [1] * 5, [5] * 5]):
+    for step, wrong in enumerate([[1.0, 3.0, 5.0, 1.0, 1.0], [1.0] * 5, [5.0] * 5]):
         about = {f"net.layers.{i}": {"depth": i, "features": 1, "features_total": 1} for i in layers}
         scores: dict[str, list[float]] = {"wrong": wrong, "loss": [0.0] * 5, "total": [10.0] * 5, "classes": [2.0] * 5}
         planted.add(about, scores, stage="val", dataloader=0, epoch=step, step=step)

@@ -23,7 +23,7 @@ BRIDGE = 64
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """What was found, and the folder."""
     output = tmp_path_factory.mktemp("e3")
-    size = ["--samples", "2000", "--held-out", "500", "--fit-samples", "250", "--steps", "80", "160", "--seeds", "1"]
+    size = ["--samples", "2000", "--held-out", "500", "--fit-samples", "200", "--steps", "50", "100", "--seeds", "1"]
     return e3_bridge.main([*size, "--quiet", "--output", str(output)]), output
 
 
@@ -37,7 +37,7 @@ def claim(found: dict[str, Any], beginning: str) -> dict[str, Any]:
 
 
 def test_under_the_bridge_probes_by_hand_stay_at_the_majority_class(run: tuple[dict[str, Any], Path]) -> None:
-    for moment in ("at the start", "after 80 minibatches", "after 160"):
+    for moment in ("at the start", "after 50 minibatches", "after 100"):
         ends = f"{moment}."
         (one,) = [c for c in run[0]["claims"] if c["text"].startswith("Layers 38 to 63") and c["text"].endswith(ends)]
         assert one["holds"], one
@@ -45,7 +45,7 @@ def test_under_the_bridge_probes_by_hand_stay_at_the_majority_class(run: tuple[d
 
 def test_above_the_bridge_a_layer_is_well_below(run: tuple[dict[str, Any], Path]) -> None:
     report = ProbeReport.load(run[1] / "seed0-training.json")
-    for step in (80, 160):
+    for step in (50, 100):
         found = common.errors(report, "val", step=step)
         assert min(found[BRIDGE:]) < 0.35 < 0.6 < report.baseline["val"]
         # Fitted probes know something where those by hand know nothing, but less than above the bridge.

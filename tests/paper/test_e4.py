@@ -24,9 +24,9 @@ DEPTH, STEPS, CHANCE = 64, 400, math.log(10)
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """What was found, and the folder."""
     output = tmp_path_factory.mktemp("e4")
-    size = ["--samples", "2000", "--held-out", "500", "--depth", str(DEPTH), "--steps", str(STEPS), "--moments", "4"]
+    size = ["--samples", "2000", "--held-out", "500", "--depth", str(DEPTH), "--steps", str(STEPS), "--moments", "2"]
     # A higher rate than at full size, where training takes longer.
-    size += ["--rate", "0.01", "--fit-samples", "600"]
+    size += ["--rate", "0.01", "--fit-samples", "400"]
     return e4_auxiliary.main([*size, "--quiet", "--output", str(output)]), output
 
 
@@ -50,7 +50,7 @@ def test_probes_are_at_every_fourth_layer_and_the_front_moves(run: tuple[dict[st
     expected = {f"net.layers.{i}" for i in [0, *range(3, DEPTH, 4)]}
     for one in (auxiliary, without):
         assert {row["layer"] for row in one.rows} == expected
-        assert {row["step"] for row in one.rows} == set(range(0, STEPS + 1, STEPS // 4))
+        assert {row["step"] for row in one.rows} == set(range(0, STEPS + 1, STEPS // 2))
     first, *_, last = e4_auxiliary.front(args, auxiliary)
     assert last == DEPTH - 1 > first
     assert e4_auxiliary.front(args, without)[-1] < DEPTH // 2

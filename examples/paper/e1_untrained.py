@@ -161,12 +161,8 @@ def by_hand(args: argparse.Namespace, seed: int, rate: float = 0.1) -> list[floa
     net, (train, held_out) = network(args, "LeakyReLU", DEFAULT, seed), sets(args, seed)
     seen, unseen = activations(net, train.tensors[0]), activations(net, held_out.tensors[0])
     weight, bias = torch.zeros(*seen.shape[::2], 2), torch.zeros(len(seen), 1, 2)
-    answers = F.one_hot(train.tensors[1], 2)
     for batch in torch.randperm(len(train)).chunk(max(len(train) // BATCH, 1)):
-        features = seen[:, batch]
-        slope = (torch.baddbmm(bias, features, weight).softmax(-1) - answers[batch]) / len(batch)
-        weight -= rate * features.mT @ slope
-        bias -= rate * slope.sum(1, keepdim=True)
+        common.step_by_hand(weight, bias, seen[:, batch], train.tensors[1][batch], rate)
     wrong = torch.baddbmm(bias, unseen, weight).argmax(-1) != held_out.tensors[1]
     errors: list[float] = wrong.float().mean(1).tolist()
     return errors

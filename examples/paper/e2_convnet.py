@@ -129,7 +129,7 @@ def figure(args: argparse.Namespace, start: list[list[float]], end: list[list[fl
     axes = new.add_subplot()
     common.draw(axes, "before training", start, common.COLOURS[4], marker="o", markersize=5)
     common.draw(axes, f"after {args.epochs} epochs", end, common.COLOURS[0], marker="o", markersize=5)
-    data = args.data.stem if args.data else "5 000 digits"
+    data = common.data_name(args)
     common.label(axes, f"Convolutional network on {data}: linear probes, held-out images", majority=None)
     axes.axhline(100 * own, color="0.45", linestyle=":", linewidth=1.2, label="the network itself")
     # Logarithmic: the majority class, at 89 %, is far above all of it.

@@ -28,6 +28,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from matplotlib.figure import Figure
 from mlp import DeepMLP
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from lightning_probes import LinearProbeCallback, ProbeReport
 
@@ -82,10 +83,7 @@ class ByHand(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """One step of all probes; errors if they are due."""
-        features, labels = torch.stack(self._activations), nn.functional.one_hot(batch[1], 10)
-        slope = (torch.baddbmm(self.bias, features, self.weight).softmax(-1) - labels) / len(labels)
-        self.weight -= self.rate * features.mT @ slope
-        self.bias -= self.rate * slope.sum(1, keepdim=True)
+        common.step_by_hand(self.weight, self.bias, torch.stack(self._activations), batch[1], self.rate)
         if trainer.global_step in self.steps:
             self._activations.clear()
             with torch.no_grad():
@@ -106,32 +104,35 @@ def arguments() -> argparse.ArgumentParser:
 
 COLOURS = {"by hand": common.COLOURS[1], "along": common.COLOURS[2], "fitted": common.COLOURS[0]}
 
+Data = tuple[TensorDataset, TensorDataset]
+"""To train on, and held out."""
+
 Curves = dict[int, dict[str, list[float]]]
 """Of one seed: minibatches: {kind of probe: error of each layer}."""
 
 
-def fit(args: argparse.Namespace, seed: int, net: DeepMLP, steps: int, rate: float) -> tuple[ProbeReport, ByHand]:
+def fit(
+    args: argparse.Namespace, data: Data, seed: int, net: DeepMLP, steps: int, rate: float
+) -> tuple[ProbeReport, ByHand]:
     """Train for so many minibatches at a rate, perhaps 0, with both kinds of probes."""
-    train, held_out = common.images(args)
-    probes = LinearProbeCallback(
-        "net.layers.*", input=None, fit_samples=args.fit_samples, learning_rate=3e-3, log_metrics=["lag"]
-    )
+    train, held_out = data
+    probes = LinearProbeCallback("net.layers.*", input=None, fit_samples=args.fit_samples, log_metrics=["lag"])
     images, labels = train.tensors
     by_hand = ByHand(0.02, images[:5000], labels[:5000], args.steps)
     run = common.trainer(args, f"seed{seed}-{'training' if rate else 'start'}", probes, by_hand, max_steps=steps)
-    data = common.loaders(train, held_out, 128, seed, steps=args.steps[0])
-    run.fit(common.Classifier(net, rate), *data)
+    batches = common.loaders(train, held_out, 128, seed, steps=args.steps[0])
+    run.fit(common.Classifier(net, rate), *batches)
     return probes.report, by_hand
 
 
-def measure(args: argparse.Namespace, seed: int) -> tuple[Curves, dict[str, ProbeReport]]:
+def measure(args: argparse.Namespace, data: Data, seed: int) -> tuple[Curves, dict[str, ProbeReport]]:
     """Errors at the start and at both moments."""
     seed_everything(seed, verbose=False)
     net = DeepMLP(args.depth, bridge=True, gain=1.28)
     first, last = args.steps
     # At a rate of 0 the network stays what it is while probes are trained along.
-    start, start_by_hand = fit(args, seed, net, first, 0.0)
-    trained, by_hand = fit(args, seed, net, last, 0.015)
+    start, start_by_hand = fit(args, data, seed, net, first, 0.0)
+    trained, by_hand = fit(args, data, seed, net, last, 0.015)
     curves = {0: kinds(start, first, start_by_hand)} | {step: kinds(trained, step, by_hand) for step in args.steps}
     return curves, {f"seed{seed}-start": start, f"seed{seed}-training": trained}
 
@@ -152,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = arguments().parse_args(argv)
     # What vanishes over so many layers becomes denormal numbers, which take a processor ten times as long.
     torch.set_flush_denormal(True)
-    found = [measure(args, seed) for seed in range(args.seeds)]
+    data = common.images(args)
+    found = [measure(args, data, seed) for seed in range(args.seeds)]
     reports = {name: report for _, some in found for name, report in some.items()}
     curves = [one for one, _ in found]
     majority = next(iter(reports.values())).baseline["train"]
@@ -196,16 +198,16 @@ def claims(args: argparse.Namespace, curves: list[Curves], majority: float) -> l
         )
 
     moments = {0: "at the start", first: f"after {first} minibatches", last: f"after {last}"}
-    best = {step: min(range(bridge, args.depth), key=lambda i: fmean(at(step, "fitted", i))) for step in args.steps}
+    best = min(range(bridge, args.depth), key=lambda i: fmean(at(last, "fitted", i)))
     return [
         *(bars(step, moment) for step, moment in moments.items()),
         *(plateau(step, moment) for step, moment in moments.items()),
         common.Claim(
             f"After {last} minibatches the second half has learned: the best layer is soon after the bridge.",
             "4.7 % near layers 68 to 72, 7.1 % at the last",
-            f"{common.percent(at(last, 'fitted', best[last]))} at layer {best[last]}, "
+            f"{common.percent(at(last, 'fitted', best))} at layer {best}, "
             f"{common.percent(at(last, 'fitted', args.depth - 1))} at the last",
-            best[last] < bridge + args.depth // 4 and fmean(at(last, "fitted", args.depth - 1)) < 0.5 * majority,
+            best < bridge + args.depth // 4 and fmean(at(last, "fitted", args.depth - 1)) < 0.5 * majority,
         ),
         common.Claim(
             f"After {first} it is half-way: the error of the last layer.",
@@ -235,7 +237,7 @@ def figure(args: argparse.Namespace, curves: list[Curves], majority: float) -> F
             axes.plot([38, 63], [100 * PLATEAU] * 2, "k", linewidth=4, alpha=0.3)
         axes.set_xticks(np.linspace(0, args.depth, 9))
     panels[-1].legend(frameon=False, fontsize=8, loc="center right")
-    name = args.data.stem if args.data else "5 000 digits"
+    name = common.data_name(args)
     new.suptitle(f"{args.depth} layers, a bridge over the grey ones: train error of probes; {name}, {args.seeds} seeds")
     return new
 

@@ -25,6 +25,7 @@ import torch
 from lightning.pytorch import seed_everything
 from matplotlib.figure import Figure
 from mlp import DeepMLP
+from torch.utils.data import TensorDataset
 
 from lightning_probes import LinearProbeCallback, ProbeReport
 
@@ -56,13 +57,13 @@ class Outcome:
     own: float
 
 
-def trained(args: argparse.Namespace, seed: int, way: str) -> Outcome:
+def trained(args: argparse.Namespace, images: tuple[TensorDataset, TensorDataset], seed: int, way: str) -> Outcome:
     """Train, with a probe on every fourth layer."""
     seed_everything(seed, verbose=False)
     net = DeepMLP(args.depth, heads_every=WAYS[way], gain=1.2)
     probes = LinearProbeCallback([f"net.layers.{i}" for i in depths(args)], input=None, fit_samples=args.fit_samples)
     run = common.trainer(args, f"seed{seed}-{way.replace(' ', '-')}", probes, max_steps=args.steps)
-    data = common.loaders(*common.images(args), 128, seed, steps=args.steps // args.moments)
+    data = common.loaders(*images, 128, seed, steps=args.steps // args.moments)
     run.fit(common.Classifier(net, rate=args.rate), *data)
     return Outcome(probes.report, run.callback_metrics["val_loss"].item(), common.own_error(run))
 
@@ -88,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = arguments().parse_args(argv)
     # What vanishes over so many layers becomes denormal numbers, which take a processor ten times as long.
     torch.set_flush_denormal(True)
-    found = {way: [trained(args, seed, way) for seed in range(args.seeds)] for way in WAYS}
+    images = common.images(args)
+    found = {way: [trained(args, images, seed, way) for seed in range(args.seeds)] for way in WAYS}
     reports = {
         f"seed{seed}-{way.replace(' ', '-')}": outcome.report
         for way, outcomes in found.items()
@@ -153,7 +155,7 @@ def figure(args: argparse.Namespace, reports: dict[str, ProbeReport]) -> Figure:
     panels[0].legend(fontsize=9, loc="upper left", facecolor="0.5", labelcolor="white")
     majority = f"majority class {100 * report.baseline['val']:.1f}"
     new.colorbar(shown, ax=panels, label=f"probe error on held-out images (%); {majority}", pad=0.02)
-    name = args.data.stem if args.data else "5 000 digits"
+    name = common.data_name(args)
     new.suptitle(f"{args.depth} layers without a bridge: what each knows, over time; {name}")
     return new
 

@@ -213,7 +213,7 @@ def figure(args: argparse.Namespace, start: list[Curve], end: list[Curve], repor
         title = "here: ImageNet, torchvision's weights"
         moments = [("pretrained", end, common.COLOURS[0])]
     else:
-        name = args.data.stem if args.data else "5 000 digits"
+        name = common.data_name(args)
         title = f"here: trained on {name}, 28 x 28"
         epochs = f"after {args.epochs} epoch" + "s" * (args.epochs > 1)
         moments = [("before training", start, common.COLOURS[4]), (epochs, end, common.COLOURS[0])]

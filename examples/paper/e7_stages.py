@@ -233,7 +233,7 @@ def figure(args: argparse.Namespace, found: dict[str, list[Outcome]], deciding: 
         axes.set_yticks([], minor=True)
         axes.autoscale(axis="y")
     over_steps.legend(frameon=False, fontsize=9)
-    name = args.data.stem if args.data else "5 000 digits"
+    name = common.data_name(args)
     new.suptitle(f"A network of {args.depth} layers, trained stage by stage and otherwise; {name}")
     return new
 

@@ -221,7 +221,7 @@ def figure(args: argparse.Namespace, found: dict[str, list[Outcome]]) -> Figure:
         logarithmic(axes, lowest=0)
         scatter(panels[i // 2, 2], kind, outcomes, colour)
     new.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    data = args.data.stem if args.data else "5 000 digits"
+    data = common.data_name(args)
     new.suptitle(f"What a layer adds for its probe, and what it costs to take it out; {data}")
     return new
 

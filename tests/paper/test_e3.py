@@ -27,15 +27,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]
     return e3_bridge.main([*size, "--quiet", "--output", str(output)]), output
 
 
-def curves(output: Path, name: str, stage: str, step: int, *, online: bool = False) -> list[float]:
-    return common.errors(ProbeReport.load(output / f"{name}.json"), stage, step=step, online=online)
-
-
-def claim(found: dict[str, Any], beginning: str) -> dict[str, Any]:
-    (one,) = [claim for claim in found["claims"] if claim["text"].startswith(beginning)]
-    return dict(one)
-
-
 def test_under_the_bridge_probes_by_hand_stay_at_the_majority_class(run: tuple[dict[str, Any], Path]) -> None:
     for moment in ("at the start", "after 50 minibatches", "after 100"):
         ends = f"{moment}."

@@ -69,13 +69,19 @@ class Classifier(LightningModule):
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says, or does not, and what was found here; ``why`` it differs, if it does."""
+    """What the paper says, if anything, and what was found here; ``why`` it differs, if it does."""
 
     text: str
     paper: str
     ours: str
     holds: bool
     why: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        names = ("agrees", "differs") if self.paper else ("holds", "does not hold")
+        return names[0] if self.holds else ": ".join(filter(None, [names[1], self.why]))
 
 
 def parser(description: str | None, name: str, *, seeds: int) -> argparse.ArgumentParser:
@@ -180,6 +186,16 @@ def errors(report: ProbeReport, stage: str, *, online: bool = False, **point: in
     return [row["value"] + (late[row["layer"]] if online else 0) for row in rows]
 
 
+def curve(report: ProbeReport, moment: int) -> list[dict[str, Any]]:
+    """Rows of validation errors, in order of depth, at the first (0) or the last (-1) of the report's moments."""
+    return list(list(report.curves("val").values())[moment].values())
+
+
+def rises(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Which of a report's rows, in order of depth, are worse than an earlier one by more than both intervals allow."""
+    return [i for i, row in enumerate(rows) if any(row["low"] > earlier["high"] for earlier in rows[:i])]
+
+
 def own_error(run: Trainer) -> float:
     """The network's own error on what is held out, as of the last validation."""
     return 1 - run.callback_metrics["val_accuracy"].item()
@@ -226,11 +242,11 @@ def conclude(args: argparse.Namespace, claims: Sequence[Claim], begun: float, ab
     """Print what was found, and leave it as ``result.json``, with what ``about`` says that the paper leaves open."""
     settings = " ".join((about or "").partition("The paper leaves open: ")[2].split())
     minutes = (time.monotonic() - begun) / 60
-    found = {"claims": [asdict(claim) for claim in claims], "settings": settings, "minutes": minutes}
+    kept = [asdict(claim) | {"verdict": claim.verdict} for claim in claims]
+    found = {"claims": kept, "settings": settings, "minutes": minutes}
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "result.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for claim in claims:
-        verdict = "agrees" if claim.holds else f"differs{claim.why and ': '}{claim.why}"
-        print(f"\n{claim.text}\n  paper: {claim.paper}\n  here:  {claim.ours}  ({verdict})")
+        print(f"\n{claim.text}\n  paper: {claim.paper or 'nothing on this'}\n  here:  {claim.ours}  ({claim.verdict})")
     print(f"\nFigure: {args.output / 'figure.png'}\nCurves: tensorboard --logdir {args.output / 'tensorboard'}")
     return found

@@ -240,13 +240,13 @@ def claims(found: Mapping[tuple[str, str], Curves]) -> list[common.Claim]:
         ),
         common.Claim(
             "It is not for depth alone: with He's or orthogonal weights no probe at its optimum is ever at chance.",
-            "not in the paper",
+            "",
             "above 40 % from: " + "; ".join(f"{case}: {place}" for case, place in by_case.items()),
             all(reaches_chance(curves) is None for curves in others.values()),
         ),
         common.Claim(
             "Much of the curve is the probes' own: those trained along are at chance at layers that are not.",
-            "not in the paper",
+            "",
             f"above 40 % from: {HAND}: {where(paper[HAND])}; {ALONG}: {where(paper[ALONG])}; {OPTIMUM}: "
             f"{where(paper[OPTIMUM])}. Points above the optimum, mean of all layers (last layer): "
             + "; ".join(f"{kind}: {lag(paper, kind)}" for kind in (HAND, ALONG)),
@@ -254,7 +254,7 @@ def claims(found: Mapping[tuple[str, str], Curves]) -> list[common.Claim]:
         ),
         common.Claim(
             "The rest is rounding: in double precision, without what all samples share, the last layer is below 5 %.",
-            "not in the paper",
+            "",
             common.percent(last[DOUBLE]),
             fmean(last[DOUBLE]) < 0.05,
         ),

@@ -150,7 +150,7 @@ def claims(found: list[list[Moment]], baseline: float) -> list[common.Claim]:
     falls = {layer: start[layer] - fmean(at(-1, layer)) for layer in after_input}
     best, worst = sorted(start, key=start.__getitem__)[:: len(start) - 1]
     least, most = sorted(falls, key=falls.__getitem__)[:: len(falls) - 1]
-    worse = {NAMES[layer] for one in found for layer in rises(one[-1])}
+    worse = {NAMES[TRUNK[1 + i]] for one in found for i in common.rises([one[-1][layer] for layer in TRUNK[1:]])}
     times = range(1, len(found[0]))
     ahead = [fmean(at(i, "net.main")) - fmean(at(i, AUXILIARY)) for i in times]
     is_behind = any(moment[AUXILIARY]["low"] > moment["net.main"]["high"] for one in found for moment in one[1:])
@@ -184,12 +184,6 @@ def claims(found: list[list[Moment]], baseline: float) -> list[common.Claim]:
             not is_behind and 0 < fmean(ahead) < 0.05,
         ),
     ]
-
-
-def rises(moment: Moment) -> list[str]:
-    """Layers of the trunk that are worse than an earlier one after the input, by more than both intervals allow."""
-    rows = [moment[layer] for layer in TRUNK[1:]]
-    return [row["layer"] for i, row in enumerate(rows) if any(row["low"] > one["high"] for one in rows[:i])]
 
 
 def figure(args: argparse.Namespace, steps: list[int], found: list[list[Moment]]) -> Figure:

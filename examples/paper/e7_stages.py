@@ -203,7 +203,7 @@ def claims(args: argparse.Namespace, found: dict[str, list[Outcome]]) -> list[co
             all(after["high"] < before["low"] for before, after in zip(first, last, strict=True)),
         ),
     ]
-    return [common.Claim(text, "not in the paper", ours, holds) for text, ours, holds in texts]
+    return [common.Claim(text, "", ours, holds) for text, ours, holds in texts]
 
 
 def figure(args: argparse.Namespace, found: dict[str, list[Outcome]], deciding: ProbeReport) -> Figure:

@@ -201,7 +201,7 @@ def claims(args: argparse.Namespace, found: dict[str, list[Outcome]]) -> list[co
             all(one.own < other.own for one, other in zip(bridged + residual, chain + plain, strict=True)),
         ),
     ]
-    return [common.Claim(text, "not in the paper", ours, holds) for text, ours, holds in texts]
+    return [common.Claim(text, "", ours, holds) for text, ours, holds in texts]
 
 
 def figure(args: argparse.Namespace, found: dict[str, list[Outcome]]) -> Figure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,30 @@ def test_figure_is_there_and_not_blank(run: tuple[dict[str, Any], Path]) -> None
     pixels = matplotlib.image.imread(run[1] / "figure.png")[..., :3]
     assert min(pixels.shape[:2]) > 300
     assert 0.01 < (pixels.min(axis=2) < 0.9).mean() < 0.5
+
+
+def test_claims_differ_where_the_curves_do() -> None:
+    start = [0.08, 0.08, 0.015, *[0.02] * 7]
+    fitted = [0.08, 0.07, 0.05, 0.04, 0.03, 0.02, 0.012, 0.013, 0.008, 0.007]
+    claims = e2_convnet.claims([start], [fitted], [fitted], [0.007], is_clear=False)
+    assert [claim.verdict for claim in claims] == ["agrees"] * 4
+    # No kink at fc1, but where probes lag.
+    falling = [*fitted[:7], 0.01, *fitted[8:]]
+    kink = e2_convnet.claims([start], [falling], [fitted], [0.007], is_clear=False)[2]
+    assert "rises at none; by probes only trained along at 7 (fc1, 0.1 points)" in kink.ours
+    assert kink.verdict.startswith("differs: rises at the optimum are no more than chance")
+    assert kink.verdict.endswith("the kink at fc1 is there where probes lag")
+    nowhere = e2_convnet.claims([[0.2] * 10], [[0.1] * 10], [falling], [0.1], is_clear=True)
+    assert [claim.holds for claim in nowhere] == [False, True, False, False]
+    assert nowhere[2].verdict.endswith("the kink at fc1 is not there either where probes lag")
+
+
+def test_result_has_the_probes_only_trained_along(run: tuple[dict[str, Any], Path]) -> None:
+    report = ProbeReport.load(run[1] / "seed0.json")
+    late = {row["layer"]: row["value"] for row in report.select(stage="val", metric="lag", epoch=3)}
+    assert len(late) == 10
+    rows = sorted(report.select(stage="val", metric="error", epoch=3), key=lambda row: row["depth"])
+    along = [row["value"] + late[row["layer"]] for row in rows]
+    rises = [e2_convnet.NAMES[i] for i in range(1, 10) if along[i] > along[i - 1]]
+    shown = run[0]["claims"][2]["ours"].partition("trained along at ")[2]
+    assert re.findall(r"\d \((\w+), ", shown) == rises

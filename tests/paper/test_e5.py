@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import common
 import e5_resnet
 import matplotlib.image
 import pytest
@@ -72,23 +73,37 @@ def test_claims_follow_from_the_report(run: tuple[dict[str, Any], Path]) -> None
     assert json.loads((output / "result.json").read_text(encoding="utf-8")) == found
     monotone, stages, learned = found["claims"]
     report = ProbeReport.load(output / "seed0.json")
-    start, end = e5_resnet.curve(report, 0), e5_resnet.curve(report, -1)
-    assert monotone["holds"] == (not e5_resnet.rises(end))
+    start, end = common.curve(report, 0), common.curve(report, -1)
+    assert monotone["holds"] == (not common.rises(end[1:]))
+    assert monotone["ours"].endswith("none") == monotone["holds"]
     shown = ", ".join(f"{100 * end[i]['value']:.1f} %" for i in (3, 7, 13, 16))
     assert stages["ours"].endswith(shown)
     assert learned["holds"] == (start[16]["value"] >= start[1]["value"])
 
 
 def test_rise_counts_where_it_is_more_than_the_intervals_allow() -> None:
-    falling = rows((0.9, 1.0), (0.5, 0.6), (0.4, 0.5), (0.3, 0.4))
-    assert e5_resnet.rises(falling) == []
+    assert common.rises(rows((0.5, 0.6), (0.4, 0.5), (0.3, 0.4))) == []
     # Larger, but the intervals overlap.
-    assert e5_resnet.rises(rows((0.9, 1.0), (0.3, 0.4), (0.35, 0.45))) == []
+    assert common.rises(rows((0.3, 0.4), (0.35, 0.45))) == []
     # Little by little, and yet clearly worse than the best before.
-    slow = rows((0.9, 1.0), (0.30, 0.36), (0.34, 0.40), (0.37, 0.43))
-    assert e5_resnet.rises(slow) == [3]
-    # The input is no addition.
-    assert e5_resnet.rises(rows((0.1, 0.2), (0.5, 0.6))) == []
+    assert common.rises(rows((0.30, 0.36), (0.34, 0.40), (0.37, 0.43))) == [2]
+
+
+def test_claims_differ_where_the_curves_do() -> None:
+    args = e5_resnet.arguments().parse_args([])
+    falling = rows(*((0.9 - 0.05 * i, 0.91 - 0.05 * i) for i in range(17)))
+    start = rows(*[(0.5, 0.6)] * 17)
+    assert [claim.verdict for claim in e5_resnet.claims(args, [start], [falling])] == ["agrees", "agrees", "holds"]
+    # The input is no addition: what is worse than it is no rise.
+    falling[0] = {"low": 0, "high": 0, "value": 0}
+    assert e5_resnet.claims(args, [start], [falling])[0].holds
+    # The last addition is a little, then much worse than those before.
+    for value, kind in ((0.255, "no more than chance"), (0.9, "by more than chance")):
+        falling[16] = {"low": value - 0.1, "high": value + 0.1, "value": value}
+        monotone, stages, _ = e5_resnet.claims(args, [start], [falling])
+        assert monotone.holds == (value < 0.9)
+        assert monotone.ours.endswith("none" if value < 0.9 else "apart: 16")
+        assert kind in stages.verdict
 
 
 def test_paper_falls_but_once() -> None:

@@ -32,8 +32,14 @@ RESULTS: dict[str, Any] = {
             "minutes": 1.3,
             "settings": "the rate, 0.1 here.",
             "claims": [
-                {"text": "It falls.", "paper": "8 %", "ours": "9 %", "holds": True},
-                {"text": "It is |x|.", "paper": "1", "ours": "2\nor 3", "holds": False, "why": "fewer images"},
+                {"text": "It falls.", "paper": "8 %", "ours": "9 %", "holds": True, "verdict": "agrees"},
+                {
+                    "text": "It is |x|.",
+                    "paper": "1",
+                    "ours": "2\nor 3",
+                    "holds": False,
+                    "verdict": "differs: a: b",
+                },
             ],
         },
         "e3": {
@@ -41,7 +47,7 @@ RESULTS: dict[str, Any] = {
             "command": "python examples/paper/three.py",
             "measured": "another, 4 CPUs",
             "minutes": 10,
-            "claims": [{"text": "So.", "paper": "yes", "ours": "no", "holds": False, "why": ""}],
+            "claims": [{"text": "So.", "paper": "", "ours": "no", "holds": False, "verdict": "does not hold"}],
         },
     },
 }
@@ -64,7 +70,7 @@ The paper leaves open: the rate, 0.1 here.
 | claim | the paper | here | verdict |
 |---|---|---|---|
 | It falls. | 8 % | 9 % | agrees |
-| It is \|x\|. | 1 | 2 or 3 | **differs**: fewer images |
+| It is \|x\|. | 1 | 2 or 3 | **differs**: a: b |
 
 ### E3: of three
 
@@ -74,7 +80,7 @@ The paper leaves open: the rate, 0.1 here.
 
 | claim | the paper | here | verdict |
 |---|---|---|---|
-| So. | yes | no | **differs** |"""
+| So. | not in the paper | no | **does not hold** |"""
 
 
 def test_table_is_made_of_the_results_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,7 +153,7 @@ def test_data_goes_to_those_that_take_it(tmp_path: Path, monkeypatch: pytest.Mon
     assert "--data" not in called["e1_untrained.py"]
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     # Where the file lies here is nobody's business.
-    assert results["experiments"]["e2"]["command"] == "python examples/paper/e2_convnet.py --data mnist.npz"
+    assert results["experiments"]["e2"]["command"] == "python examples/paper/e2_convnet.py --seeds 3 --data mnist.npz"
     assert list(results["experiments"]) == [f"e{i}" for i in range(1, 9)]
     assert results["minutes"] >= 0
 

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from networks import QUIET, Classifier, convnet, images, mlp
 from torch import Tensor, nn
+from torch.distributed import destroy_process_group
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
@@ -348,3 +349,5 @@ if __name__ == "__main__":
         spawned(sys.argv[1])
     else:
         torch.save({name: CASES[name]() for name in sys.argv[2:]}, sys.argv[1])
+        if NUMBER > 1:
+            destroy_process_group()  # gloo's threads may otherwise abort an interpreter that ends

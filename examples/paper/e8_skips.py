@@ -5,9 +5,10 @@ python examples/paper/e8_skips.py [--data mnist.npz] [--samples 12000] [--depth 
 Not in the paper: an idea that follows from its E3. Two networks, each trained with and without skips, on 12 000 images:
 64 fully connected layers, perhaps with a bridge from the first to the middle (E3's, shorter), 8 epochs; ten blocks of
 two convolutions with batch normalisation, 16 channels at 7 x 7, perhaps with a skip around each, 3 epochs. A layer or
-block is called bypassed if the probe behind it is not clearly better than the one before it: their 95 % intervals are
-not apart. Then it is taken out, with nothing in its place (what came in goes on), and the network's own error is taken,
-without more training, on the images that probes are scored on. All that the bridge spans is taken out together, too.
+block is called bypassed if the probe behind it gains less than 0.5 points on the one before it. Then it is taken out,
+with nothing in its place (what came in goes on), and the network's own error is taken, without more training, on the
+images that probes are scored on. It was used if that costs more than 0.5 points, by more than chance: a paired 95 %
+interval is above them. All that the bridge spans is taken out together, too.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_probes import ProbeReport, probe
 
 NOTICED = 0.005
-"""What taking out a layer may cost before we say that it was used."""
+"""What a probe may gain across a layer, or taking it out may cost, before we say that it was used."""
+
+COST, LOWEST = 0, 1
+"""Of taking out a layer: what was found, and the lower end of its 95 % interval."""
 
 KINDS = {(True, True): "MLP with a bridge", (True, False): "MLP without"}
 KINDS |= {(False, True): "convolutions with skips", (False, False): "convolutions without"}
@@ -73,12 +77,15 @@ class ConvNet(nn.Module):
 
 @dataclass
 class Outcome:
-    """Of one network: its error; its probes; what it costs to take out each layer after 0, or all under the bridge."""
+    """Of one network: its error; its probes; what it costs to take out each layer after 0, or all under the bridge.
+
+    A cost is a difference of errors, and the lower end of its 95 % interval.
+    """
 
     own: float
     report: ProbeReport
-    costs: list[float]
-    branch: float
+    costs: list[tuple[float, float]]
+    branch: tuple[float, float]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -86,10 +93,10 @@ class Outcome:
         return sorted(self.report.select(stage="val", metric="error"), key=lambda row: row["depth"])
 
     @property
-    def points(self) -> list[tuple[float, float, bool]]:
-        """Of each layer after 0: what its probe gains, what taking it out costs, whether it is called bypassed."""
+    def points(self) -> list[tuple[float, float, float]]:
+        """Of each layer after 0: what its probe gains, what taking it out costs, and that at least."""
         pairs = zip(pairwise(self.rows), self.costs, strict=True)
-        return [(a["value"] - b["value"], cost, a["low"] <= b["high"]) for (a, b), cost in pairs]
+        return [(a["value"] - b["value"], *cost) for (a, b), cost in pairs]
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -103,18 +110,22 @@ def arguments() -> argparse.ArgumentParser:
 
 
 @torch.no_grad()
-def error(net: nn.Module, data: TensorDataset) -> float:
-    """The network's own."""
+def mistakes(net: nn.Module, data: TensorDataset) -> Tensor:
+    """``(samples,)``: 1 where the network itself is wrong, else 0."""
     wrong = [net.eval()(x)[0].argmax(1) != y for x, y in DataLoader(data, 500)]
-    return torch.cat(wrong).float().mean().item()
+    return torch.cat(wrong).float()
 
 
-def without(net: DeepMLP | ConvNet, layer: int, stand_in: nn.Module, data: TensorDataset) -> float:
-    """The network's own error with something else in the place of a layer."""
+def cost(net: DeepMLP | ConvNet, layer: int, stand_in: nn.Module, data: TensorDataset) -> tuple[float, float]:
+    """Of something else in the place of a layer: how much more often the network is wrong, and that at least.
+
+    The interval is normal, of the differences on the same samples.
+    """
+    own = mistakes(net, data)
     kept, net.layers[layer] = net.layers[layer], stand_in
-    found = error(net, data)
+    more = mistakes(net, data) - own
     net.layers[layer] = kept
-    return found
+    return more.mean().item(), (more.mean() - 1.96 * more.std() / len(more) ** 0.5).item()
 
 
 def trained(args: argparse.Namespace, data: Sequence[TensorDataset], seed: int, connected: bool, skip: bool) -> Outcome:
@@ -128,11 +139,10 @@ def trained(args: argparse.Namespace, data: Sequence[TensorDataset], seed: int, 
     some = DataLoader(TensorDataset(*(x[:6000] for x in train.tensors)), 500)
     asked: dict[str, Any] = {"layers": "net.layers.*", "input": None, "max_features": 256}
     report = probe(model, some, DataLoader(held_out, 500), **asked, trainer=common.trainer(args, "probed"))
-    own = error(net, held_out)
-    costs = [without(net, i, nn.Identity(), held_out) - own for i in range(1, len(net.layers))]
+    costs = [cost(net, i, nn.Identity(), held_out) for i in range(1, len(net.layers))]
     nothing = nn.Threshold(float("inf"), 0)  # zeros, whatever comes in: the bridge remains
-    branch = without(net, args.depth // 2 - 1, nothing, held_out) - own if connected else 0
-    return Outcome(own, report, costs, branch)
+    branch = cost(net, args.depth // 2 - 1, nothing, held_out) if connected else (0.0, 0.0)
+    return Outcome(mistakes(net, held_out).mean().item(), report, costs, branch)
 
 
 def name(kind: str, seed: int) -> str:
@@ -152,13 +162,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return common.conclude(args, claims(args, found), begun, __doc__)
 
 
-def correlation(outcomes: Sequence[Outcome]) -> float:
+def correlation(outcome: Outcome) -> float:
     """Spearman's, of gain and cost; equal values share their ranks."""
     ranks: list[Any] = []
-    for values in list(zip(*(point for one in outcomes for point in one.points), strict=True))[:2]:
+    for values in list(zip(*outcome.points, strict=True))[:2]:
         _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
         ranks.append((np.cumsum(counts) - (counts + 1) / 2)[place])
     return float(np.corrcoef(*ranks)[0, 1])
+
+
+def correlations(outcomes: Sequence[Outcome]) -> str:
+    """Of each seed."""
+    return " ".join(f"{correlation(one):+.2f}" for one in outcomes)
 
 
 def claims(args: argparse.Namespace, found: dict[str, list[Outcome]]) -> list[common.Claim]:
@@ -166,14 +181,13 @@ def claims(args: argparse.Namespace, found: dict[str, list[Outcome]]) -> list[co
     bridged, chain, residual, plain = found.values()
     end = args.depth // 2 - 1
     layers = [one.rows for one in bridged]
-    ranks = {kind: correlation(outcomes) for kind, outcomes in found.items()}
 
     def verdict(name: str, outcomes: list[Outcome], first: int | None = None) -> tuple[str, str, bool]:
         judged = [point for one in outcomes for point in one.points[:first]]
-        costs = [cost for _, cost, is_bypassed in judged if is_bypassed]
-        free = sum(cost < NOTICED for cost in costs)
-        text = f"Bypassed, says the probe: then taking it out, alone, costs less than 0.5 points ({name})."
-        most = f"at most {100 * max(costs, default=0):.1f} points"
+        costs = [cost for gain, *cost in judged if gain < NOTICED]
+        free = sum(cost[LOWEST] <= NOTICED for cost in costs)
+        text = f"Bypassed, says the probe: then taking it out, alone, costs no more than 0.5 points ({name})."
+        most = f"at most {100 * max((cost[COST] for cost in costs), default=0):.1f} points"
         return text, f"true of {free} of {len(costs)}; {most} ({len(judged)} judged)", free == len(costs)
 
     texts = [
@@ -183,20 +197,21 @@ def claims(args: argparse.Namespace, found: dict[str, list[Outcome]]) -> list[co
             all(one[end]["low"] > one[0]["high"] for one in layers),
         ),
         (
-            "Then taking all of it out, so that only the bridge remains, costs less than 0.5 points.",
-            ", ".join(f"{100 * one.branch:+.2f}" for one in bridged) + " points",
-            all(one.branch < NOTICED for one in bridged),
+            "Then taking all of it out, so that only the bridge remains, costs no more than 0.5 points.",
+            ", ".join(f"{100 * one.branch[COST]:+.2f}" for one in bridged) + " points",
+            all(one.branch[LOWEST] <= NOTICED for one in bridged),
         ),
         verdict(f"layers 1 to {end}, which the bridge spans", bridged, end),
         verdict("blocks with skips", residual),
         verdict("layers and blocks that no skip spans", chain + plain),
         (
-            "The more the probe gains across a block with a skip, the more it costs to take it out.",
-            "rank correlations: " + ", ".join(f"{kind} {found:+.2f}" for kind, found in ranks.items()),
-            ranks[KINDS[False, True]] > 0.5,
+            "The more the probe gains across a block with a skip, the more it costs to take it out, with each seed.",
+            "rank correlations: " + ", ".join(f"{kind} {correlations(outcomes)}" for kind, outcomes in found.items()),
+            all(correlation(one) > 0 for one in residual),
         ),
         (
-            "Skips are needed: without them the networks' own errors are higher, with each seed.",
+            "Skips are needed: without them, at the same rate and after as many epochs, the networks' own errors are "
+            "higher, with each seed.",
             ", ".join(f"{kind} {common.percent([one.own for one in outcomes])}" for kind, outcomes in found.items()),
             all(one.own < other.own for one, other in zip(bridged + residual, chain + plain, strict=True)),
         ),
@@ -210,7 +225,7 @@ def figure(args: argparse.Namespace, found: dict[str, list[Outcome]]) -> Figure:
     panels = new.subplots(2, 3)
     for i, (kind, outcomes) in enumerate(found.items()):
         axes, colour = panels[i // 2, i % 2], common.COLOURS[i % 2]
-        costs = 100 * np.mean([one.costs for one in outcomes], axis=0)
+        costs = 100 * np.mean([one.costs for one in outcomes], axis=0)[:, COST]
         axes.bar(range(1, len(costs) + 1), costs, color="0.8", label="cost of taking it out, alone (points)")
         common.draw(axes, "probe", [[row["value"] for row in one.rows] for one in outcomes], colour, marker=".")
         if not i:
@@ -229,7 +244,7 @@ def figure(args: argparse.Namespace, found: dict[str, list[Outcome]]) -> Figure:
 def scatter(axes: Axes, kind: str, outcomes: list[Outcome], colour: str) -> None:
     """A point for each layer and seed."""
     gains, costs, _ = 100 * np.array([point for one in outcomes for point in one.points]).T
-    axes.scatter(gains, costs, s=14, color=colour, alpha=0.6, label=f"{kind} ({correlation(outcomes):+.2f})")
+    axes.scatter(gains, costs, s=14, color=colour, alpha=0.6, label=f"{kind} ({correlations(outcomes)})")
     common.label(axes, "each layer and seed (rank correlation)", majority=None, layers="gain of the probe (points)")
     axes.set_xscale("symlog", linthresh=1)
     logarithmic(axes, lowest=-2)

@@ -195,7 +195,7 @@ def section(name: str, found: dict[str, Any]) -> list[str]:
     """An experiment: how it was run, its figure, its claims."""
     lines = [f"### {name.upper()}: {found['title']}", "", f"`{found['command']}` ({found['minutes']:.1f} minutes)", ""]
     if settings := found.get("settings"):
-        lines += [f"The paper leaves open: {settings}", ""]
+        lines += [settings, ""]
     lines += [f"![{name.upper()}: {found['title']}](figures/{name}.png)", ""]
     return [*lines, "| claim | the paper | here | verdict |", "|---|---|---|---|", *map(row, found["claims"])]
 

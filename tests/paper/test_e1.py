@@ -74,7 +74,8 @@ def test_claims_differ_where_the_curves_do(run: tuple[dict[str, Any], Path]) -> 
     assert [claim.holds for claim in e1.claims(found)] == [True] * 4
     useless, perfect = [[0.01, *[0.5] * 32]], [[0.01] * 33]
     found["tanh", e1.HE][e1.OPTIMUM] = useless
-    found["LeakyReLU", e1.DEFAULT] = {e1.HAND: perfect, e1.ALONG: perfect, e1.OPTIMUM: perfect, e1.DOUBLE: useless}
+    kinds = {e1.HAND: perfect, e1.ALONG: perfect, e1.OPTIMUM: perfect, e1.SINGLE: useless, e1.DOUBLE: useless}
+    found["LeakyReLU", e1.DEFAULT] = kinds
     assert [claim.holds for claim in e1.claims(found)] == [False] * 4
 
 
@@ -100,16 +101,17 @@ def test_weights_are_what_they_are_called() -> None:
     assert linear("tanh", e1.DEFAULT).bias.any()
 
 
-def test_double_precision_shows_the_same_layers_less_what_they_give_for_0() -> None:
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+def test_what_samples_do_not_share_is_what_layers_give_less_what_they_give_for_0(precision: torch.dtype) -> None:
     torch.manual_seed(0)
     net, x = e1.DeepMLP(4, 16, "tanh", e1.DEFAULT), torch.randn(8, 2)
     expected = (e1.activations(net, x) - e1.activations(net, torch.zeros(1, 2))).detach()[1:]
     shown: list[torch.Tensor] = []
-    precise = e1.Precise(net)
-    for identity in precise.shown:
+    unshared = e1.Unshared(net, precision)
+    for identity in unshared.shown:
         identity.register_forward_hook(lambda module, inputs, output: shown.append(output))
-    precise(x)
-    assert shown[0].dtype == torch.float64
+    unshared(x)
+    assert shown[0].dtype == precision
     torch.testing.assert_close(torch.stack(shown).float(), expected, atol=1e-6, rtol=1e-4)
 
 
@@ -119,5 +121,5 @@ def test_figure_is_there_and_not_blank(run: tuple[dict[str, Any], Path]) -> None
     assert 0.01 < (pixels.min(axis=2) < 0.9).mean() < 0.5
     words = (run[1] / "figure.svg").read_text(encoding="utf-8")
     # Text is drawn as paths, named in comments.
-    for expected in ("32 untrained layers", "tanh", "four kinds of probes", e1.DOUBLE):
+    for expected in ("32 untrained layers", "tanh", "kinds of probes", e1.SINGLE, e1.DOUBLE):
         assert expected in words

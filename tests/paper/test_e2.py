@@ -75,7 +75,7 @@ def test_claims_differ_where_the_curves_do() -> None:
     falling = [*fitted[:7], 0.01, *fitted[8:]]
     kink = e2_convnet.claims([start], [falling], [fitted], [0.007], is_clear=False)[2]
     assert "rises at none; by probes only trained along at 7 (fc1, 0.1 points)" in kink.ours
-    assert kink.verdict.startswith("differs: rises at the optimum are no more than chance")
+    assert kink.verdict.startswith("differs: where it rises at the optimum the 95 % intervals overlap; ")
     assert kink.verdict.endswith("the kink at fc1 is there where probes lag")
     nowhere = e2_convnet.claims([[0.2] * 10], [[0.1] * 10], [falling], [0.1], is_clear=True)
     assert [claim.holds for claim in nowhere] == [False, True, False, False]

@@ -87,6 +87,39 @@ def test_probes_by_hand_are_those_that_autograd_trains() -> None:
     assert by_hand.errors[4][0] == pytest.approx((head(features).argmax(1) != y).float().mean().item())
 
 
+def planted(by_hand: float, fitted: float) -> e3_bridge.Curves:
+    """The paper's bars as digitised, and at the layers 38 to 63 these errors."""
+    curves: e3_bridge.Curves = {}
+    for step, bars in e3_bridge.PAPER.items():
+        errors = [0.08] * 128
+        for layer, value in bars.items():
+            errors[layer] = value
+        high, low = list(errors), list(errors)
+        high[38:BRIDGE], low[38:BRIDGE] = [by_hand] * 26, [fitted] * 26
+        curves[step] = {"by hand": high, "along": high, "fitted": low}
+    return curves
+
+
+def test_claims_differ_where_the_curves_do() -> None:
+    args = e3_bridge.arguments().parse_args([])
+    assert [claim.holds for claim in e3_bridge.claims(args, [planted(0.887, 0.887)])] == [True] * 10
+    texts = {claim.text: claim.holds for claim in e3_bridge.claims(args, [planted(0.887, 0.4), planted(0.887, 0.5)])}
+    assert all(texts.values())  # those by hand have both
+    curves = planted(0.80, 0.887)
+    curves[0]["fitted"][0], curves[500]["fitted"][127], curves[2000]["fitted"][127] = 0.2, 0.5, 0.2
+    found = e3_bridge.claims(args, [curves])
+    bars, plateaus, (kind, end, best, half_way) = found[:3], found[3:6], found[6:]
+    assert [claim.holds for claim in bars] == [False, True, True]
+    assert [claim.holds for claim in plateaus] == [False] * 3
+    assert not any(claim.holds for claim in (kind, end, best, half_way))
+
+
+def test_moments_that_validation_does_not_meet_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        e3_bridge.main(["--steps", "40", "100"])
+    assert "must be a multiple of the first, found 40 and 100" in capsys.readouterr().err
+
+
 def test_figure_is_there_and_not_blank(run: tuple[dict[str, Any], Path]) -> None:
     pixels = matplotlib.image.imread(run[1] / "figure.png")[..., :3]
     assert min(pixels.shape[:2]) > 300

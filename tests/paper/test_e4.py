@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ DEPTH, STEPS, CHANCE = 64, 400, math.log(10)
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """What was found, and the folder."""
     output = tmp_path_factory.mktemp("e4")
-    size = ["--samples", "2000", "--held-out", "500", "--depth", str(DEPTH), "--steps", str(STEPS), "--moments", "2"]
+    size = ["--samples", "2000", "--held-out", "500", "--depth", str(DEPTH), "--steps", str(STEPS), "--moments", "4"]
     # A higher rate than at full size, where training takes longer.
     size += ["--rate", "0.01", "--fit-samples", "400"]
     return e4_auxiliary.main([*size, "--quiet", "--output", str(output)]), output
@@ -50,7 +52,7 @@ def test_probes_are_at_every_fourth_layer_and_the_front_moves(run: tuple[dict[st
     expected = {f"net.layers.{i}" for i in [0, *range(3, DEPTH, 4)]}
     for one in (auxiliary, without):
         assert {row["layer"] for row in one.rows} == expected
-        assert {row["step"] for row in one.rows} == set(range(0, STEPS + 1, STEPS // 2))
+        assert {row["step"] for row in one.rows} == set(range(0, STEPS + 1, STEPS // 4))
     first, *_, last = e4_auxiliary.front(args, auxiliary)
     assert last == DEPTH - 1 > first
     assert e4_auxiliary.front(args, without)[-1] < DEPTH // 2
@@ -91,3 +93,27 @@ def test_figure_is_there_and_not_blank(run: tuple[dict[str, Any], Path]) -> None
     pixels = matplotlib.image.imread(run[1] / "figure.png")[..., :3]
     assert min(pixels.shape[:2]) > 300
     assert pixels.std() > 0.1
+
+
+def outcome(args: argparse.Namespace, good: Sequence[int], own: float) -> e4_auxiliary.Outcome:
+    """One whose first so many probes know all, moment by moment, and the others nothing."""
+    report, layers = ProbeReport(), e4_auxiliary.depths(args)
+    about = {f"net.layers.{i}": {"depth": i, "features": 1, "features_total": 1} for i in layers}
+    for step, number in enumerate(good):
+        wrong = [0.0] * number + [8.0] * (len(layers) - number)
+        scores: dict[str, list[float]] = {"wrong": wrong, "loss": [0.0] * len(layers)}
+        scores |= {"total": [10.0] * len(layers), "classes": [2.0] * 5}
+        report.add(about, scores, stage="val", dataloader=0, epoch=step, step=step)
+    return e4_auxiliary.Outcome(report, 1.0, own)
+
+
+@pytest.mark.parametrize(
+    ("good", "moves"), [([1, 2, 5], True), ([1, 1, 2, 2, 5], True), ([1, 5, 5], False), ([1, 3, 2, 5], False)]
+)
+def test_front_moves_through_depth_step_by_step_and_never_back(good: list[int], moves: bool) -> None:
+    args = e4_auxiliary.arguments().parse_args(["--depth", "16"])
+    without, auxiliary = outcome(args, [1, 1], own=0.8), outcome(args, good, own=0.1)
+    found = e4_auxiliary.claims(args, dict(zip(e4_auxiliary.WAYS, ([without], [auxiliary]), strict=True)))
+    assert [claim.holds for claim in found] == [True, True, moves]
+    found = e4_auxiliary.claims(args, dict(zip(e4_auxiliary.WAYS, ([auxiliary], [without]), strict=True)))
+    assert [claim.holds for claim in found] == [False, False, False]

@@ -110,6 +110,45 @@ def test_claims_that_hold_at_this_size(run: Run) -> None:
     assert lost[-1]["value"] > lost[0]["value"] + 0.05
 
 
+def test_stages_see_the_samples_in_different_orders(tmp_path: Path) -> None:
+    args = e7_stages.arguments().parse_args(["--samples", "600", "--held-out", "100", "--quiet", "--depth", "4"])
+    args.stage, args.check, args.most, args.patience, args.output = 2, 4, 4, 1, tmp_path
+    seen: list[Tensor] = []
+
+    class Watched(common.Classifier):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            if not batch_idx:
+                seen.append(batch[1])
+            return super().training_step(batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "Classifier", Watched)
+        e7_stages.staged(args, e7_stages.split(args), 0)
+    assert len(seen) == 2
+    assert not torch.equal(*seen)
+
+
+def planted(own: float, minutes: float, errors: list[float]) -> e7_stages.Outcome:
+    """One with these probes in the end, sure to a point."""
+    report, total = ProbeReport(), 10_000.0
+    about = {f"net.layers.{i}": {"depth": i, "features": 1, "features_total": 1} for i in range(len(errors))}
+    scores = {"wrong": [total * x for x in errors], "loss": [0.0] * len(errors)}
+    scores |= {"total": [total] * len(errors), "classes": [1135.0, 8865.0]}
+    report.add(about, scores, stage="val", dataloader=0, epoch=0, step=0)
+    return e7_stages.Outcome([(100, own)], minutes, own, report, 100)
+
+
+def test_claims_differ_where_outcomes_do() -> None:
+    args, ways = e7_stages.arguments().parse_args([]), list(e7_stages.RATES)
+    good, useless = planted(0.03, 1, [0.2, 0.05]), planted(0.8865, 2, [0.2, 0.2])
+    majority = good.probes.baseline["val"]
+    useless.own = majority
+    found = e7_stages.claims(args, dict(zip(ways, ([good], [useless], [useless], [useless]), strict=True)))
+    assert [claim.holds for claim in found] == [True] * 6
+    found = e7_stages.claims(args, dict(zip(ways, ([useless], [good], [good], [good]), strict=True)))
+    assert [claim.holds for claim in found] == [False] * 6
+
+
 def test_figure_is_there_and_not_blank(run: Run) -> None:
     pixels = matplotlib.image.imread(run[1] / "figure.png")[..., :3]
     assert min(pixels.shape[:2]) > 500

@@ -13,7 +13,7 @@ import pytest
 import torch
 from e8_skips import ConvNet, Outcome
 from mlp import DeepMLP
-from scipy.stats import spearmanr
+from scipy.stats import norm, spearmanr, t, ttest_1samp
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -31,11 +31,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]
     return e8_skips.main([*size, "--quiet", "--output", str(output)]), output
 
 
-def outcome(errors: list[float], costs: list[float]) -> Outcome:
-    """One whose probes have these errors, with intervals of a point to either side."""
+def outcome(errors: list[float], costs: list[float], own: float = 0.1, branch: float = 0.0) -> Outcome:
+    """One whose probes have these errors, with intervals of a point to either side; costs are sure to 0.2 points."""
     about = {"stage": "val", "metric": "error"}
     rows = [{**about, "depth": i, "value": x, "low": x - 0.01, "high": x + 0.01} for i, x in enumerate(errors)]
-    return Outcome(0.1, ProbeReport(rows), costs, 0)
+    return Outcome(own, ProbeReport(rows), [(cost, cost - 0.002) for cost in costs], (branch, branch - 0.002))
 
 
 def test_skip_goes_around_the_branch() -> None:
@@ -49,13 +49,17 @@ def test_skip_goes_around_the_branch() -> None:
 def test_nothing_changes_but_for_the_layer_that_is_taken_out() -> None:
     data = TensorDataset(torch.randn(60, 1, 28, 28), torch.randint(10, (60,)))
     net = ConvNet(3, skip=True)
-    before, layers = e8_skips.error(net, data), list(net.layers)
-    e8_skips.without(net, 2, nn.Identity(), data)
+    before, layers = e8_skips.mistakes(net, data), list(net.layers)
+    cost, lowest = e8_skips.cost(net, 2, nn.Identity(), data)
     assert list(net.layers) == layers
-    assert e8_skips.error(net, data) == before
+    assert torch.equal(e8_skips.mistakes(net, data), before)
     shorter = ConvNet(2, skip=True)
     shorter.layers, shorter.head = nn.ModuleList([*layers[:2], layers[3]]), net.head
-    assert e8_skips.without(net, 2, nn.Identity(), data) == e8_skips.error(shorter, data)
+    more = (e8_skips.mistakes(shorter, data) - before).double()
+    paired = ttest_1samp(more, 0).confidence_interval(0.95)
+    assert cost == pytest.approx(more.mean().item(), abs=1e-6)
+    # Student's is wider than the normal one by what 60 samples are fewer than infinitely many.
+    assert (cost - lowest) * t.ppf(0.975, 59) / norm.ppf(0.975) == pytest.approx(cost - paired.low, rel=1e-3)
 
 
 def test_of_the_bridge_alone_what_it_spans_tells_nothing() -> None:
@@ -67,17 +71,36 @@ def test_of_the_bridge_alone_what_it_spans_tells_nothing() -> None:
     assert torch.equal(net(x)[0], net.head(bridge))
 
 
-def test_layer_is_bypassed_unless_the_probe_gains_clearly() -> None:
+def test_points_are_what_a_probe_gains_and_what_its_layer_costs() -> None:
     points = outcome([0.30, 0.20, 0.19, 0.25], [0.5, 0.0, 0.1]).points
-    assert [is_bypassed for *_, is_bypassed in points] == [False, True, True]
     assert [gain for gain, *_ in points] == pytest.approx([0.10, 0.01, -0.06])
     assert [cost for _, cost, _ in points] == [0.5, 0.0, 0.1]
 
 
-def test_correlation_is_spearmans_over_layers_and_seeds() -> None:
-    some = [outcome([0.5, 0.3, 0.3, 0.1], [0.4, 0.0, 0.1]), outcome([0.5, 0.4, 0.4, 0.4], [0.2, 0.0, 0.1])]
-    gains, costs, _ = zip(*(point for one in some for point in one.points), strict=True)
-    assert e8_skips.correlation(some) == pytest.approx(spearmanr(gains, costs).statistic)
+def test_correlation_is_spearmans() -> None:
+    for one in (outcome([0.5, 0.3, 0.3, 0.1], [0.4, 0.0, 0.1]), outcome([0.5, 0.4, 0.4, 0.4], [0.2, 0.0, 0.1])):
+        gains, costs, _ = zip(*one.points, strict=True)
+        assert e8_skips.correlation(one) == pytest.approx(spearmanr(gains, costs).statistic)
+
+
+def test_claims_differ_where_probes_and_costs_do() -> None:
+    args = e8_skips.arguments().parse_args(["--depth", "4"])
+    bridged = outcome([0.10, 0.20, 0.21, 0.09], [0.0, 0.004, 0.3], own=0.05)
+    useful = outcome([0.50, 0.30, 0.20, 0.199], [0.3, 0.1, 0.0])
+    kinds = list(e8_skips.KINDS.values())
+    found = e8_skips.claims(args, dict(zip(kinds, ([bridged], [useful], [useful], [useful]), strict=True)))
+    # With equal errors of their own the last says no.
+    assert [claim.holds for claim in found] == [True, True, True, True, True, True, False]
+    assert found[2].ours == "true of 1 of 1; at most 0.0 points (1 judged)"
+    # A cost of 0.6 points that is sure to 0.2 may be 0.5; one of 0.8 may not.
+    for cost, holds in ((0.006, True), (0.008, False)):
+        layer = outcome([0.50, 0.30, 0.20, 0.199], [0.3, 0.1, cost], own=0.04, branch=cost)
+        branch = outcome([0.10, 0.20, 0.21, 0.09], [cost, 0.0, 0.3], own=0.05, branch=cost)
+        found = e8_skips.claims(args, dict(zip(kinds, ([branch], [useful], [layer], [useful]), strict=True)))
+        assert [claim.holds for claim in found] == [True, holds, holds, holds, True, True, True]
+    contrary = outcome([0.50, 0.30, 0.20, 0.199], [0.0, 0.1, 0.3])
+    found = e8_skips.claims(args, dict(zip(kinds, ([useful], [useful], [contrary], [useful]), strict=True)))
+    assert [claim.holds for claim in found] == [False, True, True, False, True, False, False]
 
 
 def test_every_layer_is_probed_on_held_out_samples(run: tuple[dict[str, Any], Path]) -> None:

@@ -16,9 +16,10 @@ import sys, time
 sys.path.insert(0, {str(PAPER)!r})
 import common
 from matplotlib.figure import Figure
-args = common.parser("A tiny one.", "tiny", seeds=1).parse_args()
+about = "A tiny one.\\n\\npython tiny.py\\n\\nIt does\\nlittle.\\n"
+args = common.parser(about, "tiny", seeds=1).parse_args()
 common.save(args, Figure(), {{}})
-common.conclude(args, [common.Claim("It runs.", "yes", str(args.seeds), args.quiet)], time.monotonic(), __doc__)
+common.conclude(args, [common.Claim("It runs.", "yes", str(args.seeds), args.quiet)], time.monotonic(), about)
 """
 """An experiment in little: arguments, figure and claims like all the others'."""
 
@@ -30,7 +31,7 @@ RESULTS: dict[str, Any] = {
             "command": "python examples/paper/one.py",
             "measured": "a processor, 2 CPUs",
             "minutes": 1.3,
-            "settings": "the rate, 0.1 here.",
+            "settings": "Both are tiny. The paper leaves open: the rate, 0.1 here.",
             "claims": [
                 {"text": "It falls.", "paper": "8 %", "ours": "9 %", "holds": True, "verdict": "agrees"},
                 {
@@ -63,7 +64,7 @@ All together took 62 minutes.
 
 `python examples/paper/one.py` (1.3 minutes)
 
-The paper leaves open: the rate, 0.1 here.
+Both are tiny. The paper leaves open: the rate, 0.1 here.
 
 ![E1: of one](figures/e1.png)
 
@@ -117,6 +118,7 @@ def test_one_that_fails_does_not_stop_the_others_and_only_what_was_run_changes(
     entry = results["experiments"]["e1"]
     assert entry["command"].endswith("tiny.py --seeds 3")
     assert entry["title"] == "a tiny one"
+    assert entry["settings"] == "It does little."
     assert "torch" in entry["measured"]
     own = json.loads((output / "e1" / "result.json").read_text(encoding="utf-8"))
     assert {key: entry[key] for key in own} == own
@@ -167,7 +169,11 @@ def test_all_experiments_are_recorded_with_their_figures() -> None:
     for experiment in run_all.EXPERIMENTS:
         assert (PAPER / experiment.script).is_file()
         assert (PAPER / "figures" / f"{experiment.name}.png").stat().st_size > 10_000
-        assert results["experiments"][experiment.name]["title"] == experiment.title
+        found = results["experiments"][experiment.name]
+        assert found["title"] == experiment.title
+        assert found["command"].startswith(
+            " ".join([f"python examples/paper/{experiment.script}", *experiment.options])
+        )
 
 
 def test_readme_says_what_the_results_say() -> None:

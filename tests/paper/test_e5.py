@@ -74,8 +74,8 @@ def test_claims_follow_from_the_report(run: tuple[dict[str, Any], Path]) -> None
     monotone, stages, learned = found["claims"]
     report = ProbeReport.load(output / "seed0.json")
     start, end = common.curve(report, 0), common.curve(report, -1)
-    assert monotone["holds"] == (not common.rises(end[1:]))
-    assert monotone["ours"].endswith("none") == monotone["holds"]
+    assert monotone["holds"] == (not common.rises(end[1:]) and end[16]["high"] < end[1]["low"])
+    assert monotone["ours"].endswith("none") == (not common.rises(end[1:]))
     shown = ", ".join(f"{100 * end[i]['value']:.1f} %" for i in (3, 7, 13, 16))
     assert stages["ours"].endswith(shown)
     assert learned["holds"] == (start[16]["value"] >= start[1]["value"])
@@ -98,12 +98,14 @@ def test_claims_differ_where_the_curves_do() -> None:
     falling[0] = {"low": 0, "high": 0, "value": 0}
     assert e5_resnet.claims(args, [start], [falling])[0].holds
     # The last addition is a little, then much worse than those before.
-    for value, kind in ((0.255, "no more than chance"), (0.9, "by more than chance")):
+    for value, kind in ((0.255, "intervals overlap"), (0.9, "intervals are apart")):
         falling[16] = {"low": value - 0.1, "high": value + 0.1, "value": value}
         monotone, stages, _ = e5_resnet.claims(args, [start], [falling])
         assert monotone.holds == (value < 0.9)
         assert monotone.ours.endswith("none" if value < 0.9 else "apart: 16")
         assert kind in stages.verdict
+    # Nothing rises where nothing falls.
+    assert not e5_resnet.claims(args, [start], [rows(*[(0.5, 0.6)] * 17)])[0].holds
 
 
 def test_paper_falls_but_once() -> None:

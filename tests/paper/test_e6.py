@@ -93,6 +93,23 @@ def test_layer_that_is_clearly_worse_than_an_earlier_one_is_found() -> None:
     assert "clearly worse, intervals apart: block 4" in e6_inception.claims([[moment] * 2], 0.9)[2].ours
 
 
+@pytest.mark.parametrize(
+    ("auxiliary", "holds"),
+    [((0.18, 0.19), True), ((0.18, 0.21), False), ((0.10, 0.18), False), ((0.18, 0.2), False), ((0.19, 0.27), False)],
+)
+def test_auxiliary_head_is_ahead_with_each_seed(auxiliary: tuple[float, float], holds: bool) -> None:
+    def row(value: float) -> dict[str, Any]:
+        return {"value": value, "low": value - 0.02, "high": value + 0.02}
+
+    start = {layer: row(0.9) for layer in e6_inception.NAMES}
+    seeds = [[start, {layer: row(0.2) for layer in start} | {e6_inception.AUXILIARY: row(x)}] for x in auxiliary]
+    found = e6_inception.claims(seeds, 0.9)
+    assert found[3].holds == holds
+    assert found[3].verdict.endswith("clearly behind (95 % intervals)") == (not holds)
+    assert [claim.holds for claim in found[:2]] == [True, True]
+    assert not e6_inception.claims([[start, start]], 0.9)[1].holds
+
+
 def test_figure_shows_the_network_at_four_moments(run: tuple[dict[str, Any], Path]) -> None:
     pixels = matplotlib.image.imread(run[1] / "figure.png")[..., :3]
     assert min(pixels.shape[:2]) > 600

@@ -247,6 +247,7 @@ def scatter(axes: Axes, kind: str, outcomes: list[Outcome], colour: str) -> None
     axes.scatter(gains, costs, s=14, color=colour, alpha=0.6, label=f"{kind} ({correlations(outcomes)})")
     common.label(axes, "each layer and seed (rank correlation)", majority=None, layers="gain of the probe (points)")
     axes.set_xscale("symlog", linthresh=1)
+    axes.xaxis.set_major_formatter("{x:g}")
     logarithmic(axes, lowest=-2)
     axes.axhline(100 * NOTICED, color="0.45", linestyle="--", linewidth=1)
     axes.set_ylabel("cost of taking it out (points)")

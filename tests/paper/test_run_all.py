@@ -169,7 +169,10 @@ def test_all_experiments_are_recorded_with_their_figures() -> None:
     for experiment in run_all.EXPERIMENTS:
         assert (PAPER / experiment.script).is_file()
         assert (PAPER / "figures" / f"{experiment.name}.png").stat().st_size > 10_000
-        assert results["experiments"][experiment.name]["title"] == experiment.title
+        found = results["experiments"][experiment.name]
+        assert found["title"] == experiment.title
+        words = [f"python examples/paper/{experiment.script}", *experiment.options]
+        assert found["command"].startswith(" ".join(words))
 
 
 def test_readme_says_what_the_results_say() -> None:

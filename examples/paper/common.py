@@ -253,12 +253,16 @@ def save(args: argparse.Namespace, figure: Figure, reports: Mapping[str, ProbeRe
         report.save(args.output / f"{name}.json")
 
 
+def settings(about: str | None) -> str:
+    """What a script's docstring says after title and usage, in one line."""
+    return " ".join("".join((about or "").split("\n\n", 2)[2:]).split())
+
+
 def conclude(args: argparse.Namespace, claims: Sequence[Claim], begun: float, about: str | None) -> dict[str, Any]:
-    """Print what was found, and leave it as ``result.json``, with what ``about`` says after title and usage."""
-    settings = " ".join("".join((about or "").split("\n\n", 2)[2:]).split())
+    """Print what was found, and leave it as ``result.json``, with the :func:`settings`."""
     minutes = (time.monotonic() - begun) / 60
     kept = [asdict(claim) | {"verdict": claim.verdict} for claim in claims]
-    found = {"claims": kept, "settings": settings, "minutes": minutes}
+    found = {"claims": kept, "settings": settings(about), "minutes": minutes}
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "result.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for claim in claims:

@@ -4,10 +4,10 @@ python examples/paper/e5_resnet.py [--data fashion_mnist.npz] [--samples 12000] 
 python examples/paper/e5_resnet.py --pretrained --imagenet DIR --samples 200000 --held-out 50000
 
 The features of an addition are its map averaged over space, one value a channel; the input's are treated likewise. The
-paper probes a network trained on ImageNet. The first command trains the same architecture on small grey images, shown
-to it as three equal channels: the claim is tested, the figures cannot be compared. The second probes torchvision's
-weights on ImageNet (folders `train` and `val` in DIR, one folder a class in each; needs torchvision). The features of
-200 000 images take 6 GB, partly in temporary files, and 1000 classes take a GPU.
+paper probes a network trained on ImageNet. Here the same architecture is trained on small grey images, shown to it as
+three equal channels: the claim is tested, the figures cannot be compared. `--pretrained` probes torchvision's weights
+on ImageNet (folders `train` and `val` in DIR, one folder a class in each; needs torchvision). The features of 200 000
+images take 6 GB, partly in temporary files, and 1000 classes take a GPU.
 The paper leaves open: how its probes were trained (here to their optimum).
 """
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
+import common
 import pytest
 import run_all
 
@@ -173,6 +175,7 @@ def test_all_experiments_are_recorded_with_their_figures() -> None:
         assert found["title"] == experiment.title
         words = [f"python examples/paper/{experiment.script}", *experiment.options]
         assert found["command"].startswith(" ".join(words))
+        assert found["settings"] == common.settings(importlib.import_module(Path(experiment.script).stem).__doc__)
 
 
 def test_readme_says_what_the_results_say() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from mlp import DeepMLP
+from scipy.stats import binomtest, mode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_probes import ProbeReport
@@ -32,6 +34,13 @@ def test_under_the_bridge_probes_by_hand_stay_at_the_majority_class(run: tuple[d
         ends = f"{moment}."
         (one,) = [c for c in run[0]["claims"] if c["text"].startswith("Layers 38 to 63") and c["text"].endswith(ends)]
         assert one["holds"], one
+    (curves,) = json.loads((run[1] / "curves.json").read_text(encoding="utf-8"))
+    labels = common.digits()[1][:2000]
+    interval = binomtest(int((labels != mode(labels).mode).sum()), 2000).proportion_ci(method="wilson")
+    assert list(curves) == ["0", "50", "100"]
+    for kinds in curves.values():
+        assert interval.low < min(kinds["by hand"][33:BRIDGE])
+        assert max(kinds["by hand"][33:BRIDGE]) < interval.high
 
 
 def test_above_the_bridge_a_layer_is_well_below(run: tuple[dict[str, Any], Path]) -> None:

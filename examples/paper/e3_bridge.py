@@ -184,6 +184,9 @@ def claims(args: argparse.Namespace, curves: list[Curves]) -> list[common.Claim]
     def at(step: int, kind: str, layer: int) -> list[float]:
         return [one[step][kind][layer] for one in curves]
 
+    def mean(step: int, kind: str, layer: int) -> float:
+        return fmean(at(step, kind, layer))
+
     def bars(step: int, moment: str) -> common.Claim:
         ours = [at(step, "fitted", layer) for layer in (0, bridge)]
         return common.Claim(
@@ -214,11 +217,11 @@ def claims(args: argparse.Namespace, curves: list[Curves]) -> list[common.Claim]
         far = {}
         for kind in COLOURS:
             gaps = [
-                fmean(at(step, kind, ours)) - PAPER[paper[step]][theirs]
+                mean(step, kind, ours) - PAPER[paper[step]][theirs]
                 for step in paper
                 for ours, theirs in ((0, 0), (bridge, 64))
             ]
-            gaps += [fmean(at(step, kind, i)) - PLATEAU for step in paper for i in range(*bypassed.indices(bridge))]
+            gaps += [mean(step, kind, i) - PLATEAU for step in paper for i in range(*bypassed.indices(bridge))]
             far[kind] = max(gaps, key=abs)
         return common.Claim(
             "One kind of probe gives all of these, bars and plateau.",
@@ -228,7 +231,8 @@ def claims(args: argparse.Namespace, curves: list[Curves]) -> list[common.Claim]
         )
 
     moments = {0: "at the start", first: f"after {first} minibatches", last: f"after {last}"}
-    best = min(range(bridge, args.depth), key=lambda i: fmean(at(last, "fitted", i)))
+    best = min(range(bridge, args.depth), key=lambda i: mean(last, "fitted", i))
+    behind = {step: mean(step, "fitted", bridge) - mean(step, "fitted", 0) for step in (0, last)}
     return [
         *(bars(step, moment) for step, moment in moments.items()),
         *(plateau(step, moment) for step, moment in moments.items()),
@@ -236,13 +240,8 @@ def claims(args: argparse.Namespace, curves: list[Curves]) -> list[common.Claim]
         common.Claim(
             f"The end of the bridge is worse than layer 0 at the start, and better after {last}.",
             f"by 2.3 points, by 0.9 points{other}",
-            " and ".join(
-                f"{100 * fmean(at(step, 'fitted', bridge)) - 100 * fmean(at(step, 'fitted', 0)):+.1f}"
-                for step in (0, last)
-            )
-            + " points",
-            fmean(at(0, "fitted", bridge)) > fmean(at(0, "fitted", 0))
-            and fmean(at(last, "fitted", bridge)) < fmean(at(last, "fitted", 0)),
+            " and ".join(f"{100 * points:+.1f}" for points in behind.values()) + " points",
+            behind[0] > 0 > behind[last],
         ),
         common.Claim(
             f"After {last} minibatches the second half has learned: the best layer is soon after the bridge.",
@@ -250,15 +249,15 @@ def claims(args: argparse.Namespace, curves: list[Curves]) -> list[common.Claim]
             f"{common.percent(at(last, 'fitted', best))} at layer {best}, "
             f"{common.percent(at(last, 'fitted', args.depth - 1))} at the last",
             best < bridge + args.depth // 4
-            and abs(fmean(at(last, "fitted", best)) - PAPER[2000][70]) < NEAR
-            and abs(fmean(at(last, "fitted", args.depth - 1)) - PAPER[2000][127]) < NEAR,
+            and abs(mean(last, "fitted", best) - PAPER[2000][70]) < NEAR
+            and abs(mean(last, "fitted", args.depth - 1) - PAPER[2000][127]) < NEAR,
         ),
         common.Claim(
             f"After {first} it is half-way: the error of the last layer.",
             f"43.8 %{other}",
             f"{common.percent(at(first, 'fitted', args.depth - 1))} (by hand: "
             f"{common.percent(at(first, 'by hand', args.depth - 1))})",
-            abs(fmean(at(first, "fitted", args.depth - 1)) - PAPER[500][127]) < NEAR,
+            abs(mean(first, "fitted", args.depth - 1) - PAPER[500][127]) < NEAR,
         ),
     ]
 

@@ -35,9 +35,6 @@ from lightning_probes import ProbeReport, probe
 NOTICED = 0.005
 """What a probe may gain across a layer, or taking it out may cost, before we say that it was used."""
 
-COST, LOWEST = 0, 1
-"""Of taking out a layer: what was found, and the lower end of its 95 % interval."""
-
 KINDS = {(True, True): "MLP with a bridge", (True, False): "MLP without"}
 KINDS |= {(False, True): "convolutions with skips", (False, False): "convolutions without"}
 """Whether fully connected and whether with skips, and how it is called."""
@@ -116,12 +113,13 @@ def mistakes(net: nn.Module, data: TensorDataset) -> Tensor:
     return torch.cat(wrong).float()
 
 
-def cost(net: DeepMLP | ConvNet, layer: int, stand_in: nn.Module, data: TensorDataset) -> tuple[float, float]:
+def cost(
+    net: DeepMLP | ConvNet, layer: int, stand_in: nn.Module, data: TensorDataset, own: Tensor
+) -> tuple[float, float]:
     """Of something else in the place of a layer: how much more often the network is wrong, and that at least.
 
-    The interval is normal, of the differences on the same samples.
+    The interval is normal, of the differences to its ``own`` mistakes on the same samples.
     """
-    own = mistakes(net, data)
     kept, net.layers[layer] = net.layers[layer], stand_in
     more = mistakes(net, data) - own
     net.layers[layer] = kept
@@ -139,10 +137,11 @@ def trained(args: argparse.Namespace, data: Sequence[TensorDataset], seed: int, 
     some = DataLoader(TensorDataset(*(x[:6000] for x in train.tensors)), 500)
     asked: dict[str, Any] = {"layers": "net.layers.*", "input": None, "max_features": 256}
     report = probe(model, some, DataLoader(held_out, 500), **asked, trainer=common.trainer(args, "probed"))
-    costs = [cost(net, i, nn.Identity(), held_out) for i in range(1, len(net.layers))]
+    own = mistakes(net, held_out)
+    costs = [cost(net, i, nn.Identity(), held_out, own) for i in range(1, len(net.layers))]
     nothing = nn.Threshold(float("inf"), 0)  # zeros, whatever comes in: the bridge remains
-    branch = cost(net, args.depth // 2 - 1, nothing, held_out) if connected else (0.0, 0.0)
-    return Outcome(mistakes(net, held_out).mean().item(), report, costs, branch)
+    branch = cost(net, args.depth // 2 - 1, nothing, held_out, own) if connected else (0.0, 0.0)
+    return Outcome(own.mean().item(), report, costs, branch)
 
 
 def name(kind: str, seed: int) -> str:
@@ -180,14 +179,14 @@ def claims(args: argparse.Namespace, found: dict[str, list[Outcome]]) -> list[co
     """What was expected, and what came of it."""
     bridged, chain, residual, plain = found.values()
     end = args.depth // 2 - 1
-    layers = [one.rows for one in bridged]
+    layers, branches = [one.rows for one in bridged], [one.branch for one in bridged]
 
     def verdict(name: str, outcomes: list[Outcome], first: int | None = None) -> tuple[str, str, bool]:
         judged = [point for one in outcomes for point in one.points[:first]]
-        costs = [cost for gain, *cost in judged if gain < NOTICED]
-        free = sum(cost[LOWEST] <= NOTICED for cost in costs)
+        costs = [(cost, lowest) for gain, cost, lowest in judged if gain < NOTICED]
+        free = sum(lowest <= NOTICED for _, lowest in costs)
         text = f"Bypassed, says the probe: then taking it out, alone, costs no more than 0.5 points ({name})."
-        most = f"at most {100 * max((cost[COST] for cost in costs), default=0):.1f} points"
+        most = f"at most {100 * max((cost for cost, _ in costs), default=0):.1f} points"
         return text, f"true of {free} of {len(costs)}; {most} ({len(judged)} judged)", free == len(costs)
 
     texts = [
@@ -198,8 +197,8 @@ def claims(args: argparse.Namespace, found: dict[str, list[Outcome]]) -> list[co
         ),
         (
             "Then taking all of it out, so that only the bridge remains, costs no more than 0.5 points.",
-            ", ".join(f"{100 * one.branch[COST]:+.2f}" for one in bridged) + " points",
-            all(one.branch[LOWEST] <= NOTICED for one in bridged),
+            ", ".join(f"{100 * cost:+.2f}" for cost, _ in branches) + " points",
+            all(lowest <= NOTICED for _, lowest in branches),
         ),
         verdict(f"layers 1 to {end}, which the bridge spans", bridged, end),
         verdict("blocks with skips", residual),
@@ -225,7 +224,7 @@ def figure(args: argparse.Namespace, found: dict[str, list[Outcome]]) -> Figure:
     panels = new.subplots(2, 3)
     for i, (kind, outcomes) in enumerate(found.items()):
         axes, colour = panels[i // 2, i % 2], common.COLOURS[i % 2]
-        costs = 100 * np.mean([one.costs for one in outcomes], axis=0)[:, COST]
+        costs = 100 * np.mean([[cost for cost, _ in one.costs] for one in outcomes], axis=0)
         axes.bar(range(1, len(costs) + 1), costs, color="0.8", label="cost of taking it out, alone (points)")
         common.draw(axes, "probe", [[row["value"] for row in one.rows] for one in outcomes], colour, marker=".")
         if not i:

@@ -12,6 +12,7 @@ from typing import Any
 import common
 import e4_auxiliary
 import matplotlib.image
+import planted
 import pytest
 import torch
 from mlp import DeepMLP
@@ -60,13 +61,8 @@ def test_probes_are_at_every_fourth_layer_and_the_front_moves(run: tuple[dict[st
 
 def test_front_is_the_deepest_layer_before_which_none_is_bad() -> None:
     args = e4_auxiliary.arguments().parse_args(["--depth", "16"])
-    planted = ProbeReport()
-    layers = e4_auxiliary.depths(args)
-    for step, wrong in enumerate([[1.0, 3.0, 5.0, 1.0, 1.0], [1.0] * 5, [5.0] * 5]):
-        about = {f"net.layers.{i}": {"depth": i, "features": 1, "features_total": 1} for i in layers}
-        scores: dict[str, list[float]] = {"wrong": wrong, "loss": [0.0] * 5, "total": [10.0] * 5, "classes": [2.0] * 5}
-        planted.add(about, scores, stage="val", dataloader=0, epoch=step, step=step)
-    assert e4_auxiliary.front(args, planted) == [3, 15, -1]
+    moments = [0.1, 0.3, 0.5, 0.1, 0.1], [0.1] * 5, [0.5] * 5
+    assert e4_auxiliary.front(args, planted.report(e4_auxiliary.depths(args), *moments)) == [3, 15, -1]
 
 
 def test_loss_is_the_sum_of_all_heads_and_gradients_reach_the_first_layer() -> None:
@@ -97,14 +93,9 @@ def test_figure_is_there_and_not_blank(run: tuple[dict[str, Any], Path]) -> None
 
 def outcome(args: argparse.Namespace, good: Sequence[int], own: float) -> e4_auxiliary.Outcome:
     """One whose first so many probes know all, moment by moment, and the others nothing."""
-    report, layers = ProbeReport(), e4_auxiliary.depths(args)
-    about = {f"net.layers.{i}": {"depth": i, "features": 1, "features_total": 1} for i in layers}
-    for step, number in enumerate(good):
-        wrong = [0.0] * number + [8.0] * (len(layers) - number)
-        scores: dict[str, list[float]] = {"wrong": wrong, "loss": [0.0] * len(layers)}
-        scores |= {"total": [10.0] * len(layers), "classes": [2.0] * 5}
-        report.add(about, scores, stage="val", dataloader=0, epoch=step, step=step)
-    return e4_auxiliary.Outcome(report, 1.0, own)
+    layers = e4_auxiliary.depths(args)
+    moments = ([0.0] * number + [0.8] * (len(layers) - number) for number in good)
+    return e4_auxiliary.Outcome(planted.report(layers, *moments), 1.0, own)
 
 
 @pytest.mark.parametrize(

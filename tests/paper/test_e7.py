@@ -9,6 +9,7 @@ from typing import Any
 import common
 import e7_stages
 import matplotlib.image
+import planted
 import pytest
 import torch
 from mlp import DeepMLP
@@ -111,8 +112,8 @@ def test_claims_that_hold_at_this_size(run: Run) -> None:
 
 
 def test_stages_see_the_samples_in_different_orders(tmp_path: Path) -> None:
-    args = e7_stages.arguments().parse_args(["--samples", "600", "--held-out", "100", "--quiet", "--depth", "4"])
-    args.stage, args.check, args.most, args.patience, args.output = 2, 4, 4, 1, tmp_path
+    size = ["--samples", "600", "--held-out", "100", "--depth", "4", "--stage", "2", "--check", "4", "--most", "4"]
+    args = e7_stages.arguments().parse_args([*size, "--patience", "1", "--quiet", "--output", str(tmp_path)])
     seen: list[Tensor] = []
 
     class Watched(common.Classifier):
@@ -128,21 +129,15 @@ def test_stages_see_the_samples_in_different_orders(tmp_path: Path) -> None:
     assert not torch.equal(*seen)
 
 
-def planted(own: float, minutes: float, errors: list[float]) -> e7_stages.Outcome:
+def outcome(own: float, minutes: float, errors: list[float]) -> e7_stages.Outcome:
     """One with these probes in the end, sure to a point."""
-    report, total = ProbeReport(), 10_000.0
-    about = {f"net.layers.{i}": {"depth": i, "features": 1, "features_total": 1} for i in range(len(errors))}
-    scores = {"wrong": [total * x for x in errors], "loss": [0.0] * len(errors)}
-    scores |= {"total": [total] * len(errors), "classes": [1135.0, 8865.0]}
-    report.add(about, scores, stage="val", dataloader=0, epoch=0, step=0)
-    return e7_stages.Outcome([(100, own)], minutes, own, report, 100)
+    return e7_stages.Outcome([(100, own)], minutes, own, planted.report(range(len(errors)), errors), 100)
 
 
 def test_claims_differ_where_outcomes_do() -> None:
     args, ways = e7_stages.arguments().parse_args([]), list(e7_stages.RATES)
-    good, useless = planted(0.03, 1, [0.2, 0.05]), planted(0.8865, 2, [0.2, 0.2])
-    majority = good.probes.baseline["val"]
-    useless.own = majority
+    good, useless = outcome(0.03, 1, [0.2, 0.05]), outcome(0.8, 2, [0.2, 0.2])
+    assert useless.own == good.probes.baseline["val"]
     found = e7_stages.claims(args, dict(zip(ways, ([good], [useless], [useless], [useless]), strict=True)))
     assert [claim.holds for claim in found] == [True] * 6
     found = e7_stages.claims(args, dict(zip(ways, ([useless], [good], [good], [good]), strict=True)))

@@ -50,7 +50,7 @@ def test_nothing_changes_but_for_the_layer_that_is_taken_out() -> None:
     data = TensorDataset(torch.randn(60, 1, 28, 28), torch.randint(10, (60,)))
     net = ConvNet(3, skip=True)
     before, layers = e8_skips.mistakes(net, data), list(net.layers)
-    cost, lowest = e8_skips.cost(net, 2, nn.Identity(), data)
+    cost, lowest = e8_skips.cost(net, 2, nn.Identity(), data, before)
     assert list(net.layers) == layers
     assert torch.equal(e8_skips.mistakes(net, data), before)
     shorter = ConvNet(2, skip=True)

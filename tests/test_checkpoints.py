@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from networks import QUIET, Classifier, convnet, loader, mlp
-from test_harmless import differences
+from states import differences
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

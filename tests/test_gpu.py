@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from exact import Weights, check_gaps, features_by_hand, gaps
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from networks import QUIET, Classifier, ResNet, loader, mlp
-from test_trainer import assert_same
-from test_truth import Weights, check_gaps, features_by_hand, gaps
+from states import assert_same
 from torch.utils._pytree import tree_leaves
 
 from lightning_probes import LinearProbeCallback

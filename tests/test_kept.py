@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_harmless import differences, rng_states
+from states import differences, rng_states
 
 from lightning_probes.kept import KeptBatches, Room
 

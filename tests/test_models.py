@@ -14,8 +14,8 @@ from typing import Any
 import matplotlib.image
 import pytest
 import torch
+from exact import Exact, check_gaps, parts_of
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from test_truth import Exact, check_gaps, parts_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

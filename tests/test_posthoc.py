@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from exact import Exact, check_gaps, features_by_hand
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from networks import QUIET, Classifier, ResNet, ViT, convnet, images, loader, mlp
-from test_truth import Exact, check_gaps, features_by_hand
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from networks import QUIET, Classifier, FrozenBackbone, ViT, images, loader, mlp
-from test_harmless import Contrast, Quirks, differences, rng_states
+from states import Contrast, Quirks, differences, rng_states
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Metric

@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from networks import Classifier, ViT, convnet
-from test_harmless import differences, rng_states
+from states import differences, rng_states
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

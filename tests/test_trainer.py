@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner.tuning import Tuner
 from networks import GAN, QUIET, Classifier, convnet, images, loader, mlp
+from states import assert_same
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_probes import LinearProbeCallback
@@ -150,15 +150,6 @@ def fit(
     trainer = make_trainer(folder, *callbacks, history := History(), **options)
     trainer.fit(model := make(), **data)
     return outcome(trainer, model, history)
-
-
-def assert_same(one: Any, other: Any) -> None:
-    """Bit by bit, and of one precision."""
-    (leaves, kind), (others, other_kind) = tree_flatten_with_path(one), tree_flatten_with_path(other)
-    assert kind == other_kind
-    for (path, x), (_, y) in zip(leaves, others, strict=True):
-        same = x.dtype == y.dtype and torch.equal(x, y) if isinstance(x, Tensor) else x == y
-        assert same, keystr(path)
 
 
 def check_points(

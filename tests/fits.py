@@ -1,0 +1,63 @@
+"""Short fits with the callback, and what its report says of them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from networks import Classifier, mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_probes import LinearProbeCallback
+
+
+def make_trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(**{"max_epochs": 2, "default_root_dir": folder, **quiet, **options}, callbacks=list(callbacks))
+
+
+def small() -> Classifier:
+    seed_everything(3, verbose=False)
+    return Classifier(mlp(depth=1))
+
+
+def points(probes: LinearProbeCallback, stage: str) -> list[tuple[int, int]]:
+    return sorted({(row["epoch"], row["step"]) for row in probes.report.select(stage=stage)})
+
+
+def fitted_on(probes: LinearProbeCallback, **conditions: Any) -> set[str]:
+    return {row["fitted_on"]["data"] for row in probes.report.select(**conditions)}
+
+
+def fit_and_listen(trainer: Trainer, *args: Any) -> list[str]:
+    """Fit; the callback's warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(*args)
+    return [str(warning.message) for warning in caught if "LinearProbeCallback" in str(warning.message)]
+
+
+class Bare(Classifier):
+    """Its steps compute with a parameter between two modules."""
+
+    def __init__(self, width: int = 256) -> None:
+        seed_everything(3, verbose=False)
+        super().__init__(nn.Linear(width, 10))
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU())
+        self.gain = nn.Parameter(torch.ones(width))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(self.body(batch[0]) * self.gain), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("val_loss", F.cross_entropy(self.net(self.body(batch[0]) * self.gain), batch[1]))

@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
+
+import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported, and for the processes that tests start.
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Let the interrupt signal raise here and in processes started here, and leave it as it was found.
+
+    A shell has it ignored in what it starts in the background. Lightning ignores it while it shuts down.
+    """
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)

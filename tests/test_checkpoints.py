@@ -368,6 +368,7 @@ def test_a_link_is_the_file_that_it_leads_to(tmp_path: Path) -> None:
     assert find_checkpoints(tmp_path / "last.ckpt") == [tmp_path / "last.ckpt"]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_keeps_what_was_done_and_names_what_was_not(tmp_path: Path) -> None:
     paths = [good(tmp_path, f"{step}.ckpt", step) for step in (5, 10, 15)]
     calls: list[int] = []

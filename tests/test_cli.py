@@ -181,6 +181,7 @@ def test_damaged_checkpoint_is_told_of_and_the_others_are_probed(
 
 
 @pytest.mark.filterwarnings("ignore:probe. interrupted")
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_prints_and_saves_what_was_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit()
     capsys.readouterr()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -452,14 +451,6 @@ def test_layer_that_changes_its_width_is_scored_where_it_has_its_own(fit_samples
 # The end
 
 
-@pytest.fixture
-def _keeps_signals() -> Iterator[None]:
-    # Lightning ignores further Ctrl-C while it shuts down.
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
 class Fails(Callback):
     """Raises at one of Lightning's events, after the probes have seen it; remembers whether there were hooks."""
 
@@ -473,7 +464,7 @@ class Fails(Callback):
         setattr(self, event, raise_error)
 
 
-@pytest.mark.usefixtures("_keeps_signals")
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("error", [RuntimeError("stop here"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
 @pytest.mark.parametrize(
     "event",
@@ -498,7 +489,7 @@ def test_hooks_are_gone_after_an_exception_anywhere(event: str, error: BaseExcep
     assert not has_hooks(model)
 
 
-@pytest.mark.usefixtures("_keeps_signals")
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("error", [RuntimeError("stop here"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
 @pytest.mark.parametrize("step", ["training_step", "validation_step", "again"])
 def test_hooks_are_gone_after_an_exception_in_a_step(step: str, error: BaseException, tmp_path: Path) -> None:

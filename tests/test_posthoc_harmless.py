@@ -128,6 +128,7 @@ def test_nothing_changes_where_a_loader_fails() -> None:
     assert differences(before, everything(model)) == []
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_before_anything_is_done_is_passed_on_and_the_next_one_is_heard() -> None:
     model = Failing(2, KeyboardInterrupt)
     before, handler = everything(model), signal.getsignal(signal.SIGINT)

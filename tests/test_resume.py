@@ -284,7 +284,7 @@ def test_a_run_resumed_inside_an_epoch_says_what_is_missing(fit_samples: int | N
     keep = ModelCheckpoint(tmp_path, filename="inside", every_n_train_steps=8, save_top_k=-1)
     fit(tmp_path, LinearProbeCallback(fit_samples=fit_samples), keep, max_steps=9)
     fit(tmp_path, probes := LinearProbeCallback(fit_samples=fit_samples), ckpt_path=str(path))
-    assert points(probes) == [(0, 0), (1, 6), (2, 12)] if fit_samples is None else [(1, 6), (2, 12)]
+    assert points(probes) == ([(0, 0), (1, 6), (2, 12)] if fit_samples is None else [(1, 6), (2, 12)])
     notes = [note for note in probes.report.notes if "resumed" in note]
     if fit_samples is None:
         assert notes == ["epoch 2 was resumed at step 8: probes are fitted without the batches before that"]

@@ -13,6 +13,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+SLOW = {"compile", "distributed", "paper", "resume"}
+"""Markers of what takes minutes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(marker.name in SLOW for marker in item.iter_markers()):
+            item.add_marker("slow")
+
+
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
     """Let the interrupt signal raise here and in processes started here, and leave it as it was found.

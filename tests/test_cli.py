@@ -81,11 +81,12 @@ def example(folder: Path, subcommand: str, *arguments: str) -> subprocess.Comple
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
         check=True,
     )
 
 
+@pytest.mark.slow
 def test_example_probes_the_checkpoints_of_its_own_fit(tmp_path: Path) -> None:
     short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=12", "--trainer.val_check_interval=6"]
     example(tmp_path, "fit", *short, "--trainer.limit_val_batches=1")

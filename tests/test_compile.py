@@ -21,6 +21,8 @@ from lightning_probes.activations import ActivationRecorder
 from lightning_probes.compiled import Interception, compiled_parts
 from lightning_probes.reduction import Reducer
 
+pytestmark = pytest.mark.compile
+
 WAYS = ["in place", "wrapped", "module in place", "part in place", "parts in one", "by the trainer"]
 
 
@@ -181,6 +183,7 @@ def check_same(one: Run, other: Run) -> None:
 
 def values(probes: LinearProbeCallback, **conditions: Any) -> dict[Any, float]:
     rows = probes.report.select(**conditions)
+    assert rows
     return {tuple(row[key] for key in ("layer", "stage", "epoch", "metric")): row["value"] for row in rows}
 
 

@@ -59,7 +59,7 @@ def test_example_trains_as_the_file_and_the_command_line_say(tmp_path: Path) -> 
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert run.returncode == 0, run.stderr

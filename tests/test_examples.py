@@ -16,6 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_probes import ProbeReport
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "mnist.py"
 
 
@@ -39,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, str]]:
     ]
     finished = []
     for output, process in started:
-        printed, errors = process.communicate(timeout=180)
+        printed, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
         finished.append((output, printed))
     return finished

@@ -79,6 +79,7 @@ class Look(Callback):
         self._since = time.process_time()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_twenty_thousand_steps_take_no_more_memory_than_a_few(tmp_path: Path) -> None:
     threads = torch.get_num_threads()

@@ -246,7 +246,7 @@ def test_a_mask_is_an_index_a_key_or_a_function(token_mask: Any) -> None:
         LinearProbeCallback(token_mask=token_mask)
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("backend", [None, pytest.param("aot_eager", marks=pytest.mark.compile)])
 def test_a_decoder_is_probed_while_it_is_trained(backend: str | None) -> None:
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 16}
 
@@ -283,6 +283,7 @@ def example() -> dict[str, Any]:
     return runpy.run_path(str(EXAMPLE))
 
 
+@pytest.mark.slow
 def test_minilm_knows_what_its_hidden_states_know(example: dict[str, Any]) -> None:
     path = example["get_model_path"]()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -328,6 +329,7 @@ def test_the_difference_of_two_layers_is_that_of_a_paired_test(example: dict[str
     assert (low, high) == pytest.approx((interval.low, interval.high), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_runs_of_the_example_say_the_same(
     example: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

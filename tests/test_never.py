@@ -102,7 +102,7 @@ def each(cases: dict[str, Case]) -> pytest.MarkDecorator:
 @pytest.fixture
 def disturbed(case: Case, name: str, is_lasting: bool, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run with a fault, whose training is what it is without the callback."""
-    undisturbed(name)
+    assert undisturbed(name).report.rows
     fault = Fault(case.concerns, is_lasting)
     monkeypatch.setattr(case.owner, case.attribute, fault.put_before(getattr(case.owner, case.attribute)))
     found = run(name, probes_of(name), Arming(fault))

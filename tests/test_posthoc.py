@@ -594,7 +594,7 @@ def in_a_process_of_its_own(folder: Path, *arguments: str, **environment: str) -
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -654,6 +654,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.distributed
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     (script := tmp_path / "script.py").write_text(PROCESSES)
     in_a_process_of_its_own(tmp_path, str(script), str(tmp_path / "report.json"))

@@ -82,4 +82,4 @@ def test_gate_finds_exactly_two_commands_that_install_the_pinned_versions() -> N
     for command in found:
         assert "-c tests/constraints.txt -e" in command
     assert found[0].endswith("examples/mnist.py")
-    assert found[1].endswith("-m pytest --quiet -n 2 --dist loadfile")
+    assert found[1].endswith('-m pytest --quiet -n 2 --dist loadfile -m "not slow"')

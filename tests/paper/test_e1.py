@@ -14,6 +14,8 @@ from torch import nn
 
 from lightning_probes import ProbeReport
 
+pytestmark = pytest.mark.paper
+
 SIZE = ["--seeds", "1", "--width", "64", "--samples", "512", "--held-out", "500", "--quiet"]
 
 

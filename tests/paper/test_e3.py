@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_probes import ProbeReport
 
+pytestmark = pytest.mark.paper
+
 BRIDGE = 64
 
 

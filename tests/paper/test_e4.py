@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 from lightning_probes import ProbeReport
 
+pytestmark = pytest.mark.paper
+
 DEPTH, STEPS, CHANCE = 64, 400, math.log(10)
 
 

@@ -16,6 +16,8 @@ from torch import nn
 
 from lightning_probes import ProbeReport
 
+pytestmark = pytest.mark.paper
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:

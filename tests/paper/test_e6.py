@@ -13,6 +13,8 @@ import torch
 
 from lightning_probes import ProbeReport
 
+pytestmark = pytest.mark.paper
+
 STEPS = (6, 12, 18)
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lightning_probes import ProbeReport
 
+pytestmark = pytest.mark.paper
+
 STAGE, DEPTH, MOST, CHECK = 4, 16, 120, 30
 
 Grown = list[tuple[DeepMLP, dict[str, Tensor]]]

@@ -19,6 +19,8 @@ from torch.utils.data import TensorDataset
 
 from lightning_probes import ProbeReport
 
+pytestmark = pytest.mark.paper
+
 DEPTH, BLOCKS = 16, 3
 
 

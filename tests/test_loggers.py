@@ -62,6 +62,8 @@ def wandb_records(path: Path) -> Iterable[Any]:
 
 def read_wandb(logger: WandbLogger) -> Curves:
     logger.experiment.finish()
+    # Another process writes the file, and may not be done when the run is.
+    pytest.importorskip("wandb").teardown()
     (path,) = Path(str(logger.save_dir)).glob(f"wandb/offline-run-*/run-{logger.version}.wandb")
     found = []
     for record in wandb_records(path):

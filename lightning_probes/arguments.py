@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lightning_probes.targets import Where
 
-Patterns = str | Sequence[str]
+Patterns = str | list[str]
 Layout = Literal["tokens", "channels"]
 Calls = Literal["last", "first", "mean"]
 Reduction = Literal["pool", "subset", "projection"]
@@ -60,12 +60,18 @@ def patterns(argument: str, value: Patterns | None) -> list[str] | None:
     """
     if value is None:
         return None
-    found = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else None
+    found = [value] if isinstance(value, str) else list(value) if is_list(value) else None
     if found is None or not all(isinstance(pattern, str) for pattern in found):
-        raise TypeError(f"{argument}: expected a pattern or a list of patterns, found {value!r}")
+        hint = f"; write {list(value)!r}" if isinstance(value, tuple) else ""
+        raise TypeError(f"{argument}: expected a pattern or a list of patterns, found {value!r}{hint}")
     if not found and argument == "layers":
         raise ValueError("layers: an empty list selects nothing; None selects a sensible few")
     return found
+
+
+def is_list(value: Any) -> bool:
+    """Whether ``value`` is a list, also one of omegaconf; a tuple is none, as types and YAML have it."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, tuple))
 
 
 def layouts(value: Any) -> dict[str, Layout]:

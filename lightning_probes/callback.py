@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import wraps
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -112,12 +113,15 @@ class LinearProbeCallback(Callback):
         return self._state_key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [callback._logs for callback in callbacks if isinstance(callback, LinearProbeCallback)]
+        others.remove(self._logs)  # once: it may stand there twice
+        self._logs.tell_apart(others)
         if stage == "fit":  # before a checkpoint is restored: what has been since the last fit is not of this one
             self._restored, self._session = None, self._new_session()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        self._logs.begin(c._logs for c in callbacks if isinstance(c, LinearProbeCallback) and c is not self)
+        self._logs.begin()
         refuse(trainer.strategy)
         self._network.attach(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
         self._ranks.meet(trainer)
@@ -130,7 +134,10 @@ class LinearProbeCallback(Callback):
             self.report = ProbeReport.from_dict(self._restored["report"])
             self._restore_probes(trainer, pl_module)
         missed = self._schedule.begin(trainer, self._session.point, is_restored=is_restored)
-        self._session.begin(pl_module, self.report, is_new=not trainer.global_step, missed=missed)
+        gone_before = self._schedule.gone_before(trainer)
+        if gone_before and not is_restored:
+            self._session.now = trainer.current_epoch, trainer.global_step
+        self._session.begin(pl_module, self.report, gone_before=gone_before, missed=missed)
         # An epoch that is resumed does not start again.
         self._session.optimum.renew(trainer.current_epoch)
 
@@ -169,7 +176,10 @@ class LinearProbeCallback(Callback):
         if self._session.is_ready:
             self._network.attach(pl_module, trainer.datamodule, order=self._session.layers)  # type: ignore[attr-defined]
         else:
-            rank_zero_warn("LinearProbeCallback: nothing to score: no probes were fitted, the checkpoint holds none")
+            rank_zero_warn(
+                "LinearProbeCallback: nothing to score: no probes were fitted, the checkpoint holds none; for a network "
+                "that is trained already there is lightning_probes.probe(model, train_dataloaders, val_dataloaders)"
+            )
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -213,6 +223,8 @@ class LinearProbeCallback(Callback):
         self._network.detach()
         self._session.end(self.report)
 
+    # To Lightning no override of its own: else the Trainer would refuse equal state keys before setup can name `name`.
+    @wraps(Callback.state_dict)
     def state_dict(self) -> dict[str, Any]:
         if not self._session.is_ready:
             return {}

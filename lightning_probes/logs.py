@@ -9,6 +9,7 @@ from typing import Any
 
 from torchmetrics.utilities import rank_zero_warn
 
+from lightning_probes.arguments import is_list
 from lightning_probes.ranks import Ranks
 from lightning_probes.report import METRICS, Row
 
@@ -31,25 +32,28 @@ class Logs:
         if name is not None and (not isinstance(name, str) or not name):
             raise TypeError(f"name: expected a non-empty string, found {name!r}")
         asked = [] if metrics is None else metrics
-        if isinstance(asked, str) or not isinstance(asked, Sequence) or any(metric not in METRICS for metric in asked):
+        if not is_list(asked) or any(metric not in METRICS for metric in asked):
             raise ValueError(f"log_metrics: expected a list of some of {list(METRICS)}, found {metrics!r}")
         self.prefix = f"{name}_" if name else ""
         self._metrics = list(dict.fromkeys(["error", *asked]))
         self._has_layout = False
         self._complaints: set[str] = set()
 
-    def begin(self, others: Iterable[Logs]) -> None:
-        """A new run with its own folders.
+    def begin(self) -> None:
+        """Begin a new run, which has folders of its own."""
+        self._has_layout = False
+
+    def tell_apart(self, others: Iterable[Logs]) -> None:
+        """Make sure that no other callback of the Trainer has the same name.
 
         Raises:
-            ValueError: one of the others that log there has the same name.
+            ValueError: one has.
         """
         if any(other.prefix == self.prefix for other in others):
             raise ValueError(
                 f"two LinearProbeCallbacks have the name {self.prefix.removesuffix('_') or None!r}; "
                 "give each its own: LinearProbeCallback(name=...)"
             )
-        self._has_layout = False
 
     def write(self, start: Iterable[Row], rows: Iterable[Row], trainer: Any, module: Any, ranks: Ranks) -> None:
         """Log the rows of one publication.

@@ -56,12 +56,13 @@ class Optimum:
         self._make_cross_fitter = partial(CrossFitter, network, room, ranks)
         self._start = StartingPoint(self._fitter, points, ranks)
 
-    def begin(self, model: nn.Module, *, is_new: bool, has_start: bool) -> str:
+    def begin(self, model: nn.Module, *, gone_before: str, has_start: bool) -> str:
         """Training begins.
 
         Args:
             model: the network.
-            is_new: as it is now it is to be the first point of each curve.
+            gone_before: what training there was before, or empty: as the network is now it is to be the first point of
+                each curve.
             has_start: that point is there already.
 
         Returns:
@@ -72,8 +73,8 @@ class Optimum:
         self._fitter.attach(model)
         if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
             self._fitter.refusal = "its weights are shared out among processes"
-        if not is_new:
-            return "" if has_start else "no starting point: training was resumed before there was one"
+        if gone_before:
+            return "" if has_start else f"no starting point: {gone_before}"
         note = self._start.keep(model)
         self.cost["weights_bytes"] = self._start.num_bytes
         return note

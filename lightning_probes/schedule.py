@@ -46,6 +46,18 @@ class Schedule:
             )
         return ""
 
+    def gone_before(self, trainer: Any) -> str:
+        """What training there was before this run, for those who miss the network as it was found; empty if none."""
+        if not trainer.global_step:
+            return ""
+        if trainer.ckpt_path is not None:
+            return "training was resumed before there was one"
+        # Neither is it that of the fit before, whose report has it, nor has it that of any other.
+        return (
+            f"this fit goes on at epoch {trainer.current_epoch}, step {trainer.global_step}, where the Trainer's last "
+            "one ended"
+        )
+
     def gap(self, trainer: Any) -> str:
         """What a point that is due now lacks because training was resumed; empty if nothing."""
         if self._resumed is None or self._resumed[0] != trainer.current_epoch:

@@ -40,7 +40,6 @@ class ProbingSession:
         along: the probes that are trained along with the network.
         optimum: the probes that are published instead of them.
         point: epoch and step of the last publication.
-        now: those of the last training step.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class ProbingSession:
         self.ranks, self._say = ranks, say
         self.points = Points(ranks)
         self.optimum = Optimum(network, self.points, room, ranks)
-        self.point = self.now = 0, 0
+        self.point = 0, 0
         self.network = network
         self.facts = LayerFacts(network)
         self._guard = Guard(network, self.facts, self.points, ranks)
@@ -61,6 +60,15 @@ class ProbingSession:
     def layers(self) -> list[str]:
         """All layers, in the order of every vector over them."""
         return self.facts.layers
+
+    @property
+    def now(self) -> tuple[int, int]:
+        """Epoch and step of the last training step, of which faults are told."""
+        return self._guard.now
+
+    @now.setter
+    def now(self, now: tuple[int, int]) -> None:
+        self._guard.now = now
 
     @property
     def is_ready(self) -> bool:
@@ -82,16 +90,17 @@ class ProbingSession:
         self.points.clear(("published", "online", "start"))
         self.optimum.forget()
 
-    def begin(self, model: nn.Module, report: ProbeReport, *, is_new: bool, missed: str = "") -> None:
+    def begin(self, model: nn.Module, report: ProbeReport, *, gone_before: str = "", missed: str = "") -> None:
         """Training begins.
 
         Args:
             model: the network.
             report: of the run that goes on, or an empty one.
-            is_new: not where an earlier run left it.
+            gone_before: what training there was before, that the first point of each curve is not of this run.
             missed: why that run's last point is not there and will not come.
         """
-        note = self.optimum.begin(model, is_new=is_new, has_start=bool(report.select(epoch=0, step=0)))
+        has_start = bool(report.select(epoch=0, step=0))
+        note = self.optimum.begin(model, gone_before=gone_before, has_start=has_start)
         report.notes = list(dict.fromkeys([*report.notes, *filter(None, [note, missed])]))
         if missed:
             self.points.clear()
@@ -129,7 +138,7 @@ class ProbingSession:
 
     def update(self, now: tuple[int, int]) -> None:
         """After a training step, ``now`` epoch and step: one step of the online probes on the same batch."""
-        self.now = self._guard.now = now
+        self.now = now
         seen = self.network.close()
         if self._is_first_step:  # which all processes have, with labels or not
             self._is_first_step = False

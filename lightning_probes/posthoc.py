@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader
 
 from lightning_probes.arguments import Calls, Layout, Reduction, whole
 from lightning_probes.checkpoints import CheckpointError
@@ -92,12 +93,13 @@ def probe(
         FileNotFoundError: there is no such checkpoint.
         ValueError: there is nothing to fit or score on, fewer samples than classes, a layer that was named never runs,
             or no checkpoint can be probed.
-        TypeError: the model can be called in no way.
+        TypeError: the model can be called in no way, or an argument is none of what it may be: the message says which.
         LookupError: the batches have no labels where ``target`` says.
         OSError: no space for features.
         Exception: whatever else the model raises. Once something is done this and all of the above become notes.
         KeyboardInterrupt: before anything was done.
     """
+    _check_kinds(model, {"train": train_dataloaders, "val": val_dataloaders}, datamodule, trainer)
     reading: dict[str, Any] = {"input": input, "target": target, "calls": calls, "token_mask": token_mask}
     reduced: dict[str, Any] = {"max_features": max_features, "reduction": reduction, "layout": layout}
     network = ProbedNetwork(layers, exclude, num_classes=num_classes, **reading, **reduced)
@@ -115,6 +117,42 @@ def probe(
         return Pass(model if is_given else own, network, input, loaders, datamodule)
 
     return _Posthoc(network, Runner(trainer), whole("max_bytes", max_bytes)).probe_all(networks, stand_in)
+
+
+def _check_kinds(model: Any, loaders: dict[str, Any], datamodule: Any, trainer: Any) -> None:
+    """Refuse arguments that are of another's kind, and say where they belong."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a LightningModule or another torch module, found {_kind(model)}{_hint(model)}")
+    for stage, loader in loaders.items():
+        if isinstance(loader, (type, str, Path, nn.Module, Trainer, LightningDataModule)):
+            hint = _hint(loader) or "; the model comes first: probe(model, train_dataloaders, val_dataloaders)"
+            raise TypeError(f"{stage}_dataloaders: expected a loader or a list of them, found {_kind(loader)}{hint}")
+    if datamodule is not None and not isinstance(datamodule, LightningDataModule):
+        hint = _hint(datamodule) or "; loaders are given as train_dataloaders and val_dataloaders"
+        raise TypeError(f"datamodule: expected a LightningDataModule, found {_kind(datamodule)}{hint}")
+    if trainer is not None and not isinstance(trainer, Trainer):
+        raise TypeError(f"trainer: expected a Trainer of lightning.pytorch, found {_kind(trainer)}{_hint(trainer)}")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    # Others may be long, or say no more than where in memory they are.
+    return repr(value) if isinstance(value, (str, Path, int, float, type(None))) else f"a {type(value).__name__}"
+
+
+def _hint(value: Any) -> str:
+    if isinstance(value, type):
+        return f"; give an instance of it: {value.__name__}(...)"
+    for kind, belongs in (
+        (Trainer, "probe(model, ..., trainer=trainer)"),
+        (LightningDataModule, "probe(model, datamodule=datamodule)"),
+        (DataLoader, "probe(model, train_dataloader, val_dataloader)"),
+        ((str, Path), "probe(model, ..., ckpt_path=path)"),
+    ):
+        if isinstance(value, kind):
+            return f"; it belongs elsewhere: {belongs}"
+    return ""
 
 
 class _Posthoc:

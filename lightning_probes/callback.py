@@ -44,7 +44,8 @@ class LinearProbeCallback(Callback):
         layers: which layers: globs over ``named_modules()`` paths (``*`` within a segment, ``**`` across), or class
             names. Not given: blocks, stem and head of a network of blocks, else each element; at most 40.
         exclude: layers to take away, the same way, with everything below them.
-        num_classes: number of classes of the labels. Not given: the ``num_classes`` of the datamodule or module.
+        num_classes: number of classes of the labels. Not given: the ``num_classes`` of the datamodule or module, its
+            ``config.num_labels``, or the width of one-hot or soft labels.
         input: where in the batch the network's input is (index, function or key), probed as depth 0; null: not probed.
         target: where in the batch the labels are: index, key or function.
         max_features: a map (channels, ...) with more values is averaged over space to the largest grid with at most
@@ -145,7 +146,10 @@ class LinearProbeCallback(Callback):
         self._session.optimum.renew(trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        is_unknown = not self._network.num_classes
         self._session.open(batch)
+        if is_unknown:  # by now its labels have told
+            self._session.optimum.room.samples = self._samples()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._network.check()
@@ -177,8 +181,8 @@ class LinearProbeCallback(Callback):
             self._network.attach(pl_module, trainer.datamodule, order=self._session.layers)  # type: ignore[attr-defined]
         else:
             rank_zero_warn(
-                "LinearProbeCallback: nothing to score: no probes were fitted, the checkpoint holds none; for a network "
-                "that is trained already there is lightning_probes.probe(model, train_dataloaders, val_dataloaders)"
+                "LinearProbeCallback: nothing to score: no probes were fitted, the checkpoint holds none; for a "
+                "network trained already there is lightning_probes.probe(model, train_dataloaders, val_dataloaders)"
             )
 
     def on_validation_batch_start(
@@ -242,14 +246,19 @@ class LinearProbeCallback(Callback):
         self._session.prepare(pl_module, context, self.report, gap, is_validation=is_validation, has_validation=coming)
 
     def _new_session(self) -> ProbingSession:
-        samples = enough_samples(self._network.num_classes) if self._fit_samples is None else self._fit_samples
-        room = Room(math.ceil(samples / self._ranks.number), *self._bounds)  # each process keeps its share
+        room = Room(self._samples(), *self._bounds)
         return ProbingSession(self._network, self._learning_rate, room, self._ranks, rank_zero_info)
+
+    def _samples(self) -> int:
+        """How many each process keeps, its share."""
+        samples = enough_samples(self._network.num_classes) if self._fit_samples is None else self._fit_samples
+        return math.ceil(samples / self._ranks.number)
 
     def _restore_probes(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._restored is not None
-        self._session = self._new_session()
         saved, self._restored = self._restored["probes"], None
+        self._network.num_classes = self._network.num_classes or saved["num_classes"]
+        self._session = self._new_session()
         restore(self._session, saved, pl_module.device, strict=self._is_strict, is_training=trainer.state.fn == "fit")
 
     def _is_due(self, trainer: Trainer) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Room:
     """How much of the data may be kept, and where."""
 

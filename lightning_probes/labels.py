@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_probes.hints import is_rows
 from lightning_probes.targets import Where, check_labels, distributions, pick, pick_mask
 
 ATTENTION_MASK = "attention_mask"
@@ -20,6 +21,7 @@ class LabelReader:
         token_mask: where the mask of tokens is.
 
     Attributes:
+        num_classes: how many classes there are; 0 as long as nobody knows.
         is_checked: whether a first batch has been read to its end.
         absent_in_training: whether the batches of training have no labels while those of validation have.
         present_in_validation: whether those of validation are known to have some, so that training needs none.
@@ -31,9 +33,15 @@ class LabelReader:
         self._token_mask = token_mask
         self.begin(0, is_checked=False)
 
-    def begin(self, num_classes: int, *, is_checked: bool) -> None:
-        """A run begins; ``is_checked``: its batches are known from an earlier one."""
-        self._num_classes = num_classes
+    def begin(self, num_classes: int, *, is_checked: bool, unknown: str = "") -> None:
+        """Begin a run.
+
+        Args:
+            num_classes: how many classes there are; 0 where only the labels may tell.
+            is_checked: whether its batches are known from an earlier run.
+            unknown: what is said where they do not.
+        """
+        self.num_classes, self._unknown = num_classes, unknown
         self.is_checked = is_checked
         self.absent_in_training = self.present_in_validation = self._has_passed_over = False
         self.notes: list[str] = []
@@ -41,7 +49,9 @@ class LabelReader:
     def preview(self, batch: Any) -> None:
         """A batch of validation before training begins: if it has usable labels, those of training need none."""
         try:
-            check_labels(pick(batch, self._target, "target"), self._num_classes)
+            labels = pick(batch, self._target, "target")
+            self._learn(labels)
+            check_labels(labels, self.num_classes)
             self.present_in_validation = True
         except Exception:  # whatever a user's function raises; a mistake will show in training
             pass
@@ -50,13 +60,15 @@ class LabelReader:
         """Targets ``(batch, classes)``; ``None`` where there are none that can be used.
 
         Raises:
-            LookupError, TypeError, ValueError: the first batch has no usable labels, and none that was previewed.
+            LookupError, TypeError, ValueError: the first batch has no usable labels, and none that was previewed; or
+                they do not tell the number of classes that nobody knows.
         """
         try:
             labels = pick(batch, self._target, "target")
             if not self.is_checked:
-                check_labels(labels, self._num_classes)
-            return distributions(labels, self._num_classes)
+                self._learn(labels)
+                check_labels(labels, self.num_classes)
+            return distributions(labels, self.num_classes)
         except Exception as error:  # whatever a user's function raises
             if not self.is_checked and not self.absent_in_training:
                 if not self.present_in_validation:
@@ -67,6 +79,23 @@ class LabelReader:
                 self._has_passed_over = True
                 self.notes.append(f"batches whose labels cannot be used are passed over (the first: {error})")
             return None
+
+    def _learn(self, labels: Any) -> None:
+        """Take the number of classes that nobody knows from the width of one-hot or soft labels.
+
+        Raises:
+            TypeError, ValueError: they have none, or they are no labels.
+        """
+        if self.num_classes:
+            return
+        if isinstance(labels, Tensor) and is_rows(labels):
+            check_labels(labels, labels.shape[1])
+            self.num_classes = labels.shape[1]
+            self.notes.append(f"num_classes is {self.num_classes}, the width of the labels")
+        elif isinstance(labels, Tensor) and labels.shape[1:] in ((), (1,)) and not labels.is_floating_point():
+            raise ValueError(f"{self._unknown} (the highest label of the first batch is {int(labels.max())})")
+        else:
+            check_labels(labels, 0)
 
     def read_mask(self, batch: Any, samples: int) -> Tensor | None:
         """``(batch, tokens)``: which tokens count; ``None`` where the batch does not say.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -26,10 +26,12 @@ class Points:
         ranks: the processes that score together.
 
     Attributes:
+        classes: how often each class was among the labels that the probes of a point were fitted on, at most.
         set_aside: layers whose features were not finite once: their values are NaN from then on.
     """
 
     def __init__(self, ranks: Ranks) -> None:
+        self.classes: list[float] = []
         self.set_aside: set[str] = set()
         self._ranks = ranks
         self._scores: dict[str, dict[Curve, ProbeScores]] = {}
@@ -120,6 +122,8 @@ class Points:
             sums = self._sum(scores, about, point)
             other = self._scores.get(online, {}).get((stage, dataloader))
             seen = None if other is None else self._sum(other, about, point)
+            if stage == "train" and any(sums["classes"]):
+                self.classes = [max(pair) for pair in zip_longest(self.classes, sums["classes"], fillvalue=0.0)]
             if reasons is not None and any(sums["classes"]):
                 self._warn_silent(stage, [x for x, n in zip(about, sums["total"], strict=True) if not n], reasons)
             for i, layer in enumerate(about):

@@ -26,7 +26,7 @@ from lightning_probes.probing import ProbedNetwork
 from lightning_probes.regression import Solution
 from lightning_probes.report import ProbeReport, Row
 from lightning_probes.runs import Runner
-from lightning_probes.scores import count_classes
+from lightning_probes.scores import count_classes, never_seen
 from lightning_probes.series import AS_GIVEN, Network, copied, series
 from lightning_probes.store import FeatureStore
 
@@ -122,7 +122,9 @@ def probe(
 def _check_kinds(model: Any, loaders: dict[str, Any], datamodule: Any, trainer: Any) -> None:
     """Refuse arguments that are of another's kind, and say where they belong."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a LightningModule or another torch module, found {_kind(model)}{_hint(model)}")
+        raise TypeError(
+            f"model: expected a LightningModule or another torch module, found {_kind(model)}{_hint(model)}"
+        )
     for stage, loader in loaders.items():
         if isinstance(loader, (type, str, Path, nn.Module, Trainer, LightningDataModule)):
             hint = _hint(loader) or "; the model comes first: probe(model, train_dataloaders, val_dataloaders)"
@@ -226,7 +228,7 @@ class _Posthoc:
         points.publish("published", self.report, self._about(found, one), point=one.point)
         share = self.report.cost["seconds"] / (time.perf_counter() - self._begun)
         self.report.cost |= {"share": share}
-        self._note(store)
+        self._note(store, found.classes.tolist())
         self._done[one.point] = one.name
 
     def _fit(self, model: Pass, store: FeatureStore) -> Fitted | None:
@@ -277,7 +279,8 @@ class _Posthoc:
             for i, layer in enumerate(self._network.layers)
         }
 
-    def _note(self, store: FeatureStore) -> None:
+    def _note(self, store: FeatureStore, classes: list[float]) -> None:
         where = f"{store.memory_bytes / 2**20:,.0f} MiB of features in memory"
         where += f", {store.file_bytes / 2**20:,.0f} MiB in temporary files" * (store.file_bytes > 0)
-        self.report.notes = list(dict.fromkeys([*self.report.notes, *self._network.labels.notes, where]))
+        notes = [*self.report.notes, *self._network.labels.notes, never_seen(classes), where]
+        self.report.notes = list(dict.fromkeys(filter(None, notes)))

@@ -25,7 +25,7 @@ from lightning_probes.compiled import compiled_parts
 from lightning_probes.labels import ATTENTION_MASK, LabelReader
 from lightning_probes.layers import match_layers, select_layers
 from lightning_probes.reduction import Reducer
-from lightning_probes.targets import Where, find_num_classes, pick
+from lightning_probes.targets import UnknownClassesError, Where, find_num_classes, pick
 
 INPUT = "input"
 """The name of the raw input among the layers: the probe at depth 0."""
@@ -90,9 +90,14 @@ class ProbedNetwork:
             order: of the layers that were probed before: nothing is checked or left out any more.
 
         Raises:
-            ValueError: the patterns or the number of classes cannot be resolved.
+            ValueError: the patterns cannot be resolved.
         """
-        self.num_classes = self._given_classes or find_num_classes(*owners, model)
+        # Of layers that were probed before it may have been told by the labels, or by a checkpoint.
+        num_classes, unknown = self.num_classes if order is not None else 0, ""
+        try:
+            num_classes = self._given_classes or num_classes or find_num_classes(*owners, model)
+        except UnknownClassesError as error:
+            unknown = str(error)
         modules, note = select_layers(model, self._patterns, self._exclude)
         self.notes = [note] if note else []
         if self.reducer.kind != "pool":
@@ -108,13 +113,22 @@ class ProbedNetwork:
         self.has_input = self._input is not None and INPUT not in modules
         self.layers = [INPUT] * self.has_input + list(modules)
         self.selected = list(self.layers)
-        self.labels.begin(self.num_classes, is_checked=order is not None)
+        self.labels.begin(num_classes, is_checked=order is not None, unknown=unknown)
         self._is_ordered = False
         self._unfit: dict[str, str] = {}
         if order is not None:
             self.restore(order)
         self.modules = modules
         self.recorder.attach(modules, channels, compiled_parts(model)[1])
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are; 0 before the first batch where only its labels tell."""
+        return self.labels.num_classes
+
+    @num_classes.setter
+    def num_classes(self, num_classes: int) -> None:
+        self.labels.num_classes = num_classes
 
     def restore(self, order: Sequence[str]) -> None:
         """The layers of an earlier run, in its order, which stays as it is; the hooks of others are removed."""
@@ -228,8 +242,9 @@ class ProbedNetwork:
         """
         if self._is_ordered:
             return
-        known = gather((self.labels.is_checked, self.layers, self.recorder.widths))
-        if found := [layers for is_settled, layers, _ in known if is_settled]:
+        known = gather((self.labels.is_checked, self.layers, self.num_classes, self.recorder.widths))
+        self.num_classes = max(number for *_, number, _ in known)
+        if found := [layers for is_settled, layers, *_ in known if is_settled]:
             self.labels.is_checked = True
             layers = list(dict.fromkeys(chain(*found)))
             widths = {layer: {own[layer] for *_, own in known if layer in own} for layer in layers}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +76,21 @@ def count_classes(targets: Tensor) -> Tensor:
     labels = Labels.of(targets)
     counts = torch.zeros(targets.shape[1], dtype=_accumulator(targets.device), device=targets.device)
     return counts.index_add_(0, labels.classes.flatten(), labels.counted.to(counts.dtype))
+
+
+def never_seen(classes: Sequence[float]) -> str:
+    """What a reader should know of classes that do not occur, from counts of all; empty if that may well be chance.
+
+    Only of the highest ones: those in between say nothing of the number of classes.
+    """
+    highest = max((label for label, count in enumerate(classes) if count), default=len(classes) - 1)
+    # Were all as frequent as one another, so many samples without the highest few would be one chance in a million.
+    if highest == len(classes) - 1 or sum(classes) * -math.log((highest + 1) / len(classes)) < math.log(1e6):
+        return ""
+    return (
+        f"num_classes={len(classes)}, but the labels that probes were fitted on are 0 to {highest}: if there are no "
+        f"others, num_classes={highest + 1} makes smaller probes and faster fits"
+    )
 
 
 class ProbeScores(Metric):

@@ -19,7 +19,7 @@ from lightning_probes.points import Points
 from lightning_probes.probing import INPUT, ProbedNetwork
 from lightning_probes.ranks import Ranks
 from lightning_probes.report import ProbeReport, Row
-from lightning_probes.scores import count_classes
+from lightning_probes.scores import count_classes, never_seen
 
 
 class ProbingSession:
@@ -54,6 +54,7 @@ class ProbingSession:
         self.facts = LayerFacts(network)
         self._guard = Guard(network, self.facts, self.points, ranks)
         self._is_first_step, self._has_greeted = True, False
+        self._missing = ""
         self._begun = time.perf_counter()
 
     @property
@@ -223,7 +224,10 @@ class ProbingSession:
             if (epoch, step) != (0, 0) or not report.select(epoch=0, step=0):
                 new = self._points_of_now(report, epoch, step)
         if (epoch, step) != self.point:  # else: evaluated outside of training
-            notes = [*report.notes, *self.network.notes, *self.network.labels.notes, self.optimum.note, self.ranks.note]
+            report.notes = [note for note in report.notes if note != self._missing]
+            self._missing = never_seen(self.points.classes)
+            of_all = [self._missing, self.optimum.note, self.ranks.note]
+            notes = [*report.notes, *self.network.notes, *self.network.labels.notes, *of_all]
             report.notes = list(dict.fromkeys(filter(None, notes)))
             share = self.optimum.cost["seconds"] / max(time.perf_counter() - self._begun, 1e-9)
             report.cost = {**self.optimum.cost, "share": share, "sent_bytes": self.ranks.num_bytes}

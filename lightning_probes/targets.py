@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_probes.hints import hint_of_floats, hint_of_rows, hint_of_shape, is_distribution
+
 Where = int | Callable[[Any], Any] | str
 """Where in a batch something is: an index, a key (one level of nesting is searched) or a function of the batch."""
 
@@ -41,7 +43,9 @@ def pick(batch: Any, where: Where, argument: str) -> Any:
                 return part[where]
             break
     kind = "index" if isinstance(where, int) else "key"
-    raise LookupError(f"{argument}={where!r}: the batch has no such {kind}; it is {describe(batch)}")
+    near = _label_places(batch) if argument == "target" else []
+    hint = f"; its labels could be {' or '.join(f'target={place}' for place in near[:3])}" if near else ""
+    raise LookupError(f"{argument}={where!r}: the batch has no such {kind}; it is {describe(batch)}{hint}")
 
 
 def describe(batch: Any, depth: int = 2) -> str:
@@ -77,7 +81,7 @@ def distributions(labels: Tensor, num_classes: int, dtype: torch.dtype = torch.f
     labels = labels.detach()
     if labels.dim() == 2 and labels.shape[1] == num_classes and (num_classes > 1 or labels.is_floating_point()):
         rows = labels.to(dtype)
-        return torch.where(_is_distribution(rows).unsqueeze(1), rows, 0.0)
+        return torch.where(is_distribution(rows).unsqueeze(1), rows, 0.0)
     classes = torch.arange(num_classes, device=labels.device)
     return (labels.reshape(-1, 1) == classes).to(dtype)
 
@@ -90,18 +94,25 @@ def check_labels(labels: Any, num_classes: int) -> None:
         ValueError: a shape other than those, a label outside ``[0, num_classes)``, rows that are no distribution.
     """
     if not isinstance(labels, Tensor):
-        raise TypeError(f"target: expected a tensor of labels, found {type(labels).__name__}")
+        raise TypeError(f"target: expected a tensor of labels, found {type(labels).__name__}{_hint_of_kind(labels)}")
     shape = tuple(labels.shape)
-    _check_shape(labels, num_classes)
+    try:
+        _check_shape(labels, num_classes)
+    except ValueError as error:
+        raise ValueError(f"{error}{hint_of_shape(labels)}") from None
     if labels.dim() == 2 and labels.shape[1] == num_classes and (num_classes > 1 or labels.is_floating_point()):
-        bad = (~_is_distribution(labels.double())).nonzero()
+        bad = (~is_distribution(labels.double())).nonzero()
         if len(bad):
             row = labels[int(bad[0])].tolist()
-            raise ValueError(f"target: row {int(bad[0])} of the labels {list(shape)} is no distribution: {row[:8]}")
+            raise ValueError(
+                f"target: row {int(bad[0])} of the labels {list(shape)} is no distribution: {row[:8]}"
+                f"{hint_of_rows(labels)}"
+            )
         return
     if labels.is_floating_point() or labels.is_complex():
         raise TypeError(
             f"target: labels of shape {shape} are {labels.dtype}; expected integers, or rows of probabilities"
+            f"{hint_of_floats(labels)}"
         )
     labels = labels.long()  # int8 cannot be compared with 200, nor uint8 with -100
     wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= num_classes))]
@@ -110,11 +121,55 @@ def check_labels(labels: Any, num_classes: int) -> None:
 
 
 def _check_shape(labels: Tensor, num_classes: int) -> None:
-    shape = tuple(labels.shape)
+    shape, known = tuple(labels.shape), f"={num_classes}" if num_classes else ""
     if not shape or not shape[0] or shape[1:] not in ((), (1,), (num_classes,)):
         raise ValueError(
-            f"target: labels have shape {shape}; expected (batch,), (batch, 1) or (batch, num_classes={num_classes})"
+            f"target: labels have shape {shape}; expected (batch,), (batch, 1) or (batch, num_classes{known})"
         )
+
+
+def _hint_of_kind(labels: Any) -> str:
+    if isinstance(labels, (list, tuple)) and labels and isinstance(labels[0], str):
+        return f" of str (the first: {labels[0]!r}); number the classes in the dataset: 0, 1, ..."
+    if isinstance(labels, (list, tuple)) and labels and isinstance(labels[0], (int, float)):
+        return "; a function makes one of it: target=lambda batch: torch.tensor(batch[1])"
+    if _parts(labels) and not isinstance(labels, (list, tuple)):
+        near = _label_places(labels)
+        return f": {describe(labels)}" + (f"; the labels could be its {near[0]}" if near else "")
+    return ""
+
+
+_LABEL_NAMES = ("label", "labels", "target", "targets", "y", "class", "classes", "category")
+
+
+def _label_places(batch: Any) -> list[str]:
+    """What ``target`` could be for ``batch``, as it would be written: the likeliest first."""
+    found: list[tuple[bool, bool, str]] = []
+
+    def visit(part: Any, path: tuple[Any, ...], written: str) -> None:
+        for key, inner in _parts(part).items() if len(path) < 3 else ():
+            below = f"{written}[{key!r}]" if isinstance(part, (Mapping, list, tuple)) else f"{written}.{key}"
+            below = f"{written}.{key}" if hasattr(part, "_asdict") else below
+            if not isinstance(inner, Tensor):
+                visit(inner, (*path, key), below)
+                continue
+            is_named = str(key).lower() in _LABEL_NAMES
+            is_integer = not inner.is_floating_point() and not inner.is_complex()
+            if inner.dim() and ((is_integer and inner.shape[1:] in ((), (1,))) or is_named):
+                # Keys are searched for one level down, indices are not.
+                is_near = not path or (len(path) == 1 and isinstance(key, str))
+                is_near = is_near and _is_picked(batch, key, inner)
+                found.append((not is_named, not is_integer, repr(key) if is_near else f"lambda batch: {below}"))
+
+    visit(batch, (), "batch")
+    return [place for *_, place in sorted(found, key=lambda place: place[:2])]
+
+
+def _is_picked(batch: Any, where: Any, value: Tensor) -> bool:
+    try:
+        return pick(batch, where, "") is value
+    except LookupError:
+        return False
 
 
 def pick_mask(batch: Any, where: Where, samples: int) -> Tensor:
@@ -143,8 +198,12 @@ def _classes_of(holder: Any) -> Any:
     return holder.get("num_classes") if isinstance(holder, Mapping) else getattr(holder, "num_classes", None)
 
 
-def _is_distribution(rows: Tensor) -> Tensor:
-    return (rows >= 0).all(dim=1) & ((rows.sum(dim=1) - 1).abs() < 1e-2)
+def _labels_of(module: nn.Module) -> int | None:
+    found = getattr(getattr(module, "config", None), "num_labels", None)
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        return None
+    # A configuration that nobody gave a number has 2, even of a network without a head; heads have it as their own.
+    return found if found != 2 or getattr(module, "num_labels", None) == found else None
 
 
 def _parts(batch: Any) -> dict[Any, Any]:
@@ -159,14 +218,18 @@ def _parts(batch: Any) -> dict[Any, Any]:
     return {}
 
 
+class UnknownClassesError(ValueError):
+    """Nobody knows the number of classes."""
+
+
 def find_num_classes(*owners: Any) -> int:
     """The number of classes of the first owner that knows it.
 
     Looks for an integer ``num_classes`` on each owner (a datamodule, a module), in its ``hparams``, then in the
-    torchmetrics metrics among its submodules.
+    torchmetrics metrics among its submodules, then for ``config.num_labels``, as Hugging Face has it.
 
     Raises:
-        ValueError: nobody knows.
+        UnknownClassesError: nobody knows.
     """
     for owner in owners:
         for holder in (owner, getattr(owner, "hparams", None)):
@@ -177,9 +240,13 @@ def find_num_classes(*owners: Any) -> int:
     in_metrics = {found for m in modules if isinstance(m, Metric) and isinstance(found := _classes_of(m), int)}
     if len(in_metrics) == 1:
         return in_metrics.pop()
-    names = ", ".join(type(owner).__name__ for owner in owners if owner is not None)
+    in_configs = {found for module in modules if (found := _labels_of(module))}
+    if not in_metrics and len(in_configs) == 1:
+        return in_configs.pop()
+    names = ", ".join(dict.fromkeys(type(owner).__name__ for owner in owners if owner is not None))
     several = f" (its metrics disagree: {sorted(in_metrics)})" if in_metrics else ""
-    raise ValueError(
+    several = several or (f" (its `config.num_labels` disagree: {sorted(in_configs)})" if in_configs else "")
+    raise UnknownClassesError(
         f"num_classes is not given and {names} has no `num_classes`, as attribute, hyperparameter or in a metric"
         f"{several}; pass num_classes=..."
     )

@@ -148,7 +148,9 @@ def test_a_trainer_leaves_it_to_the_callbacks_to_refuse_one_another(package: Any
     same = LinearProbeCallback()
     for callbacks in ([same, same], [LinearProbeCallback(), LinearProbeCallback()]):
         trainer = package(**QUIET, callbacks=callbacks)
-        with pytest.raises(ValueError, match=r"^two LinearProbeCallbacks have the name None; give each its own: Linear"):
+        with pytest.raises(
+            ValueError, match=r"^two LinearProbeCallbacks have the name None; give each its own: Linear"
+        ):
             callbacks[0].setup(trainer, small(), "fit")
     assert same.state_key == LinearProbeCallback().state_key == "LinearProbeCallback{'name': None}"
 
@@ -158,7 +160,9 @@ def test_a_trainer_leaves_it_to_the_callbacks_to_refuse_one_another(package: Any
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_evaluation_alone_names_what_probes_a_trained_network(stage: str) -> None:
-    with pytest.warns(UserWarning, match=r"nothing to score: .*lightning_probes\.probe\(model, train_dataloaders, val_"):
+    with pytest.warns(
+        UserWarning, match=r"nothing to score: .*lightning_probes\.probe\(model, train_dataloaders, val_"
+    ):
         getattr(make_trainer(LinearProbeCallback()), stage)(small(), loader(32), verbose=False)
 
 

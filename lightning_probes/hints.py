@@ -1,0 +1,83 @@
+"""What to write instead where labels are of a kind that probes do not take, or not yet."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def is_distribution(rows: Tensor) -> Tensor:
+    """``(samples,)``: which of ``rows`` are probabilities that sum to 1."""
+    return (rows >= 0).all(dim=1) & ((rows.sum(dim=1) - 1).abs() < 1e-2)
+
+
+def is_rows(labels: Tensor) -> bool:
+    """Whether ``labels`` are written as one row a sample, one value a class: one-hot, soft or several ones."""
+    if labels.dim() != 2 or labels.shape[1] < 2 or labels.is_complex():
+        return False
+    return labels.is_floating_point() or is_zeros_and_ones(labels)
+
+
+def is_zeros_and_ones(labels: Tensor) -> bool:
+    """Whether there is nothing else in ``labels``."""
+    return bool(((labels == 0) | (labels == 1)).all())
+
+
+def hint_of_shape(labels: Tensor) -> str:
+    """What to write where there are several labels for a sample."""
+    if labels.dim() < 2 or not labels.numel():
+        return ""
+    if is_rows(labels):
+        if bool(is_distribution(labels.double()).all()):
+            return f"; these are rows of {labels.shape[1]} probabilities: num_classes={labels.shape[1]}"
+        if is_zeros_and_ones(labels):
+            return hint_of_rows(labels)
+    if labels.is_floating_point() or labels.is_complex():
+        return "; several numbers for a sample are no classes, and regression is not offered yet"
+    each = {2: "token", 3: "pixel"}.get(labels.dim(), "part")
+    return (
+        f"; a label for each {each} is not offered, one for each sample is: a function makes one of them, say the most "
+        "frequent, target=lambda batch: batch[1].flatten(1).mode(dim=1).values"
+    )
+
+
+def hint_of_rows(labels: Tensor) -> str:
+    """What to write where rows of values for the classes are no distributions."""
+    if missing := _hint_of_nan(labels):
+        return missing
+    ones = labels.sum(dim=1)
+    if is_zeros_and_ones(labels) and bool((ones > 1).any()):
+        return (
+            "; several classes in a row (multi-label) are not offered yet; one of them at a time is: "
+            "target=lambda batch: batch[1][:, 0].long() with num_classes=2"
+        )
+    if is_zeros_and_ones(labels):
+        return (
+            "; a row of zeros names no class; integers leave a sample out with -100: target=lambda batch: "
+            "torch.where(batch[1].sum(1) > 0, batch[1].argmax(1), -100)"
+        )
+    return "; a row of probabilities has no negative ones and sums to 1; .softmax(dim=1) makes some of scores"
+
+
+def hint_of_floats(labels: Tensor) -> str:
+    """What to write where floats stand for classes."""
+    if labels.is_complex():
+        return ""
+    if missing := _hint_of_nan(labels):
+        return missing
+    if bool((labels.isfinite() & (labels == labels.round())).all()):
+        return "; they are whole numbers, which .long() makes integers: target=lambda batch: batch[1].long()"
+    return (
+        "; they are no whole numbers, and regression is not offered yet; intervals of them can be classes: "
+        "target=lambda batch: torch.bucketize(batch[1], torch.tensor([...]))"
+    )
+
+
+def _hint_of_nan(labels: Tensor) -> str:
+    missing = labels.isnan().flatten(1).any(dim=1) if labels.dim() > 1 else labels.isnan()
+    if not bool(missing.any()):
+        return ""
+    first, number = int(missing.nonzero()[0]), int(missing.sum())
+    return (
+        f"; {number} of the {len(labels)} are NaN, the first at {first}: leave such samples out of the dataset, or "
+        "give them the integer label -100"
+    )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from traceback import walk_tb
+from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -87,6 +91,14 @@ class ProbeTrainer(Trainer):
         return report
 
 
+class _Parser(LightningArgumentParser):
+    """Says last what is wrong with an argument of a LinearProbeCallback, below all that it is not either."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        own = _of_callback(message)
+        super().error(f"{message}\n{own}" if own else message, ex)
+
+
 class ProbeCLI(LightningCLI):
     """LightningCLI with a subcommand ``probe``; the arguments, and all other subcommands, are LightningCLI's.
 
@@ -107,6 +119,30 @@ class ProbeCLI(LightningCLI):
         """Make sure that the Trainer can probe, then as LightningCLI."""
         self.trainer_class = _with_probe(self.trainer_class)
         super().setup_parser(*args, **kwargs)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser whose errors end in words of the callback's."""
+        kind = self.parser_class
+        if not issubclass(kind, _Parser):
+            is_plain = kind is LightningArgumentParser
+            self.parser_class = _Parser if is_plain else type(kind.__name__, (_Parser, kind), {})
+        return super().init_parser(**kwargs)
+
+    def instantiate_classes(self) -> None:
+        """Make the objects of the configuration.
+
+        Raises:
+            TypeError, ValueError: of a LinearProbeCallback, its own words and not the parser's around them.
+        """
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            found: BaseException | None = error
+            while found is not None and not _is_of_callback(found):
+                found = found.__cause__ or found.__context__
+            if found is None:
+                raise
+            raise found.with_traceback(None) from None
 
     def probe(self, **arguments: Any) -> None:
         """Run the Trainer's ``probe`` and print the table.
@@ -153,6 +189,31 @@ class ProbeCLI(LightningCLI):
             config["ckpt_path"] = str(first)
             super()._parse_ckpt_path()
             self.config["probe"]["ckpt_path"] = given
+
+
+def _of_callback(message: str) -> str:
+    """What a LinearProbeCallback says to what a parser refused for it; empty if nothing."""
+    import yaml  # type: ignore[import-untyped]  # the parser's own
+
+    block = re.search(r"class_path '[\w.]*LinearProbeCallback':\n((?:(?!\s*- Problem with).*\n?)*)", message)
+    if block is None:
+        return ""
+    if unknown := re.search(r"Option '(\w+)' is not accepted", block[1]):
+        known = list(inspect.signature(LinearProbeCallback).parameters)
+        near = get_close_matches(unknown[1], known, n=3, cutoff=0.4) or known
+        return f"LinearProbeCallback has no argument {unknown[1]!r}; nearest: {', '.join(near)}"
+    key, value = (re.search(pattern, block[1]) for pattern in (r'Parser key "(\w+)', r"(?:Given|Got) value: (.*)"))
+    if key is None or value is None:
+        return ""
+    try:
+        LinearProbeCallback(**{key[1]: yaml.safe_load(value[1])})
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        return "" if isinstance(error, yaml.YAMLError) else str(error)
+    return ""
+
+
+def _is_of_callback(error: BaseException) -> bool:
+    return any(frame.f_code is LinearProbeCallback.__init__.__code__ for frame, _ in walk_tb(error.__traceback__))
 
 
 def _with_probe(trainer_class: type[Trainer] | Callable[..., Trainer]) -> type[Trainer] | Callable[..., Trainer]:

@@ -52,7 +52,7 @@ def positive_float(argument: str, value: Any) -> float:
     return float(value)
 
 
-def patterns(argument: str, value: Patterns | None) -> list[str] | None:
+def patterns(argument: str, value: Any) -> list[str] | None:
     """``value`` as a list, or ``None``.
 
     Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import wraps
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -227,12 +226,13 @@ class LinearProbeCallback(Callback):
         self._network.detach()
         self._session.end(self.report)
 
-    # To Lightning no override of its own: else the Trainer would refuse equal state keys before setup can name `name`.
-    @wraps(Callback.state_dict)
     def state_dict(self) -> dict[str, Any]:
         if not self._session.is_ready:
             return {}
         return {"probes": state_of(self._session), "report": asdict(self.report)}
+
+    # Lightning takes it for no override then: else a Trainer refuses equal state keys before setup can name `name`.
+    state_dict.__wrapped__ = Callback.state_dict  # type: ignore[attr-defined]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None

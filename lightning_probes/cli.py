@@ -202,13 +202,17 @@ def _of_callback(message: str) -> str:
         known = list(inspect.signature(LinearProbeCallback).parameters)
         near = get_close_matches(unknown[1], known, n=3, cutoff=0.4) or known
         return f"LinearProbeCallback has no argument {unknown[1]!r}; nearest: {', '.join(near)}"
-    key, value = (re.search(pattern, block[1]) for pattern in (r'Parser key "(\w+)', r"(?:Given|Got) value: (.*)"))
-    if key is None or value is None:
+    key = re.search(r'^( *)Parser key "(\w+)', block[1], flags=re.MULTILINE)
+    # Values inside of it, and others outside, stand in other columns.
+    value = key and re.search(rf"^{key[1]}  (?:\S.* Got|Given) value: (.*)", block[1], flags=re.MULTILINE)
+    if not key or not value:
         return ""
     try:
-        LinearProbeCallback(**{key[1]: yaml.safe_load(value[1])})
-    except (TypeError, ValueError, yaml.YAMLError) as error:
-        return "" if isinstance(error, yaml.YAMLError) else str(error)
+        LinearProbeCallback(**{key[2]: yaml.safe_load(value[1])})
+    except (TypeError, ValueError) as error:
+        return str(error)
+    except yaml.YAMLError:
+        return ""
     return ""
 
 

@@ -162,7 +162,12 @@ def test_one_class_and_two_classes(labels: Tensor, num_classes: int, expected: l
 @pytest.mark.parametrize(
     ("labels", "error", "message"),
     [
-        ([0, 1], TypeError, "target: expected a tensor of labels, found list"),
+        (
+            [0, 1],
+            TypeError,
+            "target: expected a tensor of labels, found list; a function makes one of it: "
+            "target=lambda batch: torch.tensor(batch[1])",
+        ),
         (
             torch.tensor(1),
             ValueError,
@@ -171,22 +176,28 @@ def test_one_class_and_two_classes(labels: Tensor, num_classes: int, expected: l
         (
             torch.zeros(2, 4),
             ValueError,
-            "target: labels have shape (2, 4); expected (batch,), (batch, 1) or (batch, num_classes=3)",
+            "target: labels have shape (2, 4); expected (batch,), (batch, 1) or (batch, num_classes=3); a row of zeros "
+            "names no class; integers leave a sample out with -100: target=lambda batch: "
+            "torch.where(batch[1].sum(1) > 0, batch[1].argmax(1), -100)",
         ),
         (
             torch.zeros(2, 8, 8).long(),
             ValueError,
-            "target: labels have shape (2, 8, 8); expected (batch,), (batch, 1) or (batch, num_classes=3)",
+            "target: labels have shape (2, 8, 8); expected (batch,), (batch, 1) or (batch, num_classes=3); a label for "
+            "each pixel is not offered, one for each sample is: a function makes one of them, say the most frequent, "
+            "target=lambda batch: batch[1].flatten(1).mode(dim=1).values",
         ),
         (
             torch.zeros(2),
             TypeError,
-            "target: labels of shape (2,) are torch.float32; expected integers, or rows of probabilities",
+            "target: labels of shape (2,) are torch.float32; expected integers, or rows of probabilities; they are "
+            "whole numbers, which .long() makes integers: target=lambda batch: batch[1].long()",
         ),
         (
             torch.zeros(2, 1),
             TypeError,
-            "target: labels of shape (2, 1) are torch.float32; expected integers, or rows of probabilities",
+            "target: labels of shape (2, 1) are torch.float32; expected integers, or rows of probabilities; they are "
+            "whole numbers, which .long() makes integers: target=lambda batch: batch[1].long()",
         ),
         (torch.tensor([0, 3]), ValueError, "target: label 3 is outside [0, num_classes=3)"),
         (torch.tensor([[0], [-1]]), ValueError, "target: label -1 is outside [0, num_classes=3)"),

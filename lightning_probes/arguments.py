@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -106,6 +107,19 @@ def reduction_of(value: Any) -> Reduction:
     if value not in ("pool", "subset", "projection"):
         raise ValueError(f"reduction: expected 'pool', 'subset' or 'projection', found {value!r}")
     return value  # type: ignore[no-any-return]
+
+
+def one_of(argument: str, value: Any, choices: Sequence[str]) -> str:
+    """Return ``value`` if it is one of ``choices``.
+
+    Raises:
+        ValueError: naming the argument, what was given, the nearest choice and all of them.
+    """
+    if value in choices:
+        return str(value)
+    near = difflib.get_close_matches(str(value), choices, 1, 0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{argument}: expected one of {', '.join(map(repr, choices))}, found {value!r}{hint}")
 
 
 def where(argument: str, value: Any) -> Where:

@@ -36,8 +36,10 @@ class LinearProbeCallback(Callback):
     calls of the network's modules run again. Where that cannot be, probes are cross-fitted on validation, or those
     trained along are published, and :attr:`report` and one warning say so. Step 0 is the network as ``fit`` found it.
 
-    All is in :attr:`report` as well. A layer with NaN or Inf in its features is set aside: its values are NaN from then
-    on, and ``EarlyStopping`` on one of them ends the run unless ``check_finite=False``.
+    All is in :attr:`report` as well, and at the end of ``fit``, however it ends, in ``probe_report.json`` (with the
+    ``name`` before it) in the folder of the first logger that has one. A layer with NaN or Inf in its features is set
+    aside: its values are NaN from then on, and ``EarlyStopping`` on one of them ends the run unless
+    ``check_finite=False``.
 
     Args:
         layers: which layers: globs over ``named_modules()`` paths (``*`` within a segment, ``**`` across), or class
@@ -137,7 +139,9 @@ class LinearProbeCallback(Callback):
         gone_before = self._schedule.gone_before(trainer)
         if gone_before and not is_restored:
             self._session.now = trainer.current_epoch, trainer.global_step
-        self._session.begin(pl_module, self.report, gone_before=gone_before, missed=missed)
+        has_validation = self._schedule.has_validation(trainer)
+        before = {"gone_before": gone_before, "missed": missed}
+        self._session.begin(pl_module, self.report, has_validation=has_validation, **before)
         # An epoch that is resumed does not start again.
         self._session.optimum.renew(trainer.current_epoch)
 
@@ -219,12 +223,10 @@ class LinearProbeCallback(Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._network.detach()
-        self._session.end()
+        self._end(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._network.detach()
-        self._session.end(self.report)
+        self._end(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         if not self._session.is_ready:
@@ -236,6 +238,12 @@ class LinearProbeCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
+
+    def _end(self, trainer: Trainer) -> None:
+        self._network.detach()
+        self._session.end(self.report)
+        if trainer.state.fn == "fit" and (file := self._logs.keep(self.report, trainer)) is not None:
+            rank_zero_info(f"LinearProbeCallback: report in {file}")
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, *, is_validation: bool) -> None:
         if trainer.state.fn != "fit" or (is_validation and self._is_prepared):
@@ -267,5 +275,5 @@ class LinearProbeCallback(Callback):
     def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Outside fit the probes are those of a checkpoint or of the last fit, and so are epoch and step.
         epoch, step = self._schedule.now(trainer) if trainer.state.fn == "fit" else self._session.now
-        start, rows = self._session.publish(self.report, epoch, step)
+        start, rows = self._session.publish(self.report, epoch, step, self._schedule.logged_step(trainer))
         self._logs.write(start, rows, trainer, pl_module, self._ranks)

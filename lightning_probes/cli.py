@@ -144,6 +144,12 @@ class ProbeCLI(LightningCLI):
                 raise
             raise found.with_traceback(None) from None
 
+    def after_fit(self) -> None:
+        """Print the table of each probe callback, as ``probe`` does."""
+        if self.trainer.is_global_zero:
+            for callback in _probes_of(self.trainer):
+                print(callback.report)
+
     def probe(self, **arguments: Any) -> None:
         """Run the Trainer's ``probe`` and print the table.
 
@@ -244,10 +250,14 @@ def _is_readable(path: Path) -> bool:
     return True
 
 
+def _probes_of(trainer: Trainer) -> list[LinearProbeCallback]:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, LinearProbeCallback)]
+
+
 def _selection(trainer: Trainer) -> dict[str, Any]:
     """What the callback among those of the configuration probes."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    found = [callback for callback in callbacks if isinstance(callback, LinearProbeCallback)]
+    found = _probes_of(trainer)
     if len(found) > 1:
         rank_zero_warn(f"probe: of {len(found)} LinearProbeCallbacks the first says what is probed")
     return dict(found[0].selection) if found else {}

@@ -9,14 +9,12 @@ from lightning_probes.convergence import FOLDS, fit_probes, score
 from lightning_probes.fitted import Fitted, at_the_cost_of, fitted
 from lightning_probes.fitting import Seen
 from lightning_probes.kept import KeptBatches, Room
+from lightning_probes.method import CROSS_FITTED
 from lightning_probes.probing import ProbedNetwork
 from lightning_probes.ranks import Ranks
 from lightning_probes.regression import Solution
 from lightning_probes.samples import Samples
 from lightning_probes.scores import count_classes, no_tally
-
-CROSS_FITTED = "val, cross-fitted"
-"""What rows of such probes say that they were fitted on."""
 
 
 class CrossFitter:

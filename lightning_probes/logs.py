@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Container, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.arguments import is_list
 from lightning_probes.ranks import Ranks
-from lightning_probes.report import METRICS, Row
+from lightning_probes.report import METRICS, ProbeReport, Row
 
 
 class Logs:
@@ -90,6 +92,27 @@ class Logs:
             self._write_layout(trainer.loggers)
             self._has_layout = True
 
+    def keep(self, report: ProbeReport, trainer: Any) -> Path | None:
+        """Save a report, by one process alone, in the folder of the first logger that has one.
+
+        A report of an earlier run in that folder is replaced. One that cannot be saved ends nothing: a warning says so.
+
+        Returns:
+            The file; ``None`` where there is none.
+        """
+        if not (report.rows and trainer.is_global_zero):
+            return None
+        try:
+            folder = next(filter(None, map(folder_of, trainer.loggers)), None)
+            if folder is None:
+                return None
+            folder.mkdir(parents=True, exist_ok=True)
+            report.save(folder / f"{self.prefix}probe_report.json")
+            return folder / f"{self.prefix}probe_report.json"
+        except Exception as error:  # a logger's property may raise anything, and so may a disk
+            rank_zero_warn(f"LinearProbeCallback: the report is not saved: {type(error).__name__}: {error}")
+            return None
+
     def _values(self, rows: Iterable[Row], several: Container[str]) -> dict[str, float]:
         values = {}
         for row in rows:
@@ -116,3 +139,19 @@ class Logs:
             if isinstance(experiment, tensorboard.SummaryWriter):
                 with tensorboard.SummaryWriter(f"{experiment.log_dir.rstrip('/')}/{self.prefix}probes") as writer:
                     writer.add_custom_scalars({f"{self.prefix}linear probes": charts})
+
+
+def folder_of(logger: Any) -> Path | None:
+    """Find the folder in which a logger puts what belongs to this run.
+
+    Never by way of ``trainer.log_dir``, in which processes wait for one another: one that has failed would not come.
+
+    Returns:
+        Its ``log_dir``; else a folder of its name and version below its ``save_dir``; ``None`` if it has neither.
+    """
+    if isinstance(log_dir := getattr(logger, "log_dir", None), (str, os.PathLike)):
+        return Path(log_dir)
+    if isinstance(save_dir := getattr(logger, "save_dir", None), (str, os.PathLike)):
+        parts = (getattr(logger, key, None) for key in ("name", "version"))
+        return Path(save_dir, *(str(part) for part in parts if isinstance(part, (str, int))))
+    return None

@@ -15,10 +15,11 @@ from torch import nn
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.bank import ProbeBank
-from lightning_probes.crossfit import CROSS_FITTED, CrossFitter
+from lightning_probes.crossfit import CrossFitter
 from lightning_probes.fitted import Fitted
 from lightning_probes.fitting import Context, ProbeFitter, Seen
 from lightning_probes.kept import Room
+from lightning_probes.method import CROSS_FITTED
 from lightning_probes.points import Curve, Points
 from lightning_probes.probing import ProbedNetwork
 from lightning_probes.ranks import Ranks

@@ -5,12 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from lightning_probes.names import shorten
+from lightning_probes.tables import wrap
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from lightning_probes.picture import Picture
 
 _TICKS = (0, 1, 2, 5, 10, 20, 50, 100)
 _REFERENCE_STYLES = ("--", ":", "-.")
+_NAME_WIDTH = 24
+
+
+def new_picture(width: float, height: float, below: Sequence[str] = ()) -> Picture:
+    """Make an empty figure.
+
+    Args:
+        width: inches.
+        height: inches, without the lines below.
+        below: sentences in small print under the axes.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    try:
+        from lightning_probes.picture import Picture
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("drawing needs matplotlib: pip install 'lightning-probes[plots]'") from error
+
+    # In small print of 7 points an inch has about 19 characters.
+    lines = [line for text in below for line in wrap(text, int(19 * width))]
+    picture = Picture(figsize=(width, height + 0.14 * len(lines)), layout="constrained")
+    if lines:
+        picture.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7, color="0.3")
+    return picture
 
 
 def error_by_depth(
@@ -20,8 +49,11 @@ def error_by_depth(
     interval: tuple[Sequence[float], Sequence[float]] | None = None,
     references: Mapping[str, float] | None = None,
     title: str = "",
-) -> Figure:
-    """Probe error against depth, a line for each curve; logarithmic where errors differ more than eightfold.
+    warning: str = "",
+    below: Sequence[str] = (),
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw probe error against depth, a line for each curve; logarithmic where errors differ more than eightfold.
 
     Args:
         layers: the names along the horizontal axis, in order of depth.
@@ -29,19 +61,25 @@ def error_by_depth(
         interval: lower and upper bound of the last curve, drawn as a band.
         references: ``{label: error}``, drawn as horizontal lines.
         title: above the axes.
+        warning: below the title: what keeps errors from being those on new samples.
+        below: sentences under the axes, in a figure of its own.
+        ax: to draw into; by default the axes of a new figure.
+
+    Returns:
+        The axes; a new figure is their ``figure``.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("drawing needs matplotlib: pip install 'lightning-probes[plots]'") from error
+    path, names = shorten(layers, _NAME_WIDTH)
+    if ax is None:
+        width, height = min(max(6.4, 1.6 + 0.42 * len(layers)), 14), 4.2 + 0.05 * max(map(len, names.values()))
+        axes = new_picture(width, height, below).add_subplot()
+    else:
+        axes = ax
+    import matplotlib
 
     depths = range(len(layers))
-    figure = Figure(figsize=(min(max(6.4, 1.6 + 0.42 * len(layers)), 14), 4.6), layout="constrained")
-    axes = figure.add_subplot()
     colours = matplotlib.colormaps["viridis_r"]
     marker = "o" if len(layers) <= 45 else None
     for i, (label, values) in enumerate(curves.items()):
@@ -57,17 +95,21 @@ def error_by_depth(
         style = _REFERENCE_STYLES[i % len(_REFERENCE_STYLES)]
         axes.axhline(100 * value, color="0.45", linestyle=style, linewidth=1.2, label=label, zorder=2)
     shown = range(0, len(layers), -(-len(layers) // 40))
-    axes.set_xticks(
-        list(shown), [layers[i] for i in shown], rotation=45, ha="right", rotation_mode="anchor", fontsize=8
-    )
-    axes.set_xlabel("layer, in the order of the calls")
+    ticks = [names[layers[i]] for i in shown]
+    axes.set_xticks(list(shown), ticks, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_xlabel("layer, in the order of the calls" + f"\n(named from {path} on)" * bool(path))
     axes.set_ylabel("probe error (%)")
     _scale(axes, [v for values in [*curves.values(), [*(references or {}).values()]] for v in values if v >= 0])
-    axes.set_title(title, fontsize=11)
+    # In a title of 11 points an inch has about ten characters.
+    around = int(10 * axes.bbox.width / axes.figure.dpi)
+    axes.set_title("\n".join([title, *wrap(warning, around)]), fontsize=11)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    return figure
+    if ax is None:
+        axes.figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    else:
+        axes.legend(frameon=False, fontsize=8)
+    return axes
 
 
 def _scale(axes: Axes, drawn: list[float]) -> None:

@@ -28,11 +28,13 @@ class Points:
     Attributes:
         classes: how often each class was among the labels that the probes of a point were fitted on, at most.
         set_aside: layers whose features were not finite once: their values are NaN from then on.
+        notes: why layers have no values.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.classes: list[float] = []
         self.set_aside: set[str] = set()
+        self.notes: list[str] = []
         self._ranks = ranks
         self._scores: dict[str, dict[Curve, ProbeScores]] = {}
         self._silent: set[str] = set()
@@ -61,29 +63,35 @@ class Points:
         new = [layer for layer in layers if layer not in self.set_aside]
         self.set_aside.update(new)
         if new:
-            rank_zero_warn(
-                f"LinearProbeCallback: set aside at epoch {now[0]}, step {now[1]}, since {doing} raised "
+            self._tell(
+                f"set aside at epoch {now[0]}, step {now[1]}, since {doing} raised "
                 f"{type(error).__name__}: {error}: {', '.join(map(repr, new))}; their values are NaN from now on"
             )
+
+    def _tell(self, note: str) -> None:
+        """Warn, and remember for the report."""
+        self.notes.append(note)
+        rank_zero_warn(f"LinearProbeCallback: {note}")
 
     def agree(self, layers: int, num_classes: int) -> None:
         """Before a publication: a curve of any process is one of all, and so is a layer that is set aside."""
         if self._ranks.number > 1:
             own = [(probes, curve) for probes, curves in self._scores.items() for curve in curves]
-            found = self._ranks.gather((own, self.set_aside))
-            self.set_aside = set().union(*(layers for _, layers in found))
-            for probes, curve in sorted(set(chain(*(curves for curves, _ in found)))):
+            found = self._ranks.gather((own, self.set_aside, self.notes))
+            self.set_aside = set().union(*(layers for _, layers, _ in found))
+            self.notes = list(dict.fromkeys(chain(*(notes for *_, notes in found))))
+            for probes, curve in sorted(set(chain(*(curves for curves, *_ in found)))):
                 self.touch(probes, curve, layers, num_classes)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run cannot score again: tensors and plain types."""
         along = self._scores.get("trained along", {}).get(("train", 0))
         sums = [] if along is None else [along.sums.clone(), along.classes.clone()]
-        return {"set_aside": sorted(self.set_aside), "trained_along": sums}
+        return {"set_aside": sorted(self.set_aside), "notes": self.notes, "trained_along": sums}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
         """Take over what :meth:`state_dict` gave."""
-        self.set_aside = set(state["set_aside"])
+        self.set_aside, self.notes = set(state["set_aside"]), list(state.get("notes", []))
         if state["trained_along"] and self._ranks.rank == 0:  # of all processes the first one has written it
             sums, classes = (tensor.to(device) for tensor in state["trained_along"])
             self.add("trained along", "train", 0, sums, classes)
@@ -100,6 +108,7 @@ class Points:
         about: Mapping[str, Row],
         *,
         point: tuple[int, int],
+        logged_step: int | None = None,
         finite: Mapping[str, bool] | None = None,
         reasons: Mapping[str, str] | None = None,
         online: str = "",
@@ -111,6 +120,7 @@ class Points:
             report: where to.
             about: ``{layer: {"depth", "features", ...}}`` in the order of the sums.
             point: epochs completed and ``global_step``.
+            logged_step: the step under which loggers show it; ``None`` if they do not.
             finite: layers are set aside where this is false, or their loss is not finite; ``None``: NaN here, and no
                 more (an untrained network may overflow where the trained one does not).
             reasons: why a layer has no values; without it nothing is said of those that have none.
@@ -136,7 +146,8 @@ class Points:
             if seen is not None:
                 same = [n == m for n, m in zip(seen["total"], sums["total"], strict=True)]
                 sums["online"] = [w if ok else None for w, ok in zip(seen["wrong"], same, strict=True)]
-            rows += report.add(about, sums, stage=stage, dataloader=dataloader, epoch=epoch, step=step)
+            time = {"epoch": epoch, "step": step, "logged_step": logged_step}
+            rows += report.add(about, sums, stage=stage, dataloader=dataloader, **time)  # type: ignore[arg-type]
         return rows
 
     def _sum(self, scores: ProbeScores, layers: Collection[str], now: tuple[int, int]) -> dict[str, list[Any]]:
@@ -151,8 +162,8 @@ class Points:
         """Say once of each layer that its probe is not at its optimum."""
         if new := sorted(set(layers) - self._unconverged - self.set_aside):
             self._unconverged.update(new)
-            rank_zero_warn(
-                f"LinearProbeCallback: the probes of {', '.join(map(repr, new))} did not reach their optimum in a "
+            self._tell(
+                f"the probes of {', '.join(map(repr, new))} did not reach their optimum in a "
                 "bounded number of iterations; their rows say converged: False"
             )
 
@@ -164,12 +175,12 @@ class Points:
             for layer in new:
                 by_reason.setdefault(reasons.get(layer, "it never ran"), []).append(repr(layer))
             named = ", ".join(f"{', '.join(same)} ({reason})" for reason, same in by_reason.items())
-            rank_zero_warn(f"LinearProbeCallback: no {stage} values for {named}")
+            self._tell(f"no {stage} values for {named}")
 
     def _warn_set_aside(self, layer: str, stage: str, epoch: int, step: int) -> None:
         if layer not in self.set_aside:
             self.set_aside.add(layer)
-            rank_zero_warn(
-                f"LinearProbeCallback: layer {layer!r} is set aside at epoch {epoch}, step {step}: NaN or Inf in its "
+            self._tell(
+                f"layer {layer!r} is set aside at epoch {epoch}, step {step}: NaN or Inf in its "
                 f"features ({stage}); its values are NaN from now on"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
-from lightning_probes.arguments import Calls, Layout, Reduction, whole
+from lightning_probes.arguments import Calls, Layout, Reduction, first_of, whole
 from lightning_probes.checkpoints import CheckpointError
 from lightning_probes.convergence import Folds, fit_probes
 from lightning_probes.fitted import Fitted, fitted
@@ -226,6 +227,12 @@ class _Posthoc:
             raise ValueError("val_dataloaders: no batch with labels came out of it; there is nothing to score on")
         points.agree(len(self._network.layers), self._network.num_classes)
         points.publish("published", self.report, self._about(found, one), point=one.point)
+        if lost := [
+            row["layer"]
+            for row in self.report.select(stage="val", metric="error", network=one.name)
+            if math.isnan(row["value"])
+        ]:
+            self._tell(f"no values of {first_of(lost)} in {one.name}: NaN or Inf in what they put out")
         share = self.report.cost["seconds"] / (time.perf_counter() - self._begun)
         self.report.cost |= {"share": share}
         self._note(store, found.classes.tolist())

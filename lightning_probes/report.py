@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import json
 import math
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
+from lightning_probes.arguments import one_of
+from lightning_probes.checkpoints import CheckpointError, read_checkpoint
+from lightning_probes.method import Method, method_of
 from lightning_probes.plots import error_by_depth
 from lightning_probes.scores import wilson_interval
-from lightning_probes.tables import error_table, has_points_inside_epochs, point_name, spread
+from lightning_probes.tables import (
+    Table,
+    error_table,
+    has_points_inside_epochs,
+    notes_as_html,
+    notes_as_text,
+    point_name,
+    spread,
+)
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
+
+    from lightning_probes.picture import Picture
 
 Row = dict[str, Any]
 
@@ -25,7 +42,7 @@ error of the probe is that was only trained along with the network."""
 _STAGES = ("val", "test", "train")
 
 
-@dataclass
+@dataclass(repr=False)
 class ProbeReport:
     """What every probe of every published epoch found.
 
@@ -35,7 +52,10 @@ class ProbeReport:
             completed, 0 for the network as it was found), ``step`` (``global_step``), ``metric`` (``error`` in [0, 1],
             ``cross_entropy`` in nats, ``lag``: the online probe's error minus this one's on the same samples),
             ``value`` (NaN for a layer set aside), ``samples`` scored, ``low`` and ``high`` (95 % interval of an error,
-            after Wilson: it covers the scored sample, not the fit; ``None`` for other metrics), ``features`` and
+            after Wilson: it covers the scored sample, not the fit; ``None`` for other metrics, and for ``train``, whose
+            errors are those of the very samples that probes were fitted on), ``logged_step`` (the step under which
+            Lightning's loggers show the value: one less than ``step`` where a training step has just ended; ``None``
+            where nothing was logged), ``features`` and
             ``features_total`` (after and before reduction), ``fitted_on`` (``{"data", "samples"}``: ``train`` for
             samples of training, ``val, cross-fitted``, or ``online`` for a probe trained along with the network)
             and ``converged`` (whether the probe is at its optimum; ``None`` for an online one); of
@@ -61,6 +81,7 @@ class ProbeReport:
         dataloader: int,
         epoch: int,
         step: int,
+        logged_step: int | None = None,
     ) -> list[Row]:
         """Enter one point of every curve of a stage; a point already there is replaced.
 
@@ -73,6 +94,7 @@ class ProbeReport:
             dataloader: index within the stage.
             epoch: epochs completed.
             step: ``global_step``.
+            logged_step: the step under which loggers show the point; ``None`` if they do not.
 
         Returns:
             The new rows, none for a layer without samples.
@@ -83,8 +105,8 @@ class ProbeReport:
             wrong, loss, total = scores["wrong"][i], scores["loss"][i], scores["total"][i]
             if total == 0 and not math.isnan(wrong):
                 continue
-            low, high = wilson_interval(wrong, total)
-            common = {"layer": layer, **about, **curve, **time, "samples": total}
+            low, high = (None, None) if stage == "train" else wilson_interval(wrong, total)
+            common = {"layer": layer, **about, **curve, **time, "logged_step": logged_step, "samples": total}
             new.append({**common, "metric": "error", "value": _share(wrong, total), "low": low, "high": high})
             new.append({**common, "metric": "cross_entropy", "value": _share(loss, total), "low": None, "high": None})
             if (online := scores.get("online", [None] * len(layers))[i]) is not None:
@@ -109,27 +131,75 @@ class ProbeReport:
         """``{(epoch, step): {layer: row}}`` in order of time, layers in order of depth.
 
         ``stage`` is by default the first of ``val``, ``test``, ``train`` that the report has.
+
+        Raises:
+            ValueError: there is no such stage or metric; the message names those that there are.
         """
+        one_of("metric", metric, METRICS)
+        stage = self._stage() if stage is None else one_of("stage", stage, _STAGES)
         curves: dict[tuple[int, int], dict[str, Row]] = {}
-        rows = self.select(stage=stage or self._stage(), metric=metric, dataloader=dataloader)
+        rows = self.select(stage=stage, metric=metric, dataloader=dataloader)
         for row in sorted(rows, key=lambda row: (row["step"], row["epoch"], row["depth"])):
             curves.setdefault((row["epoch"], row["step"]), {})[row["layer"]] = row
         return curves
 
     def table(self, stage: str | None = None, metric: str = "error", dataloader: int = 0) -> str:
-        """Layers down, time across, at most 80 characters wide: of many points the first, the last, some between."""
-        stage = stage or self._stage()
-        where = f"{stage}, dataloader {dataloader}" if dataloader else stage
-        baseline = self.baseline.get(stage) if metric == "error" else None
-        return error_table(self.curves(stage, metric, dataloader), metric=metric, where=where, baseline=baseline)
+        """Return layers down, time across, in at most 80 columns: of many points the first, the last, some between.
+
+        Below stand how the numbers came about, and the notes.
+
+        Args:
+            stage: as in :meth:`curves`.
+            metric: ``error``, ``cross_entropy`` or ``lag``.
+            dataloader: index within the stage.
+
+        Raises:
+            ValueError: the report has rows, but none of these; the message names those that there are.
+        """
+        if not self.rows:
+            return "\n".join(["ProbeReport: no rows yet", *notes_as_text(self.notes)])
+        return self._table(stage, metric, dataloader).text()
 
     def __str__(self) -> str:
         return self.table()
 
+    def __repr__(self) -> str:
+        """Return one line: how much there is, and the lowest error of the last point."""
+        if not self.rows:
+            return "ProbeReport(no rows yet)"
+        stage = self._stage()
+        curves = self.curves(stage)
+        method = self._method(curves, stage)
+        known = [row for row in list(curves.values())[-1].values() if not math.isnan(row["value"])]
+        best = min(known, key=lambda row: row["value"], default=None)
+        lowest = f", lowest {stage} error {100 * best['value']:.1f} % at {best['layer']}" if best is not None else ""
+        counts = (len({row["layer"] for row in self.rows}), "layer"), (len(curves), "point"), (len(self.notes), "note")
+        layers, points, notes = (f"{number} {what}{'s' * (number != 1)}" for number, what in counts)
+        return f"ProbeReport({layers}, {points}{lowest}{f' ({method.warning})' * bool(method.warning)}, {notes})"
+
+    def _repr_html_(self) -> str:
+        """Return the table and, where matplotlib is installed, the figure, as a notebook shows them."""
+        if not self.rows:
+            return f"<p>ProbeReport: no rows yet</p>{notes_as_html(self.notes)}"
+        try:
+            picture = base64.b64encode(self.plot()._repr_png_()).decode("ascii")
+            drawn = f'<img alt="probe error against depth" src="data:image/png;base64,{picture}">'
+        except ModuleNotFoundError as error:
+            drawn = f"<p>No figure: {html.escape(str(error))}</p>"
+        return f"<div>{self._table(None, 'error', 0).html()}{drawn}</div>"
+
     def save(self, path: str | Path) -> None:
-        """Write as JSON; NaN becomes null."""
+        """Write as JSON, whole or not at all; NaN becomes null.
+
+        Raises:
+            OSError: the file cannot be written; what was there before is there still.
+        """
         text = json.dumps({"version": 1, **_without_nan(asdict(self))}, indent=1, allow_nan=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        path = Path(path)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+            written = Path(folder) / path.name
+            written.write_text(text + "\n", encoding="utf-8")
+            os.replace(written, path)
 
     @classmethod
     def load(cls, path: str | Path) -> ProbeReport:
@@ -145,37 +215,86 @@ class ProbeReport:
             raise ValueError(f"{path} is no saved ProbeReport: {error}") from error
 
     @classmethod
+    def from_checkpoint(cls, path: str | Path, name: str | None = None, *, weights_only: bool = True) -> ProbeReport:
+        """Read the report that a :class:`~lightning_probes.LinearProbeCallback` left in a Lightning checkpoint.
+
+        Args:
+            path: of the checkpoint.
+            name: the callback's ``name``, where there were several.
+            weights_only: read nothing but tensors and plain types; without it a checkpoint can run any code.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no checkpoint, or holds no such report; the message names those that it holds.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: there is no such checkpoint")
+        states = read_checkpoint(Path(path), weights_only=weights_only)[1].get("callbacks", {})
+        found = {str(key): state["report"] for key, state in states.items() if {"probes", "report"} <= set(state or ())}
+        named = [key for key in found if name is None or key.endswith(f"{{'name': {name!r}}}")]
+        if len(named) != 1:
+            what = (
+                "no report of probes" if not found else "no such report" if not named else "several reports: give name"
+            )
+            there = f"; it holds {', '.join(found)}" if found else ""
+            raise CheckpointError(f"{path} holds {what}{there}")
+        return cls.from_dict(found[named[0]])
+
+    @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> ProbeReport:
         """A report out of ``dataclasses.asdict`` of one; null values become NaN."""
         needed = {"layer", "depth", "stage", "dataloader", "epoch", "step", "metric", "value", "samples", "features"}
         for row in saved["rows"]:
             if missing := needed - set(row):
                 raise KeyError(f"a row without {sorted(missing)}")
-        numbers = ("value", "low", "high")
         rows = [
-            {k: math.nan if v is None and k in numbers and _is_number(row, k) else v for k, v in row.items()}
+            {key: math.nan if value is None and _is_number(row, key) else value for key, value in row.items()}
             for row in saved["rows"]
         ]
         return cls(**{**saved, "rows": rows})
+
+    @overload
+    def plot(
+        self,
+        stage: str | None = None,
+        dataloader: int = 0,
+        references: Mapping[str, float] | None = None,
+        ax: None = None,
+    ) -> Picture: ...
+
+    @overload
+    def plot(
+        self,
+        stage: str | None = None,
+        dataloader: int = 0,
+        references: Mapping[str, float] | None = None,
+        *,
+        ax: Axes,
+    ) -> Axes: ...
 
     def plot(
         self,
         stage: str | None = None,
         dataloader: int = 0,
         references: Mapping[str, float] | None = None,
-    ) -> Figure:
-        """Error against depth, a line for each published epoch, the last with its interval.
+        ax: Axes | None = None,
+    ) -> Picture | Axes:
+        """Draw error against depth, a line for each published epoch, the last with its interval.
 
         Args:
             stage: as in :meth:`curves`.
             dataloader: index within the stage.
             references: further horizontal lines ``{label: error}``, for example the network's own.
+            ax: axes to draw into. By default there is a new figure, which has room for the method and the notes too.
+
+        Returns:
+            A new matplotlib figure, which a notebook shows, or ``ax``.
 
         Raises:
             ValueError: there is nothing to draw yet.
             ModuleNotFoundError: matplotlib is not installed.
         """
-        stage = stage or self._stage()
+        stage = self._stage() if stage is None else one_of("stage", stage, _STAGES)
         curves = self.curves(stage, "error", dataloader)
         if not curves:
             raise ValueError(f"the report has no {stage} errors to draw yet")
@@ -189,13 +308,39 @@ class ProbeReport:
         shown = spread(list(curves), 8)
         by_step = has_points_inside_epochs(curves)
         baseline = {"majority class": self.baseline[stage]} if stage in self.baseline else {}
-        return error_by_depth(
+        method = self._method(curves, stage)
+        axes = error_by_depth(
             layers,
             {point_name(point, by_step, curves[point]): across(curves[point]) for point in shown},
-            interval=(across(last, "low"), across(last, "high")),
+            interval=(across(last, "low"), across(last, "high")) if stage != "train" else None,
             references={**baseline, **(references or {})},
             title=f"What each layer knows: linear probes, {stage} error",
+            warning=method.warning,
+            below=[*method.sentences, *self.notes],
+            ax=ax,
         )
+        return axes if ax is not None else axes.figure  # type: ignore[return-value]
+
+    def _table(self, stage: str | None, metric: str, dataloader: int) -> Table:
+        curves = self.curves(stage, metric, dataloader)
+        stage = stage or self._stage()
+        if not curves:
+            keys = ("stage", "metric", "dataloader")
+            found = sorted({tuple(row[key] for key in keys) for row in self.rows})
+            there = ", ".join(f"{stage} {metric} (dataloader {index})" for stage, metric, index in found)
+            raise ValueError(f"the report has no {stage} {metric} (dataloader {dataloader}); it has {there}")
+        return error_table(
+            curves,
+            metric=metric,
+            where=f"{stage}, dataloader {dataloader}" if dataloader else stage,
+            method=self._method(curves, stage),
+            baseline=self.baseline.get(stage) if metric == "error" else None,
+            has_interval=stage != "train",
+            notes=self.notes,
+        )
+
+    def _method(self, curves: Mapping[tuple[int, int], Mapping[str, Row]], stage: str) -> Method:
+        return method_of(list(list(curves.values())[-1].values()), stage)
 
     def _stage(self) -> str:
         found = {row["stage"] for row in self.rows}
@@ -207,7 +352,8 @@ def _share(part: float, total: float) -> float:
 
 
 def _is_number(row: Mapping[str, Any], key: str) -> bool:
-    return key == "value" or row.get("metric") == "error"
+    has_interval = row.get("metric") == "error" and row.get("stage") != "train"
+    return key == "value" or (key in ("low", "high") and has_interval)
 
 
 def _without_nan(value: Any) -> Any:

@@ -81,6 +81,12 @@ class Schedule:
         # Epochs that were begun are one too few in a run that is resumed from its last batch in an epoch.
         return trainer.current_epoch + self._is_last_batch(trainer), trainer.global_step
 
+    def logged_step(self, trainer: Any) -> int | None:
+        """The step under which loggers show what is logged now; ``None`` where Lightning does not say."""
+        # It counts batches that stepped, and counts the last one only once its validation is over.
+        step = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
+        return step if isinstance(step, int) else None
+
     def has_validation(self, trainer: Any) -> bool:
         """Whether the run validates at all."""
         every, epochs = trainer.check_val_every_n_epoch or 1, trainer.max_epochs or -1

@@ -14,6 +14,7 @@ from lightning_probes.facts import LayerFacts
 from lightning_probes.fitting import Context
 from lightning_probes.guard import Guard
 from lightning_probes.kept import Room
+from lightning_probes.method import NO_VALIDATION, ONLINE
 from lightning_probes.optimum import Optimum
 from lightning_probes.points import Points
 from lightning_probes.probing import INPUT, ProbedNetwork
@@ -91,27 +92,29 @@ class ProbingSession:
         self.points.clear(("published", "online", "start"))
         self.optimum.forget()
 
-    def begin(self, model: nn.Module, report: ProbeReport, *, gone_before: str = "", missed: str = "") -> None:
+    def begin(
+        self, model: nn.Module, report: ProbeReport, *, has_validation: bool, gone_before: str = "", missed: str = ""
+    ) -> None:
         """Training begins.
 
         Args:
             model: the network.
             report: of the run that goes on, or an empty one.
+            has_validation: whether the run has samples to score on that it is not trained on.
             gone_before: what training there was before, that the first point of each curve is not of this run.
             missed: why that run's last point is not there and will not come.
         """
         has_start = bool(report.select(epoch=0, step=0))
         note = self.optimum.begin(model, gone_before=gone_before, has_start=has_start)
-        report.notes = list(dict.fromkeys([*report.notes, *filter(None, [note, missed])]))
+        self._note(report, note, missed, "" if has_validation else NO_VALIDATION)
         if missed:
             self.points.clear()
         # From the first step on, or the same sums would be taken of other memory.
         self.along.lend()
 
-    def end(self, report: ProbeReport | None = None) -> None:
-        """Let go of everything but the probes; with a report, say in it what is missing."""
-        if (note := self.optimum.end()) and report is not None:
-            report.notes.append(note)
+    def end(self, report: ProbeReport) -> None:
+        """Let go of everything but the probes, and say in ``report`` what is missing."""
+        self._note(report, self.optimum.end(), *self.points.notes)
         self.points.clear()
         self.along.release()
 
@@ -176,8 +179,8 @@ class ProbingSession:
             coming = {"is_validation": is_validation, "has_validation": has_validation}
             self.optimum.prepare(model, context, self.online, **coming)
         self._guard.blame("fitting its probe")
-        if gap and gap not in report.notes and self.optimum.fitted is not None:
-            report.notes.append(gap)
+        if self.optimum.fitted is not None:
+            self._note(report, gap)
 
     def watch(self, batch: Any, samples: int | None) -> None:
         """Before a step of evaluation; ``samples``: how many of the batch count, ``None`` for all."""
@@ -201,7 +204,9 @@ class ProbingSession:
             notes = "".join(f"; {note}" for note in self.network.notes)
             self._say(f"LinearProbeCallback: {layers}, {held / 2**20:.1f} MiB{notes}")
 
-    def publish(self, report: ProbeReport, epoch: int, step: int) -> tuple[list[Row], list[Row]]:
+    def publish(
+        self, report: ProbeReport, epoch: int, step: int, logged_step: int | None
+    ) -> tuple[list[Row], list[Row]]:
         """A point of every curve that has been scored since the last time, entered in ``report``.
 
         A layer whose features were not finite is set aside: its values are NaN from now on. One warning names it, and
@@ -219,26 +224,30 @@ class ProbingSession:
             self.points.agree(len(self.layers), self.network.num_classes)
         self._guard.blame("fitting its probe")
         with self._guard.around("publishing their scores", together=True):
-            rows = self.points.publish("start", report, first, point=(0, 0))
+            rows = self.points.publish("start", report, first, point=(0, 0), logged_step=0)
             # A validation before the first step comes too late for the network as it was found.
             if (epoch, step) != (0, 0) or not report.select(epoch=0, step=0):
-                new = self._points_of_now(report, epoch, step)
+                new = self._points_of_now(report, epoch, step, logged_step)
         if (epoch, step) != self.point:  # else: evaluated outside of training
             report.notes = [note for note in report.notes if note != self._missing]
             self._missing = never_seen(self.points.classes)
-            of_all = [self._missing, self.optimum.note, self.ranks.note]
-            notes = [*report.notes, *self.network.notes, *self.network.labels.notes, *of_all]
-            report.notes = list(dict.fromkeys(filter(None, notes)))
+            self._note(report, *self.network.notes, *self.network.labels.notes)
+            self._note(report, self._missing, self.optimum.note, self.ranks.note)
             share = self.optimum.cost["seconds"] / max(time.perf_counter() - self._begun, 1e-9)
             report.cost = {**self.optimum.cost, "share": share, "sent_bytes": self.ranks.num_bytes}
+        self._note(report, *self.points.notes)
         self.points.clear()
         self.along.turn()
         self.point = self.now = epoch, step
         return rows, new
 
-    def _points_of_now(self, report: ProbeReport, epoch: int, step: int) -> list[Row]:
+    def _note(self, report: ProbeReport, *notes: str) -> None:
+        """Add what the report does not say yet."""
+        report.notes = list(dict.fromkeys(filter(None, [*report.notes, *notes])))
+
+    def _points_of_now(self, report: ProbeReport, epoch: int, step: int, logged_step: int | None) -> list[Row]:
         fitted = self.optimum.fitted
-        along = {"fitted_on": {"data": "online", "samples": self.along.samples}, "converged": None}
+        along = {"fitted_on": {"data": ONLINE, "samples": self.along.samples}, "converged": None}
         about = self._about(dict.fromkeys(self.layers, along) | (fitted.about if fitted is not None else {}))
         new: list[Row] = []
         for probes in ("published",) if fitted is not None else ("trained along", "published"):
@@ -249,6 +258,7 @@ class ProbingSession:
                 report,
                 about,
                 point=(epoch, step),
+                logged_step=logged_step,
                 finite=self.online.finite() if self.online is not None else {},
                 reasons=self.network.recorder.reasons if is_whole else None,
                 online="online",

@@ -1,61 +1,155 @@
-"""Plain mappings -> text tables of at most 80 columns."""
+"""Curves -> the table that a reader sees, as text of at most 80 columns or as HTML."""
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from lightning_probes.arguments import first_of
+from lightning_probes.method import Method
+from lightning_probes.names import shorten
 
 Point = tuple[int, int]
 """``(epoch, step)``."""
 
-_WIDTH = 80
+WIDTH = 80
+"""Characters of a line of text."""
+
+_NAME_WIDTH = 30
+_NO_VALUE = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a reader sees of some curves, as :meth:`text` or :meth:`html`.
+
+    Attributes:
+        title: what the numbers are.
+        warning: what keeps them from being errors on new samples; empty where nothing does.
+        header: of each column.
+        widths: of each column in text, in characters.
+        rows: cells, a layer's short name first.
+        layers: whole names of the layers in the first rows.
+        shortened: how the short names were made; empty where they are whole.
+        sentences: how the numbers came about.
+        notes: what a reader should know of the run.
+    """
+
+    title: str
+    warning: str
+    header: list[str]
+    widths: list[int]
+    rows: list[list[str]]
+    layers: list[str]
+    shortened: str
+    sentences: list[str]
+    notes: list[str]
+
+    def text(self) -> str:
+        """Return lines of at most 80 characters."""
+        lines = [
+            "".join([f"{name:<{left}}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))])
+            for (left, *widths), (name, *cells) in ((self.widths, row) for row in [self.header, *self.rows])
+        ]
+        above = wrap(f"! {self.warning}", WIDTH) if self.warning else []
+        below = [line for text in filter(None, [self.shortened, *self.sentences]) for line in wrap(text, WIDTH)]
+        return "\n".join([self.title, *above, *map(str.rstrip, lines), *below, *notes_as_text(self.notes)])
+
+    def html(self) -> str:
+        """Return an element of a page, with the layers' whole names."""
+        names = [*self.layers, *(name for name, *_ in self.rows[len(self.layers) :])]
+        rows = [[name, *cells] for name, (_, *cells) in zip(names, self.rows, strict=True)]
+        warning = f"<br><strong>{html.escape(self.warning)}</strong>" if self.warning else ""
+        head, body = _html_row("th", self.header), "".join(_html_row("td", row) for row in rows)
+        return (
+            f'<table><caption style="text-align: left">{html.escape(self.title)}{warning}</caption>'
+            f"<thead>{head}</thead><tbody>{body}</tbody></table>"
+            f"<p>{html.escape(' '.join(self.sentences))}</p>{notes_as_html(self.notes)}"
+        )
 
 
 def error_table(
     curves: Mapping[Point, Mapping[str, Mapping[str, Any]]],
     *,
-    metric: str = "error",
-    where: str = "",
+    metric: str,
+    where: str,
+    method: Method,
     baseline: float | None = None,
-) -> str:
-    """Layers down, time across; of many points the first, the last and some between.
+    has_interval: bool = True,
+    notes: Sequence[str] = (),
+) -> Table:
+    """Build the table of some curves: layers down, time across; of many points the first, the last and some between.
 
     Args:
-        curves: ``{(epoch, step): {layer: row}}``, rows as in :class:`~lightning_probes.ProbeReport`.
+        curves: ``{(epoch, step): {layer: row}}``, rows as in :class:`~lightning_probes.ProbeReport`; at least one.
         metric: of the rows; errors are shown in per cent, with the last interval and what differences mean nothing.
         where: the stage, for the title.
+        method: how the last point came about.
         baseline: error of the majority class.
+        has_interval: whether an interval of the errors means something.
+        notes: of the run.
     """
-    if not curves:
-        return "ProbeReport: no rows yet"
     last = {layer: row for curve in curves.values() for layer, row in curve.items()}
     ordered = sorted(last.values(), key=lambda row: row["depth"])
-    names = {row["layer"]: _shorten(row["layer"], 30) for row in ordered}
-    left = max(len("majority class"), *(len(name) for name in names.values()))
-    is_error = metric == "error"
+    layers = [row["layer"] for row in ordered]
+    has_interval = has_interval and metric == "error"
     by_step = has_points_inside_epochs(curves)
     times = {point: _time(point, by_step, curve) for point, curve in curves.items()}
-    texts = [*times.values(), *(_cell(row, metric) for curve in curves.values() for row in curve.values())]
-    column = max(7, 1 + max(map(len, texts)))
-    shown = spread(list(curves), (_WIDTH - left - 10 - 12 * is_error) // column)
-    when = "step" if by_step else "epoch"
-    unit = "error in %" if is_error else "cross-entropy in nats" if metric == "cross_entropy" else metric
-    lines = [
-        f"probe {unit}, {where}" + f", after {when}" * any(name.isdigit() for name in times.values()),
-        f"{'layer':<{left}}{'features':>10}"
-        + "".join(f"{times[point]:>{column}}" for point in shown)
-        + f"{'95 % range':>12}" * is_error,
+    path, names = shorten(layers, _NAME_WIDTH)
+    cells = [_cell(row, metric) for curve in curves.values() for row in curve.values()]
+    left = max(len("majority class"), *map(len, names.values()))
+    column = max(7, 1 + max(map(len, [*times.values(), *cells])))
+    shown = spread(list(curves), (WIDTH - left - 10 - 12 * has_interval) // column)
+    last_column = [12] * has_interval
+    rows = [
+        [names[layer], str(last[layer]["features"])]
+        + [_cell(curves[point].get(layer), metric) for point in shown]
+        + [_between(last[layer]) for _ in last_column]
+        for layer in layers
     ]
-    for row in ordered:
-        cells = "".join(f"{_cell(curves[point].get(row['layer']), metric):>{column}}" for point in shown)
-        between = f"{_percent(row['low'])}-{_percent(row['high'])}" if is_error else ""
-        lines.append(f"{names[row['layer']]:<{left}}{row['features']:>10}{cells}{between:>12}".rstrip())
     if baseline is not None:
-        lines.append(f"{'majority class':<{left}}{'':>10}{_percent(baseline):>{column * len(shown)}}")
-    if is_error:
-        lines += _caveat([row["value"] for row in ordered], max(row["samples"] for row in ordered))
-    return "\n".join(lines)
+        rows.append(["majority class", *[""] * len(shown), _percent(baseline), *("" for _ in last_column)])
+    sentences = list(method.sentences)
+    if has_interval:
+        sentences.append(_caveat([row["value"] for row in ordered], max(row["samples"] for row in ordered)))
+    if any(math.isnan(row["value"]) for row in ordered):
+        reason = "a note says why" if notes else "its values were not finite"
+        sentences.append(f"{_NO_VALUE} stands for a layer that was set aside; {reason}.")
+    unit = {"error": "error in %", "cross_entropy": "cross-entropy in nats"}.get(metric, metric)
+    when = f", after {'step' if by_step else 'epoch'}" * any(name.isdigit() for name in times.values())
+    return Table(
+        title=f"probe {unit}, {where}{when}",
+        warning=method.warning,
+        header=["layer", "features", *(times[point] for point in shown), *("95 % range" for _ in last_column)],
+        widths=[left, 10, *[column] * len(shown), *last_column],
+        rows=rows,
+        layers=layers,
+        shortened=_shortened(path, layers) if set(names.values()) != set(layers) else "",
+        sentences=sentences,
+        notes=list(notes),
+    )
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Break a text into lines of at most ``width`` characters; a number keeps its per cent sign."""
+    kept = textwrap.wrap(text.replace(" %", "\xa0%"), width, break_on_hyphens=False)
+    return [line.replace("\xa0", " ") for line in kept]
+
+
+def notes_as_text(notes: Sequence[str]) -> list[str]:
+    """Return notes as lines of at most 80 characters, each note with a dash of its own; none where there are none."""
+    lines = [f"{'  ' if i else '- '}{line}" for note in notes for i, line in enumerate(wrap(note, WIDTH - 2))]
+    return ["Notes:", *lines] if lines else []
+
+
+def notes_as_html(notes: Sequence[str]) -> str:
+    """Return notes as a list of a page; empty where there are none."""
+    items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    return f"<p>Notes:</p><ul>{items}</ul>" if items else ""
 
 
 def has_points_inside_epochs(curves: Mapping[Point, Any]) -> bool:
@@ -84,25 +178,44 @@ def spread(points: list[Point], room: int) -> list[Point]:
     return [points[round(i * (len(points) - 1) / (room - 1))] for i in range(room)]
 
 
-def _caveat(values: list[float], samples: float) -> list[str]:
+def _caveat(values: list[float], samples: float) -> str:
     known = sorted(value for value in values if not math.isnan(value))
     middle = known[len(known) // 2] if known else 0.5
     half = 100 * 1.96 * math.sqrt(2 * middle * (1 - middle) / samples)
-    return [
-        f"Scored on {samples:,.0f} samples. Between two errors near {_percent(middle)} %, do not make",
-        f"anything of less than {half:.1f} points (95 %, as if each had samples of its own).",
-    ]
+    return (
+        f"Between two errors near {_percent(middle)} %, do not make anything of less than {half:.1f} points (95 %, as "
+        "if each had samples of its own)."
+    )
 
 
-def _shorten(name: str, width: int) -> str:
-    return name if len(name) <= width else "..." + name[3 - width :]
+def _shortened(path: str, layers: Sequence[str]) -> str:
+    """Say how names were shortened."""
+    others = [layer for layer in layers if not layer.startswith(f"{path}.")]
+    but = f" (but for {first_of(others)})" if others else ""
+    return f"Layers are named from {path} on{but}; .. is left out." if path else "In names .. is left out."
 
 
 def _percent(value: float) -> str:
-    return "nan" if math.isnan(value) else f"{100 * value:.1f}"
+    return f"{100 * value:.1f}"
+
+
+def _between(row: Mapping[str, Any]) -> str:
+    low, high = row["low"], row["high"]
+    return "" if low is None or math.isnan(low) else f"{_percent(low)}-{_percent(high)}"
 
 
 def _cell(row: Mapping[str, Any] | None, metric: str) -> str:
     if row is None:
         return ""
+    if math.isnan(row["value"]):
+        return _NO_VALUE
     return _percent(row["value"]) if metric == "error" else f"{row['value']:.3f}"
+
+
+def _html_row(kind: str, cells: Sequence[str]) -> str:
+    sides = ["left", *["right"] * (len(cells) - 1)]
+    parts = (
+        f'<{kind} style="text-align: {side}; white-space: nowrap">{html.escape(cell)}</{kind}>'
+        for side, cell in zip(sides, cells, strict=True)
+    )
+    return f"<tr>{''.join(parts)}</tr>"

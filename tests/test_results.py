@@ -1,0 +1,186 @@
+"""What probes found is on disk when fit ends, however it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from networks import QUIET, Classifier, loader, mlp
+
+from lightning_probes import LinearProbeCallback, ProbeReport
+
+
+def fit(folder: Path, logger: Any, *callbacks: Callback, **options: Any) -> Trainer:
+    trainer = Trainer(
+        **QUIET | {"logger": logger}, max_epochs=2, default_root_dir=folder, callbacks=[*callbacks], **options
+    )
+    trainer.fit(Classifier(mlp()), loader(64), loader(32, seed=1))
+    return trainer
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*report*"))
+
+
+class Elsewhere(Logger):
+    """Has no folder of its own, as services on the web."""
+
+    name, version = "digits", 7
+
+    def __init__(self, save_dir: Any = None) -> None:
+        super().__init__()
+        self._save_dir = save_dir
+
+    @property
+    def save_dir(self) -> Any:
+        return self._save_dir
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None: ...
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None: ...
+
+
+def test_report_is_where_the_logger_has_its_files(tmp_path: Path) -> None:
+    loggers: dict[str, Any] = {
+        "lightning_logs/version_0/probe_report.json": True,
+        "tb/version_0/probe_report.json": TensorBoardLogger(tmp_path, name="tb"),
+        "csv/mine/probe_report.json": CSVLogger(tmp_path, name="csv", version="mine"),
+        "web/digits/7/probe_report.json": Elsewhere(str(tmp_path / "web")),
+        # Of several the first that has a folder.
+        "csv/second/probe_report.json": [Elsewhere(), CSVLogger(tmp_path, name="csv", version="second")],
+    }
+    for file, logger in loggers.items():
+        probes = LinearProbeCallback()
+        fit(tmp_path, logger, probes)
+        assert ProbeReport.load(tmp_path / file) == probes.report, file
+    assert files(tmp_path) == sorted(loggers)
+
+
+@pytest.mark.parametrize("logger", [False, Elsewhere()], ids=["none", "without a folder"])
+def test_nothing_is_written_where_no_logger_has_a_folder(logger: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit(tmp_path, logger, LinearProbeCallback())
+    assert files(tmp_path) == []
+
+
+def test_nothing_is_written_in_a_fast_run_of_a_few_batches(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit(tmp_path, CSVLogger(tmp_path), LinearProbeCallback(), fast_dev_run=True)
+    assert files(tmp_path) == []
+
+
+def test_each_of_several_callbacks_has_a_file_of_its_name(tmp_path: Path) -> None:
+    probes = [LinearProbeCallback(), LinearProbeCallback("net.1", name="first")]
+    fit(tmp_path, CSVLogger(tmp_path, name="", version=""), *probes)
+    assert files(tmp_path) == ["first_probe_report.json", "probe_report.json"]
+    assert ProbeReport.load(tmp_path / "first_probe_report.json") == probes[1].report
+
+
+class Ends(Callback):
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.current_epoch:
+            raise self.error
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("error", [RuntimeError("stop here"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+def test_what_was_published_before_a_run_was_cut_off_is_kept(error: BaseException, tmp_path: Path) -> None:
+    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
+        fit(tmp_path, CSVLogger(tmp_path, name="", version=""), LinearProbeCallback(), Ends(error))
+    assert {row["epoch"] for row in ProbeReport.load(tmp_path / "probe_report.json").rows} == {0, 1}
+
+
+def test_a_report_that_cannot_be_saved_ends_nothing_and_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file where the folder would be")
+    probes = LinearProbeCallback()
+    with pytest.warns(UserWarning, match=r"the report is not saved: .*Error: .*taken"):
+        fit(tmp_path, Elsewhere(str(tmp_path / "taken")), probes)
+    assert probes.report.rows
+
+
+def test_an_unfinished_file_never_takes_the_place_of_a_report(tmp_path: Path, monkeypatch: Any) -> None:
+    report = fitted(tmp_path).report
+    report.save(tmp_path / "report.json")
+    before = (tmp_path / "report.json").read_bytes()
+    report.rows[0]["value"] = object()  # which JSON does not know
+    with pytest.raises(TypeError):
+        report.save(tmp_path / "report.json")
+    report.rows[0]["value"] = 0.5
+    real = Path.write_text
+
+    def interrupted(self: Path, text: str, **options: Any) -> int:
+        real(self, text[:100], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(OSError, match="No space left"):
+        report.save(tmp_path / "report.json")
+    assert (tmp_path / "report.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir() if "report" in path.name) == ["report.json"]
+
+
+def fitted(folder: Path, *callbacks: LinearProbeCallback) -> LinearProbeCallback:
+    """Train with a checkpoint at the end of each epoch."""
+    probes = callbacks or (LinearProbeCallback(),)
+    checkpoints = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, enable_version_counter=False)
+    fit(folder, False, *probes, checkpoints, enable_checkpointing=True)
+    return probes[0]
+
+
+def test_report_is_read_from_a_checkpoint(tmp_path: Path) -> None:
+    report = fitted(tmp_path).report
+    assert ProbeReport.from_checkpoint(tmp_path / "epoch=1.ckpt") == report
+    first = ProbeReport.from_checkpoint(str(tmp_path / "epoch=0.ckpt"))
+    assert {row["epoch"] for row in first.rows} == {0, 1}
+    assert str(first).startswith("probe error in %, val, after epoch\n")
+
+
+def test_of_several_reports_in_a_checkpoint_one_is_named(tmp_path: Path) -> None:
+    fitted(tmp_path, LinearProbeCallback("net.1", name="one"), LinearProbeCallback("net.3", name="other"))
+    path = tmp_path / "epoch=1.ckpt"
+    assert {row["layer"] for row in ProbeReport.from_checkpoint(path, "other").rows} == {"input", "net.3"}
+    with pytest.raises(ValueError, match=r"epoch=1\.ckpt holds several reports: give name; it holds .*'one'.*'other'"):
+        ProbeReport.from_checkpoint(path)
+    with pytest.raises(ValueError, match=r"epoch=1\.ckpt holds no such report; it holds .*'one'.*'other'"):
+        ProbeReport.from_checkpoint(path, "third")
+
+
+def test_what_holds_no_report_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt: there is no such checkpoint"):
+        ProbeReport.from_checkpoint(tmp_path / "nowhere.ckpt")
+    trainer = fit(tmp_path, False)
+    trainer.save_checkpoint(tmp_path / "bare.ckpt")
+    with pytest.raises(ValueError, match=r"bare\.ckpt holds no report of probes$"):
+        ProbeReport.from_checkpoint(tmp_path / "bare.ckpt")
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    with pytest.raises(ValueError, match=r"text\.ckpt is no checkpoint"):
+        ProbeReport.from_checkpoint(tmp_path / "text.ckpt")
+
+
+def test_rows_have_the_step_under_which_loggers_show_them(tmp_path: Path) -> None:
+    probes = LinearProbeCallback()
+    trainer = fit(tmp_path, CSVLogger(tmp_path, name="", version=""), probes, accumulate_grad_batches=2)
+    trainer.validate(Classifier(mlp()), loader(32), verbose=False)
+    import csv
+
+    with (tmp_path / "metrics.csv").open() as file:
+        logged = {
+            (int(line["step"]), key): float(value)
+            for line in csv.DictReader(file)
+            for key, value in line.items()
+            if value and key.startswith("probe_error")
+        }
+    rows = probes.report.select(metric="error")
+    found = {(row["logged_step"], f"probe_error_{row['stage']}/{row['layer']}"): row["value"] for row in rows}
+    assert logged == pytest.approx(found)
+    assert {row["step"] - row["logged_step"] for row in rows} == {0, 1}
+    saved = json.loads((tmp_path / "probe_report.json").read_text())
+    assert {row["logged_step"] for row in saved["rows"]} == {row["logged_step"] for row in probes.report.rows}

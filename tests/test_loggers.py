@@ -142,7 +142,7 @@ def test_logger_holds_each_value_of_the_report_under_its_logged_step(
             name = f"digit_probe_{row['metric']}_{row['stage']}/{row['layer']}{loader_index}"
             # TensorBoard keeps 32 bits of a number.
             value = pytest.approx(row["value"], rel=1e-6)
-            logged_step = row.get("logged_step", max(row["step"] - 1, 0))
+            logged_step = row["logged_step"]
             expected.setdefault(name, []).append((logged_step, value))
     found = read(logger)
     assert found == expected

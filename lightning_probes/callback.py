@@ -8,12 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_probes.arguments import Calls, Layout, Reduction, flag, positive_float, whole
 from lightning_probes.kept import Room, enough_samples
 from lightning_probes.logs import Logs
 from lightning_probes.probing import ProbedNetwork
+from lightning_probes.progress import Progress
 from lightning_probes.ranks import Ranks, refuse, unrepeated
 from lightning_probes.report import ProbeReport
 from lightning_probes.saved import restore, state_of
@@ -106,7 +107,7 @@ class LinearProbeCallback(Callback):
         self._bounds = whole("fit_bytes", fit_bytes), flag("fit_on_device", fit_on_device)
         self._schedule = Schedule(every_n_epochs)
         self._is_strict, self._is_prepared = flag("strict", strict), False
-        self._ranks, self.report = Ranks(), ProbeReport()
+        self._ranks, self._progress, self.report = Ranks(), Progress(), ProbeReport()
         self._session = self._new_session()
         self._restored: dict[str, Any] | None = None
 
@@ -127,6 +128,7 @@ class LinearProbeCallback(Callback):
         refuse(trainer.strategy)
         self._network.attach(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
         self._ranks.meet(trainer)
+        self._progress.meet(trainer)
         self._session = self._new_session()
         self.report = ProbeReport()
 
@@ -139,9 +141,14 @@ class LinearProbeCallback(Callback):
         gone_before = self._schedule.gone_before(trainer)
         if gone_before and not is_restored:
             self._session.now = trainer.current_epoch, trainer.global_step
-        has_validation = self._schedule.has_validation(trainer)
-        before = {"gone_before": gone_before, "missed": missed}
-        self._session.begin(pl_module, self.report, has_validation=has_validation, **before)
+        self._session.begin(
+            pl_module,
+            self.report,
+            batches=trainer.num_training_batches,
+            has_validation=self._schedule.has_validation(trainer),
+            gone_before=gone_before,
+            missed=missed,
+        )
         # An epoch that is resumed does not start again.
         self._session.optimum.renew(trainer.current_epoch)
 
@@ -174,6 +181,7 @@ class LinearProbeCallback(Callback):
         if trainer.state.fn == "fit":
             return
         self._ranks.meet(trainer)
+        self._progress.meet(trainer)
         # Hook the network again, with the probes of the checkpoint if one was loaded.
         if self._restored is not None:
             self._network.attach(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
@@ -222,6 +230,9 @@ class LinearProbeCallback(Callback):
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._session.sum_up(self.report, self._schedule.thinner(trainer))
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._end(trainer)
 
@@ -255,7 +266,7 @@ class LinearProbeCallback(Callback):
 
     def _new_session(self) -> ProbingSession:
         room = Room(self._samples(), *self._bounds)
-        return ProbingSession(self._network, self._learning_rate, room, self._ranks, rank_zero_info)
+        return ProbingSession(self._network, self._learning_rate, room, self._ranks, self._progress)
 
     def _samples(self) -> int:
         """How many each process keeps, its share."""

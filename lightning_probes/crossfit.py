@@ -11,6 +11,7 @@ from lightning_probes.fitting import Seen
 from lightning_probes.kept import KeptBatches, Room
 from lightning_probes.method import CROSS_FITTED
 from lightning_probes.probing import ProbedNetwork
+from lightning_probes.progress import Progress
 from lightning_probes.ranks import Ranks
 from lightning_probes.regression import Solution
 from lightning_probes.samples import Samples
@@ -24,9 +25,11 @@ class CrossFitter:
         network: whose layers they are.
         room: for what is kept; of more batches a fair sample.
         ranks: the processes that validate together.
+        progress: shows how far a fit is.
     """
 
-    def __init__(self, network: ProbedNetwork, room: Room, ranks: Ranks) -> None:
+    def __init__(self, network: ProbedNetwork, room: Room, ranks: Ranks, progress: Progress) -> None:
+        self._progress = progress
         self._network = network
         self._room = room
         self._ranks = ranks
@@ -61,7 +64,8 @@ class CrossFitter:
         self._kept.clear()
         held: dict[str, Tensor] = {}
         solutions: dict[str, Solution] = {}
-        for layer, x, y, fold in samples.by_layer(self._network.layers, self._device):
+        layers = self._network.layers
+        for layer, x, y, fold in self._progress.track("layer", samples.by_layer(layers, self._device), len(layers)):
             with at_the_cost_of(layer, self._network, self._ranks):
                 solutions |= fit_probes({layer: x}, y, folds=fold, total=self._ranks.total)
                 held[layer] = torch.zeros_like(solutions[layer].sums)

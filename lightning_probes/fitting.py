@@ -18,6 +18,7 @@ from lightning_probes.fitted import Fitted, at_the_cost_of, fitted
 from lightning_probes.frozen import frozen
 from lightning_probes.kept import KeptBatches, Room
 from lightning_probes.probing import INPUT, ProbedNetwork
+from lightning_probes.progress import Progress
 from lightning_probes.ranks import Ranks
 from lightning_probes.recording import CallRecorder
 from lightning_probes.regression import Solution
@@ -54,13 +55,15 @@ class ProbeFitter:
         network: hooked. It opens each batch; the fitter's :meth:`open` and :meth:`close` stand around it.
         room: for what is kept: the inputs, and the features that they will become.
         ranks: the processes whose samples the probes are fitted on together.
+        progress: shows how far a fit is.
 
     Attributes:
         refusal: why the calls of training cannot be run again; empty as long as they can.
     """
 
-    def __init__(self, network: ProbedNetwork, room: Room, ranks: Ranks) -> None:
+    def __init__(self, network: ProbedNetwork, room: Room, ranks: Ranks, progress: Progress) -> None:
         self._network = network
+        self._progress = progress
         self._room = room
         self._ranks = ranks
         self._kept = KeptBatches[KeptBatch](room)
@@ -74,6 +77,10 @@ class ProbeFitter:
     def num_bytes(self) -> int:
         """Bytes of what is kept."""
         return self._kept.num_bytes
+
+    def most(self, batches: float) -> tuple[int, int]:
+        """Return how many of ``batches`` will be kept at most, and their bytes, if they are like the first one."""
+        return self._kept.most(batches)
 
     def attach(self, model: nn.Module) -> None:
         """Find the modules of ``model`` whose calls will be recorded."""
@@ -170,7 +177,9 @@ class ProbeFitter:
         self.refusal = self._ranks.first(self.refusal)
         try:
             if not self.refusal:
-                with closing(self.run_again(self._kept.items(), model, context, weights)) as batches:
+                kept = self._kept.items()
+                shown = self._progress.track("batch", kept, len(kept))
+                with closing(self.run_again(shown, model, context, weights)) as batches:
                     for seen, labels in batches:
                         classes = classes + count_classes(labels)
                         if online is not None:
@@ -184,7 +193,8 @@ class ProbeFitter:
         if self.refusal:
             return None
         solutions: dict[str, Solution] = {}
-        for layer, x, y, folds in samples.by_layer(self._network.layers, device):
+        layers = self._network.layers
+        for layer, x, y, folds in self._progress.track("layer", samples.by_layer(layers, device), len(layers)):
             with at_the_cost_of(layer, self._network, self._ranks):
                 solutions |= fit_probes({layer: x}, y, folds=folds, total=self._ranks.total)
         return fitted(self._network, self._ranks, solutions, "train", classes, sums)

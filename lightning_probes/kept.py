@@ -98,6 +98,14 @@ class KeptBatches(Generic[T]):
                 self._kept.pop(self._draw(len(self._kept)))
             self._count()
 
+    def most(self, batches: float) -> tuple[int, int]:
+        """Return how many of ``batches`` will be kept at most, and their bytes, if they are like the first one."""
+        if not self._kept:
+            return 0, 0
+        _, samples, num_bytes, _ = self._kept[0]
+        most = int(min(batches, self._room.samples // samples, self._room.num_bytes // num_bytes))
+        return most, most * num_bytes
+
     def items(self) -> list[T]:
         """What is kept, in order of arrival."""
         return [item for _, _, _, item in [*self._before, *self._in_order()]]

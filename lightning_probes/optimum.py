@@ -22,6 +22,7 @@ from lightning_probes.kept import Room
 from lightning_probes.method import CROSS_FITTED
 from lightning_probes.points import Curve, Points
 from lightning_probes.probing import ProbedNetwork
+from lightning_probes.progress import Progress, size
 from lightning_probes.ranks import Ranks
 from lightning_probes.scores import count_classes
 from lightning_probes.starting import StartingPoint
@@ -36,6 +37,7 @@ class Optimum:
             samples, ``online``.
         room: for the training samples to fit on; without any nothing is fitted, the online probes are published.
         ranks: the processes that train together; each keeps samples of its own, the probes are those of all.
+        progress: shows how far a fit is.
 
     Attributes:
         room: as given.
@@ -44,17 +46,17 @@ class Optimum:
         note: why the probes are fitted in another way than on training run again, or the starting point is missing.
     """
 
-    def __init__(self, network: ProbedNetwork, points: Points, room: Room, ranks: Ranks) -> None:
+    def __init__(self, network: ProbedNetwork, points: Points, room: Room, ranks: Ranks, progress: Progress) -> None:
         self.fitted: Fitted | None = None
         self.cost: dict[str, float] = {"seconds": 0.0, "kept_bytes": 0, "weights_bytes": 0}
         self.note = "" if room.samples else "the online probes are published: fit_samples is 0"
         self._network = network
         self._points = points
-        self._fitter = ProbeFitter(network, room, ranks)
+        self._fitter = ProbeFitter(network, room, ranks, progress)
         self.room = room
-        self._ranks = ranks
+        self._ranks, self._progress = ranks, progress
         self._cross_fitters: defaultdict[int, CrossFitter] | None = None
-        self._make_cross_fitter = partial(CrossFitter, network, room, ranks)
+        self._make_cross_fitter = partial(CrossFitter, network, room, ranks, progress)
         self._start = StartingPoint(self._fitter, points, ranks)
 
     def begin(self, model: nn.Module, *, gone_before: str, has_start: bool) -> str:
@@ -106,6 +108,27 @@ class Optimum:
         if self._network.labels.absent_in_training:
             self._fitter.refusal = "its batches have no usable labels"
 
+    def kept(self, batches: float, *, has_validation: bool) -> str:
+        """Return a phrase on what is kept, at most, once training had its first batch.
+
+        Args:
+            batches: of an epoch.
+            has_validation: as for :meth:`prepare`.
+        """
+        if not self.room.samples:
+            return "keeps no training batch (fit_samples=0)"
+        if self._fitter.refusal:
+            samples, values = self.room.samples, sum(self._network.recorder.widths.values())
+            most = size(min(4 * samples * values, self.room.num_bytes))
+            instead = f" but features of validation, up to {samples:,} samples ({most})" * has_validation
+            return f"keeps no training batch{instead}: {self._fitter.refusal}"
+        count, num_bytes = self._fitter.most(batches)
+        if not count:
+            return "keeps no training batch (fit_samples and fit_bytes have no room for one)"
+        where = ", in each process" * (self._ranks.number > 1)
+        weights = f" and the first weights ({size(self._start.num_bytes)})" * self._start.is_due
+        return f"keeps up to {count:,} training batch{'es' * (count > 1)} ({size(num_bytes)}{where}){weights}"
+
     def prepare(
         self,
         model: nn.Module,
@@ -127,10 +150,12 @@ class Optimum:
         self.fitted = self._start.fitted = self._cross_fitters = None
         if not self.room.samples:
             return
-        with self._timed():
+        with self._timed("Fitting probes"):
             self.fitted = self._fitter.fit(model, context, online)
-            is_start_due = self._start.is_due and (is_validation or not has_validation)
-            if self.fitted is not None and is_start_due and (reason := self._start.fit(model, context)):
+        if self.fitted is not None and self._start.is_due and (is_validation or not has_validation):
+            with self._timed("Fitting probes at start"):
+                reason = self._start.fit(model, context)
+            if reason:
                 self._say(f"no starting point: {reason}")
         self.cost["kept_bytes"] = max(self.cost["kept_bytes"], self._fitter.num_bytes)
         if self.fitted is None:
@@ -177,9 +202,9 @@ class Optimum:
             self._say(f"no starting point: {reason}")
         if any(self._ranks.gather(self._cross_fitters is not None)):
             fitters = self._cross_fitters or defaultdict(self._make_cross_fitter)
-            with self._timed():
-                size = sum(fitter.num_bytes for fitter in fitters.values())
-                self.cost["kept_bytes"] = max(self.cost["kept_bytes"], size)
+            with self._timed("Cross-fitting probes"):
+                num_bytes = sum(fitter.num_bytes for fitter in fitters.values())
+                self.cost["kept_bytes"] = max(self.cost["kept_bytes"], num_bytes)
                 for dataloader in sorted(set(chain(*self._ranks.gather(list(fitters))))):
                     # Whatever is raised now, the curve has a point.
                     layers, classes = len(self._network.layers), self._network.num_classes
@@ -228,9 +253,10 @@ class Optimum:
             rank_zero_warn(f"LinearProbeCallback: {self.note}")
 
     @contextmanager
-    def _timed(self) -> Iterator[None]:
+    def _timed(self, title: str = "") -> Iterator[None]:
         begun = time.perf_counter()
         try:
-            yield
+            with self._progress.during(title):
+                yield
         finally:
             self.cost["seconds"] += time.perf_counter() - begun

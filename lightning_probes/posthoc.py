@@ -251,10 +251,12 @@ class _Posthoc:
         self._check(labelled, [x for x, n in zip(self._network.layers, ran, strict=True) if n < ranks.number])
         folds = Folds().next(samples)
         solutions: dict[str, Solution] = {}
-        for layer in self._network.layers:
-            parts, y, positions = store.read(layer, self._runner.device)
-            x = parts if 4 * store.values(layer) > self._max_bytes / 4 else torch.cat(list(parts))
-            solutions |= fit_probes({layer: x}, y, folds=folds[positions % samples], total=ranks.total)
+        layers, progress = self._network.layers, self._runner.progress
+        with progress.during("Fitting probes"):
+            for layer in progress.track("layer", layers, len(layers)):
+                parts, y, positions = store.read(layer, self._runner.device)
+                x = parts if 4 * store.values(layer) > self._max_bytes / 4 else torch.cat(list(parts))
+                solutions |= fit_probes({layer: x}, y, folds=folds[positions % samples], total=ranks.total)
         self.report.cost["seconds"] += time.perf_counter() - begun
         self.report.cost["kept_bytes"] = max(self.report.cost["kept_bytes"], store.memory_bytes + store.file_bytes)
         self.report.notes = list(dict.fromkeys([*self.report.notes, *self._network.notes, *self._network.labels.notes]))

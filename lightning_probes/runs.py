@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_probes.frozen import frozen
 from lightning_probes.passes import Pass, Take
+from lightning_probes.progress import Progress
 from lightning_probes.ranks import Ranks
 
 T = TypeVar("T")
@@ -38,12 +39,15 @@ class Runner:
         trainer: the user's, whose callbacks (but for progress bars) and loggers are set aside meanwhile; default: one
             device of what there is.
 
+    Attributes:
+        progress: shows in the trainer's bar how far is what is done between passes.
+
     Raises:
         ValueError: its strategy starts processes of its own.
     """
 
     def __init__(self, trainer: Trainer | None) -> None:
-        self._bar = _Bar()
+        self._bar, self.progress = _Bar(), Progress()
         self._ranks: Ranks | None = None
         self._trainer = trainer or Trainer(
             logger=False,
@@ -97,6 +101,7 @@ class Runner:
             if signal.getsignal(signal.SIGINT) is not handler:  # which only the main thread may set
                 signal.signal(signal.SIGINT, handler)
             trainer.callbacks, trainer.loggers = set_aside
+            self.progress.meet(trainer)
             trainer.strategy.connect(connected)  # whose weights the trainer's next checkpoint has
             model.end()
 

@@ -76,6 +76,11 @@ class Schedule:
         """Whether the epoch that is under way has a point."""
         return bool((trainer.current_epoch + 1) % self._every_n_epochs == 0)
 
+    def thinner(self, trainer: Any) -> str:
+        """Return which argument would have halved the points of a run that is over; empty if none would have."""
+        twice = 2 * self._every_n_epochs
+        return f"every_n_epochs={twice}" if trainer.current_epoch >= twice else ""
+
     def now(self, trainer: Any) -> tuple[int, int]:
         """Epochs completed and ``global_step``."""
         # Epochs that were begun are one too few in a run that is resumed from its last batch in an epoch.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from lightning_probes.method import NO_VALIDATION, ONLINE
 from lightning_probes.optimum import Optimum
 from lightning_probes.points import Points
 from lightning_probes.probing import INPUT, ProbedNetwork
+from lightning_probes.progress import Progress, size
 from lightning_probes.ranks import Ranks
 from lightning_probes.report import ProbeReport, Row
 from lightning_probes.scores import count_classes, never_seen
@@ -31,7 +34,7 @@ class ProbingSession:
         learning_rate: of the online probes.
         room: for the samples that probes are brought to their optimum on; without any, online probes are published.
         ranks: the processes that train together.
-        say: tells the user of the layers, once they are known.
+        progress: shows how far a fit is, and tells the user of the layers, once they are known.
 
     Attributes:
         network: as given.
@@ -44,18 +47,19 @@ class ProbingSession:
     """
 
     def __init__(
-        self, network: ProbedNetwork, learning_rate: float, room: Room, ranks: Ranks, say: Callable[[str], None]
+        self, network: ProbedNetwork, learning_rate: float, room: Room, ranks: Ranks, progress: Progress
     ) -> None:
         self.along = ProbesAlong(network, learning_rate, ranks)
-        self.ranks, self._say = ranks, say
+        self.ranks, self._progress = ranks, progress
         self.points = Points(ranks)
-        self.optimum = Optimum(network, self.points, room, ranks)
+        self.optimum = Optimum(network, self.points, room, ranks, progress)
         self.point = 0, 0
         self.network = network
         self.facts = LayerFacts(network)
         self._guard = Guard(network, self.facts, self.points, ranks)
         self._is_first_step, self._has_greeted = True, False
         self._missing = ""
+        self._kept: Callable[[], str] | None = None
         self._begun = time.perf_counter()
 
     @property
@@ -93,17 +97,26 @@ class ProbingSession:
         self.optimum.forget()
 
     def begin(
-        self, model: nn.Module, report: ProbeReport, *, has_validation: bool, gone_before: str = "", missed: str = ""
+        self,
+        model: nn.Module,
+        report: ProbeReport,
+        *,
+        batches: float,
+        has_validation: bool,
+        gone_before: str = "",
+        missed: str = "",
     ) -> None:
         """Training begins.
 
         Args:
             model: the network.
             report: of the run that goes on, or an empty one.
+            batches: of an epoch; infinite if nobody knows.
             has_validation: whether the run has samples to score on that it is not trained on.
             gone_before: what training there was before, that the first point of each curve is not of this run.
             missed: why that run's last point is not there and will not come.
         """
+        self._kept = partial(self.optimum.kept, batches, has_validation=has_validation)
         has_start = bool(report.select(epoch=0, step=0))
         note = self.optimum.begin(model, gone_before=gone_before, has_start=has_start)
         self._note(report, note, missed, "" if has_validation else NO_VALIDATION)
@@ -200,9 +213,9 @@ class ProbingSession:
     def _greet(self) -> None:
         if not self._has_greeted and (layers := self.facts.described()):
             self._has_greeted = True
-            held = self.online.num_bytes if self.online is not None else 0
-            notes = "".join(f"; {note}" for note in self.network.notes)
-            self._say(f"LinearProbeCallback: {layers}, {held / 2**20:.1f} MiB{notes}")
+            held = f" ({size(self.online.num_bytes)})" if self.online is not None else ""
+            kept = [self._kept()] if self._kept is not None else []
+            self._progress.say("; ".join([f"LinearProbeCallback: {layers}{held}", *kept, *self.network.notes]))
 
     def publish(
         self, report: ProbeReport, epoch: int, step: int, logged_step: int | None
@@ -233,13 +246,28 @@ class ProbingSession:
             self._missing = never_seen(self.points.classes)
             self._note(report, *self.network.notes, *self.network.labels.notes)
             self._note(report, self._missing, self.optimum.note, self.ranks.note)
-            share = self.optimum.cost["seconds"] / max(time.perf_counter() - self._begun, 1e-9)
-            report.cost = {**self.optimum.cost, "share": share, "sent_bytes": self.ranks.num_bytes}
+            self._count_cost(report)
         self._note(report, *self.points.notes)
         self.points.clear()
         self.along.turn()
         self.point = self.now = epoch, step
         return rows, new
+
+    def sum_up(self, report: ProbeReport, thinner: str) -> None:
+        """Say at the end of training what the probes took; ``thinner`` is what would have halved that, if anything."""
+        if seconds := self.optimum.cost["seconds"]:
+            self._count_cost(report)
+            fitted = self.optimum.fitted.about.values() if self.optimum.fitted is not None else ()
+            samples = max((known["fitted_on"]["samples"] for known in fitted), default=0)
+            fewer = f"fit_samples below {samples:,}" if samples else "a smaller fit_samples"
+            lower = f"{thinner} about halves that, {fewer} lowers it" if thinner else f"{fewer} lowers that"
+            share = 100 * report.cost["share"]
+            took = f"fitting probes took {seconds:,.1f} s, {share:.{0 if share >= 10 else 1}f} % of this run"
+            self._progress.say(f"LinearProbeCallback: {took}; {lower}, and precision")
+
+    def _count_cost(self, report: ProbeReport) -> None:
+        share = self.optimum.cost["seconds"] / max(time.perf_counter() - self._begun, 1e-9)
+        report.cost = {**self.optimum.cost, "share": share, "sent_bytes": self.ranks.num_bytes}
 
     def _note(self, report: ProbeReport, *notes: str) -> None:
         """Add what the report does not say yet."""

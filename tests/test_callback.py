@@ -405,16 +405,20 @@ def listening() -> Iterator[list[str]]:
         log.setLevel(level)
 
 
-def test_one_line_is_said_at_the_start_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_line_is_said_at_the_start_and_one_at_the_end_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = {}
     for callbacks in ((), (LinearProbeCallback(),)):
         with listening() as said[len(callbacks)]:
             make_trainer(tmp_path, *callbacks, max_epochs=2).fit(small(), loader(), loader(32))
     new = [line for line in said[1] if line not in said[0]]
-    assert len(said[1]) == len(said[0]) + 1
+    assert len(said[1]) == len(said[0]) + 2
+    assert len(new) == 2
     # 64 pixels, 32 + 32 hidden units, 10 logits.
-    assert len(new) == 1
-    assert re.fullmatch(r"LinearProbeCallback: 4 layers, 138 features, \d+\.\d MiB", new[0])
+    kept = r"keeps up to 6 training batches \(0\.1 MiB\) and the first weights \(0\.0 MiB\)"
+    assert re.fullmatch(rf"LinearProbeCallback: 4 layers, 138 features \(0\.0 MiB\); {kept}", new[0])
+    assert re.fullmatch(r"LinearProbeCallback: fitting probes took \d+\.\d s, \d+ % of this run; .*", new[1])
     assert "robe" not in "".join(capsys.readouterr())
 
 

@@ -249,10 +249,11 @@ def test_layer_that_nobody_named_and_that_does_not_fit_is_left_out_and_the_start
     function: Callable[[Tensor], Any] | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("lightning_probes.callback.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_probes.progress.rank_zero_info", said.append)
     make_trainer(tmp_path, probes := LinearProbeCallback()).fit(WithSide(function), loader())
-    (line,) = said
+    line, end = said
     assert f"; left out: side ({reason}" in line
+    assert "left out" not in end
     assert {row["layer"] for row in probes.report.rows} == {"input", "net.1", "net.2", "net.3"}
 
 

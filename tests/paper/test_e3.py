@@ -27,7 +27,7 @@ BRIDGE = 64
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """What was found, and the folder."""
     output = tmp_path_factory.mktemp("e3")
-    size = ["--samples", "2000", "--held-out", "500", "--fit-samples", "200", "--steps", "50", "100", "--seeds", "1"]
+    size = ["--samples", "2000", "--held-out", "500", "--fit-samples", "400", "--steps", "50", "100", "--seeds", "1"]
     return e3_bridge.main([*size, "--quiet", "--output", str(output)]), output
 
 

@@ -39,14 +39,11 @@ def report(output: Path, way: str) -> ProbeReport:
     return ProbeReport.load(output / f"seed0-{way.replace(' ', '-')}.json")
 
 
-def test_without_auxiliary_losses_the_loss_stays_at_chance_and_with_them_the_front_moves(
-    run: tuple[dict[str, Any], Path],
-) -> None:
-    without, _, front = run[0]["claims"]
+def test_without_auxiliary_losses_the_loss_stays_at_chance(run: tuple[dict[str, Any], Path]) -> None:
+    without = run[0]["claims"][0]
     found = re.search(r"cross-entropy (\d\.\d\d)", without["ours"])
     assert found is not None
     assert float(found[1]) > CHANCE - 0.05
-    assert front["holds"]
 
 
 def test_loss_falls_with_auxiliary_losses(tmp_path: Path) -> None:
@@ -66,6 +63,7 @@ def test_probes_are_at_every_fourth_layer_and_the_front_moves(run: tuple[dict[st
     for one in (auxiliary, without):
         assert {row["layer"] for row in one.rows} == expected
         assert {row["step"] for row in one.rows} == set(range(0, STEPS + 1, STEPS // 4))
+    # How many steps it takes in between is luck; which count as a way through depth is tested with planted ones.
     first, *_, last = e4_auxiliary.front(args, auxiliary)
     assert last == DEPTH - 1 > first
     assert e4_auxiliary.front(args, without)[-1] < DEPTH // 2

@@ -63,10 +63,10 @@ def test_probes_are_at_every_fourth_layer_and_the_front_moves(run: tuple[dict[st
     for one in (auxiliary, without):
         assert {row["layer"] for row in one.rows} == expected
         assert {row["step"] for row in one.rows} == set(range(0, STEPS + 1, STEPS // 4))
-    # How many steps it takes in between is luck; which count as a way through depth is tested with planted ones.
-    first, *_, last = e4_auxiliary.front(args, auxiliary)
-    assert last == DEPTH - 1 > first
-    assert e4_auxiliary.front(args, without)[-1] < DEPTH // 2
+    # Step by step is tested with planted fronts: in one training the front may jump, or fall back for a moment.
+    first, *others = e4_auxiliary.front(args, auxiliary)
+    assert max(others) == DEPTH - 1 > first
+    assert max(e4_auxiliary.front(args, without)) < DEPTH // 2
 
 
 def test_front_is_the_deepest_layer_before_which_none_is_bad() -> None:

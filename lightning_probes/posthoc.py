@@ -227,11 +227,8 @@ class _Posthoc:
             raise ValueError("val_dataloaders: no batch with labels came out of it; there is nothing to score on")
         points.agree(len(self._network.layers), self._network.num_classes)
         points.publish("published", self.report, self._about(found, one), point=one.point)
-        if lost := [
-            row["layer"]
-            for row in self.report.select(stage="val", metric="error", network=one.name)
-            if math.isnan(row["value"])
-        ]:
+        scored = self.report.select(stage="val", metric="error", network=one.name)
+        if lost := [row["layer"] for row in scored if math.isnan(row["value"])]:
             self._tell(f"no values of {first_of(lost)} in {one.name}: NaN or Inf in what they put out")
         share = self.report.cost["seconds"] / (time.perf_counter() - self._begun)
         self.report.cost |= {"share": share}

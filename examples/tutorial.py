@@ -6,6 +6,7 @@ python examples/tutorial.py [--output examples/tutorial.ipynb]
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ TUTORIAL = Path(__file__).with_suffix(".ipynb")
 
 
 def executed(path: Path) -> Any:
-    """Return a notebook with what its cells put out now, without what differs between two runs or machines for no reason.
+    """Return a notebook with what its cells put out now.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raises.
     """
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=600, kernel_name="python3", coalesce_streams=True).execute()
+    # Warnings of the libraries name folders of the machine that it ran on.
+    quiet = os.environ | {"PYTHONWARNINGS": "ignore"}
+    NotebookClient(notebook, timeout=1200, kernel_name="python3", coalesce_streams=True).execute(env=quiet)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},

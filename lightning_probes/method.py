@@ -71,12 +71,13 @@ def _sentence(data: str, rows: Sequence[Mapping[str, Any]], stage: str) -> str:
     scored = max(row["samples"] for row in rows)
     fitted = max((row.get("fitted_on") or {}).get("samples", 0) for row in rows)
     if data == ONLINE:
-        return f"Trained along with the network, not to their optimum; scored on {scored:,.0f} samples."
+        return f"Probes trained along with the network, not to their optimum; scored on {scored:,.0f} samples."
     if data == CROSS_FITTED and stage == "val":
-        return f"Cross-fitted on {scored:,.0f} samples of validation: five folds, each scored by probes of the others."
+        folds = "in five folds, each scored by probes of the others"
+        return f"Probes cross-fitted on {scored:,.0f} samples of validation {folds}."
     if not data:
         return f"Scored on {scored:,.0f} samples."
     of = "validation" if data == CROSS_FITTED else "training"
     is_same = stage == "train" and fitted == scored
     where = "the same" if is_same else f"{scored:,.0f} others" if stage != "train" else f"{scored:,.0f}"
-    return f"Fitted to their optimum on {fitted:,.0f} samples of {of}, scored on {where}."
+    return f"Probes fitted to their optimum on {fitted:,.0f} samples of {of}, scored on {where}."

@@ -108,7 +108,7 @@ def error_by_depth(
     if ax is None:
         axes.figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     else:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(framealpha=0.8, edgecolor="none", fontsize=8)
     return axes
 
 

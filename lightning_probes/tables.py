@@ -215,7 +215,7 @@ def _cell(row: Mapping[str, Any] | None, metric: str) -> str:
 def _html_row(kind: str, cells: Sequence[str]) -> str:
     sides = ["left", *["right"] * (len(cells) - 1)]
     parts = (
-        f'<{kind} style="text-align: {side}; white-space: nowrap">{html.escape(cell)}</{kind}>'
+        f'<{kind} style="text-align: {side}; padding: 0.1em 0.6em; white-space: nowrap">{html.escape(cell)}</{kind}>'
         for side, cell in zip(sides, cells, strict=True)
     )
     return f"<tr>{''.join(parts)}</tr>"

@@ -73,7 +73,7 @@ def test_with_validation_the_training_error_alone_is_headed() -> None:
     report = fit(Classifier(mlp()), loader(96), loader(32, seed=1))
     for table in (report.table(), report.table(metric="cross_entropy")):
         assert TRAINED_ON not in table
-        assert "Fitted to their optimum on 96 samples of training, scored on 32 others." in table
+        assert "Probes fitted to their optimum on 96 samples of training, scored on 32 others." in table
     assert report.table("train").splitlines()[1] == f"! {TRAINED_ON}, and the probes fitted on"
     assert "scored on the same." in report.table("train")
     assert report.plot("train").axes[0].get_title().splitlines()[1].startswith("on samples")
@@ -83,14 +83,14 @@ def test_with_validation_the_training_error_alone_is_headed() -> None:
 def test_probes_of_a_network_that_is_not_trained_say_what_they_were_fitted_on() -> None:
     report = probe(Classifier(mlp()), loader(96), loader(32, seed=1), trainer=Trainer(**QUIET))
     assert report.table("train").splitlines()[1] == "! on samples that the probes were fitted on"
-    assert "Fitted to their optimum on 96 samples of training, scored on 32 others." in str(report)
+    assert "Probes fitted to their optimum on 96 samples of training, scored on 32 others." in str(report)
 
 
 def test_cross_fitted_probes_say_so() -> None:
     report = fit(Between(mlp()), loader(96), loader(40, seed=1))
     words = words_of(report)
     for where in ("table", "page", "figure"):
-        assert "Cross-fitted on 40 samples of validation: five folds" in words[where], where
+        assert "Probes cross-fitted on 40 samples of validation in five folds" in words[where], where
         assert "cannot be run again" in words[where], where
     assert report.table("train").splitlines()[1] == "! on the samples of validation that the probes were fitted on"
 
@@ -102,7 +102,7 @@ def test_online_probes_say_that_they_lag() -> None:
         assert LAGS in words[where], where
         assert TRAINED_ON not in words[where], where
     assert "95 % range" in words["table"]
-    assert "Trained along with the network, not to their optimum; scored on 32 samples." in words["table"]
+    assert "Probes trained along with the network, not to their optimum; scored on 32 samples." in words["table"]
     assert f"! {LAGS}; {TRAINED_ON}" in " ".join(report.table("train").split())
 
 

@@ -62,7 +62,7 @@ def test_each_report_is_a_table_and_each_figure_one_picture(which: str, request:
     for page in pages:
         assert page.count("<table>") == page.count("<img ") == 1
         assert "majority class" in page
-        assert "Fitted to their optimum on 4,000 samples of training, scored on 1,000 others." in page
+        assert "Probes fitted to their optimum on 4,000 samples of training, scored on 1,000 others." in page
     # pyplot shows the figure of two panels when its cell ends, and nothing shows it again.
     pictures = [base64.b64decode(picture) for picture in shown(notebook, "image/png")]
     pictures += [base64.b64decode(page.split("base64,")[1].split('"')[0]) for page in pages]

@@ -106,7 +106,7 @@ class LinearProbeCallback(Callback):
         self._fit_samples = None if fit_samples is None else whole("fit_samples", fit_samples, least=0)
         self._bounds = whole("fit_bytes", fit_bytes), flag("fit_on_device", fit_on_device)
         self._schedule = Schedule(every_n_epochs)
-        self._is_strict, self._is_prepared = flag("strict", strict), False
+        self._is_strict, self._is_prepared, self._is_fitting = flag("strict", strict), False, False
         self._ranks, self._progress, self.report = Ranks(), Progress(), ProbeReport()
         self._session = self._new_session()
         self._restored: dict[str, Any] | None = None
@@ -117,9 +117,10 @@ class LinearProbeCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        others = [callback._logs for callback in callbacks if isinstance(callback, LinearProbeCallback)]
-        others.remove(self._logs)  # once: it may stand there twice
-        self._logs.tell_apart(others)
+        probes = [callback for callback in callbacks if isinstance(callback, LinearProbeCallback)]
+        # One that stands there twice has its own name beside it.
+        others = [callback for i, callback in enumerate(probes) if callback is not self or self in probes[:i]]
+        self._logs.tell_apart(callback._logs for callback in others)
         if stage == "fit":  # before a checkpoint is restored: what has been since the last fit is not of this one
             self._restored, self._session = None, self._new_session()
 
@@ -130,7 +131,7 @@ class LinearProbeCallback(Callback):
         self._ranks.meet(trainer)
         self._progress.meet(trainer)
         self._session = self._new_session()
-        self.report = ProbeReport()
+        self.report, self._is_fitting = ProbeReport(), True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Some strategies restore before on_fit_start, others after it; by now all have.
@@ -149,6 +150,7 @@ class LinearProbeCallback(Callback):
             gone_before=gone_before,
             missed=missed,
         )
+        self._session.resize(self._samples())  # for the labels of a first validation may have told of the classes
         # An epoch that is resumed does not start again.
         self._session.optimum.renew(trainer.current_epoch)
 
@@ -159,7 +161,7 @@ class LinearProbeCallback(Callback):
         is_unknown = not self._network.num_classes
         self._session.open(batch)
         if is_unknown:  # by now its labels have told
-            self._session.optimum.room.samples = self._samples()
+            self._session.resize(self._samples())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._network.check()
@@ -253,8 +255,9 @@ class LinearProbeCallback(Callback):
     def _end(self, trainer: Trainer) -> None:
         self._network.detach()
         self._session.end(self.report)
-        if trainer.state.fn == "fit" and (file := self._logs.keep(self.report, trainer)) is not None:
+        if self._is_fitting and (file := self._logs.keep(self.report, trainer)) is not None:
             self._progress.say(f"LinearProbeCallback: report in {file}")
+        self._is_fitting = False
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, *, is_validation: bool) -> None:
         if trainer.state.fn != "fit" or (is_validation and self._is_prepared):

@@ -23,6 +23,7 @@ except ModuleNotFoundError as error:
 
 from lightning_probes.callback import LinearProbeCallback
 from lightning_probes.checkpoints import CheckpointError, find_checkpoints, read_checkpoint
+from lightning_probes.plots import new_picture
 from lightning_probes.posthoc import probe
 from lightning_probes.report import ProbeReport
 
@@ -266,11 +267,9 @@ def _selection(trainer: Trainer) -> dict[str, Any]:
 def _warn_unless_it_can_draw() -> None:
     """Say that a figure will be missing, and how to get it."""
     try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        rank_zero_warn(
-            "probe: a report, but no figure: drawing needs matplotlib: pip install 'lightning-probes[plots]'"
-        )
+        new_picture(1, 1)
+    except ModuleNotFoundError as error:
+        rank_zero_warn(f"probe: a report, but no figure: {error}")
 
 
 def _save(report: ProbeReport, file: Path) -> None:

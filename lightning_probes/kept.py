@@ -103,7 +103,7 @@ class KeptBatches(Generic[T]):
         if not self._kept:
             return 0, 0
         _, samples, num_bytes, _ = self._kept[0]
-        most = int(min(batches, self._room.samples // samples, self._room.num_bytes // num_bytes))
+        most = int(min(batches, self._room.samples // max(samples, 1), self._room.num_bytes // max(num_bytes, 1)))
         return most, most * num_bytes
 
     def items(self) -> list[T]:

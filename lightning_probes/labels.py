@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_probes.hints import is_rows
-from lightning_probes.targets import Where, check_labels, distributions, pick, pick_mask
+from lightning_probes.targets import UnknownClassesError, Where, check_labels, distributions, pick, pick_mask
 
 ATTENTION_MASK = "attention_mask"
 """Where Hugging Face's batches have their mask; others need none there."""
@@ -44,6 +44,7 @@ class LabelReader:
         self.num_classes, self._unknown = num_classes, unknown
         self.is_checked = is_checked
         self.absent_in_training = self.present_in_validation = self._has_passed_over = False
+        self._previewed: UnknownClassesError | None = None
         self.notes: list[str] = []
 
     def preview(self, batch: Any) -> None:
@@ -53,6 +54,8 @@ class LabelReader:
             self._learn(labels)
             check_labels(labels, self.num_classes)
             self.present_in_validation = True
+        except UnknownClassesError as error:
+            self._previewed = error
         except Exception:  # whatever a user's function raises; a mistake will show in training
             pass
 
@@ -72,6 +75,8 @@ class LabelReader:
         except Exception as error:  # whatever a user's function raises
             if not self.is_checked and not self.absent_in_training:
                 if not self.present_in_validation:
+                    if self._previewed is not None:  # there are labels, and that is all they lack
+                        raise self._previewed from error
                     raise
                 self.absent_in_training = True
                 self.notes.append(f"batches of training have no usable labels ({error})")
@@ -93,7 +98,7 @@ class LabelReader:
             self.num_classes = labels.shape[1]
             self.notes.append(f"num_classes is {self.num_classes}, the width of the labels")
         elif isinstance(labels, Tensor) and labels.shape[1:] in ((), (1,)) and not labels.is_floating_point():
-            raise ValueError(f"{self._unknown} (the highest label of the first batch is {int(labels.max())})")
+            raise UnknownClassesError(f"{self._unknown} (the highest label of the first batch is {int(labels.max())})")
         else:
             check_labels(labels, 0)
 

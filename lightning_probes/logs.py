@@ -147,11 +147,12 @@ def folder_of(logger: Any) -> Path | None:
     Never by way of ``trainer.log_dir``, in which processes wait for one another: one that has failed would not come.
 
     Returns:
-        Its ``log_dir``; else a folder of its name and version below its ``save_dir``; ``None`` if it has neither.
+        Its ``log_dir``; else a folder of its name and version below its ``save_dir``; ``None`` if neither is a path on
+        this machine (``s3://bucket/run`` is none).
     """
-    if isinstance(log_dir := getattr(logger, "log_dir", None), (str, os.PathLike)):
-        return Path(log_dir)
-    if isinstance(save_dir := getattr(logger, "save_dir", None), (str, os.PathLike)):
-        parts = (getattr(logger, key, None) for key in ("name", "version"))
-        return Path(save_dir, *(str(part) for part in parts if isinstance(part, (str, int))))
+    log_dir, save_dir = (getattr(logger, key, None) for key in ("log_dir", "save_dir"))
+    for folder, keys in ((log_dir, ()), (save_dir, ("name", "version"))):
+        if isinstance(folder, (str, os.PathLike)) and "://" not in str(folder):
+            parts = (getattr(logger, key, None) for key in keys)
+            return Path(folder, *(str(part) for part in parts if isinstance(part, (str, int))))
     return None

@@ -34,24 +34,38 @@ class Method:
     sentences: list[str]
 
 
-def method_of(rows: Sequence[Mapping[str, Any]], stage: str) -> Method:
-    """Say how one point of a curve came about.
+def method_of(points: Mapping[str, Sequence[Mapping[str, Any]]], stage: str) -> Method:
+    """Say how the points of a curve came about: the last one, and those that came about in another way.
 
     Args:
-        rows: of that point, one a layer, as in :class:`~lightning_probes.ProbeReport`; at least one.
+        points: rows, one a layer, as in :class:`~lightning_probes.ProbeReport`, by the point's name; in order of time.
         stage: ``train``, ``val`` or ``test``.
     """
+    last = list(points.values())[-1]
+    (main, fitted), *others = _by_kind(last).items()
+    warnings = {_warning(main, last[0], stage): ""}
+    sentences = [_sentence(main, fitted, stage)]
+    for data, same in others:
+        sentences.append(f"But {first_of([row['layer'] for row in same])}: {_sentence(data, same, stage)}")
+    if late := [row["layer"] for row in last if row.get("converged") is False]:
+        sentences.append(f"Not at the optimum (converged: False): {first_of(late)}.")
+    earlier: dict[str, list[str]] = {}
+    for name, rows in points.items():
+        if (data := next(iter(_by_kind(rows)))) != main:
+            earlier.setdefault(data, []).append(name)
+    for data, names in earlier.items():
+        rows = points[names[-1]]
+        sentences.append(f"But at {first_of(names)}: {_sentence(data, _by_kind(rows)[data], stage)}")
+        warnings.setdefault(_warning(data, rows[0], stage), f"at {first_of(names)}: ")
+    return Method("; ".join(f"{where}{warning}" for warning, where in warnings.items() if warning), sentences)
+
+
+def _by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Sort rows by what their probes were fitted on; the kind of most layers first."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         kinds.setdefault((row.get("fitted_on") or {}).get("data", ""), []).append(row)
-    by_size = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
-    sentences = [_sentence(data, same, stage) for data, same in by_size[:1]]
-    for data, same in by_size[1:]:
-        layers = first_of([row["layer"] for row in same])
-        sentences.append(f"But {layers}: {_sentence(data, same, stage)}")
-    if late := [row["layer"] for row in rows if row.get("converged") is False]:
-        sentences.append(f"Not at the optimum (converged: False): {first_of(late)}.")
-    return Method(_warning(by_size[0][0], rows[0], stage), sentences)
+    return dict(sorted(kinds.items(), key=lambda kind: -len(kind[1])))
 
 
 def _warning(data: str, row: Mapping[str, Any], stage: str) -> str:

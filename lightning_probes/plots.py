@@ -30,6 +30,8 @@ def new_picture(width: float, height: float, below: Sequence[str] = ()) -> Pictu
         ModuleNotFoundError: matplotlib is not installed.
     """
     try:
+        import matplotlib  # noqa: F401
+
         from lightning_probes.picture import Picture
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("drawing needs matplotlib: pip install 'lightning-probes[plots]'") from error
@@ -38,7 +40,7 @@ def new_picture(width: float, height: float, below: Sequence[str] = ()) -> Pictu
     lines = [line for text in below for line in wrap(text, int(19 * width))]
     picture = Picture(figsize=(width, height + 0.14 * len(lines)), layout="constrained")
     if lines:
-        picture.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7, color="0.3")
+        picture.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7, color="0.3", parse_math=False)
     return picture
 
 
@@ -96,13 +98,13 @@ def error_by_depth(
         axes.axhline(100 * value, color="0.45", linestyle=style, linewidth=1.2, label=label, zorder=2)
     shown = range(0, len(layers), -(-len(layers) // 40))
     ticks = [names[layers[i]] for i in shown]
-    axes.set_xticks(list(shown), ticks, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_xticks(list(shown), ticks, rotation=45, ha="right", rotation_mode="anchor", fontsize=8, parse_math=False)
     axes.set_xlabel("layer, in the order of the calls" + f"\n(named from {path} on)" * bool(path))
     axes.set_ylabel("probe error (%)")
     _scale(axes, [v for values in [*curves.values(), [*(references or {}).values()]] for v in values if v >= 0])
     # In a title of 11 points an inch has about ten characters.
-    around = int(10 * axes.bbox.width / axes.figure.dpi)
-    axes.set_title("\n".join([title, *wrap(warning, around)]), fontsize=11)
+    around = max(20, int(10 * axes.bbox.width / axes.figure.dpi))
+    axes.set_title("\n".join([title, *wrap(warning, around)]), fontsize=11, parse_math=False)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     if ax is None:

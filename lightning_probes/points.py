@@ -87,7 +87,7 @@ class Points:
         """What a resumed run cannot score again: tensors and plain types."""
         along = self._scores.get("trained along", {}).get(("train", 0))
         sums = [] if along is None else [along.sums.clone(), along.classes.clone()]
-        return {"set_aside": sorted(self.set_aside), "notes": self.notes, "trained_along": sums}
+        return {"set_aside": sorted(self.set_aside), "notes": list(self.notes), "trained_along": sums}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
         """Take over what :meth:`state_dict` gave."""

@@ -69,9 +69,11 @@ class Progress:
             # Around the log and not through what the bar has for printing: levels and handlers are the user's.
             with self._or_silence():
                 paused.enter_context(self._bar.paused())
-        rank_zero_info(text)
-        with self._or_silence():
-            paused.close()
+        try:
+            rank_zero_info(text)
+        finally:
+            with self._or_silence():
+                paused.close()
 
     @contextmanager
     def _or_silence(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import html
 import json
 import math
@@ -126,11 +127,12 @@ class ProbeReport:
         return [row for row in self.rows if all(row.get(key) == value for key, value in conditions.items())]
 
     def curves(
-        self, stage: str | None = None, metric: str = "error", dataloader: int = 0
+        self, stage: str | None = None, metric: str = "error", dataloader: int | None = None
     ) -> dict[tuple[int, int], dict[str, Row]]:
         """``{(epoch, step): {layer: row}}`` in order of time, layers in order of depth.
 
-        ``stage`` is by default the first of ``val``, ``test``, ``train`` that the report has.
+        ``stage`` is by default the first of ``val``, ``test``, ``train`` that the report has, ``dataloader`` the first
+        that the stage has.
 
         Raises:
             ValueError: there is no such stage or metric; the message names those that there are.
@@ -138,12 +140,14 @@ class ProbeReport:
         one_of("metric", metric, METRICS)
         stage = self._stage() if stage is None else one_of("stage", stage, _STAGES)
         curves: dict[tuple[int, int], dict[str, Row]] = {}
+        if dataloader is None:
+            dataloader = self._dataloader(stage)
         rows = self.select(stage=stage, metric=metric, dataloader=dataloader)
         for row in sorted(rows, key=lambda row: (row["step"], row["epoch"], row["depth"])):
             curves.setdefault((row["epoch"], row["step"]), {})[row["layer"]] = row
         return curves
 
-    def table(self, stage: str | None = None, metric: str = "error", dataloader: int = 0) -> str:
+    def table(self, stage: str | None = None, metric: str = "error", dataloader: int | None = None) -> str:
         """Return layers down, time across, in at most 80 columns: of many points the first, the last, some between.
 
         Below stand how the numbers came about, and the notes.
@@ -151,7 +155,7 @@ class ProbeReport:
         Args:
             stage: as in :meth:`curves`.
             metric: ``error``, ``cross_entropy`` or ``lag``.
-            dataloader: index within the stage.
+            dataloader: index within the stage; as in :meth:`curves`.
 
         Raises:
             ValueError: the report has rows, but none of these; the message names those that there are.
@@ -184,9 +188,9 @@ class ProbeReport:
         try:
             picture = base64.b64encode(self.plot()._repr_png_()).decode("ascii")
             drawn = f'<img alt="probe error against depth" src="data:image/png;base64,{picture}">'
-        except ModuleNotFoundError as error:
+        except Exception as error:  # the table is there, whatever drawing raises
             drawn = f"<p>No figure: {html.escape(str(error))}</p>"
-        return f"<div>{self._table(None, 'error', 0).html()}{drawn}</div>"
+        return f"<div>{self._table(None, 'error', None).html()}{drawn}</div>"
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all; NaN becomes null.
@@ -195,7 +199,9 @@ class ProbeReport:
             OSError: the file cannot be written; what was there before is there still.
         """
         text = json.dumps({"version": 1, **_without_nan(asdict(self))}, indent=1, allow_nan=False)
-        path = Path(path)
+        path = Path(os.path.realpath(path))  # through a link, which stays one
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
             written = Path(folder) / path.name
             written.write_text(text + "\n", encoding="utf-8")
@@ -220,7 +226,7 @@ class ProbeReport:
 
         Args:
             path: of the checkpoint.
-            name: the callback's ``name``, where there were several.
+            name: the callback's ``name``, where there were several; ``None``: the one without a name, or the only one.
             weights_only: read nothing but tensors and plain types; without it a checkpoint can run any code.
 
         Raises:
@@ -230,8 +236,10 @@ class ProbeReport:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: there is no such checkpoint")
         states = read_checkpoint(Path(path), weights_only=weights_only)[1].get("callbacks", {})
-        found = {str(key): state["report"] for key, state in states.items() if {"probes", "report"} <= set(state or ())}
-        named = [key for key in found if name is None or key.endswith(f"{{'name': {name!r}}}")]
+        ours = {str(key): state for key, state in states.items() if isinstance(state, Mapping) and "report" in state}
+        found = {key: state["report"] for key, state in ours.items() if "probes" in state}
+        named = [key for key in found if key.endswith(f"{{'name': {name!r}}}")]
+        named = named or [key for key in found if name is None]
         if len(named) != 1:
             what = (
                 "no report of probes" if not found else "no such report" if not named else "several reports: give name"
@@ -257,7 +265,7 @@ class ProbeReport:
     def plot(
         self,
         stage: str | None = None,
-        dataloader: int = 0,
+        dataloader: int | None = None,
         references: Mapping[str, float] | None = None,
         ax: None = None,
     ) -> Picture: ...
@@ -266,7 +274,7 @@ class ProbeReport:
     def plot(
         self,
         stage: str | None = None,
-        dataloader: int = 0,
+        dataloader: int | None = None,
         references: Mapping[str, float] | None = None,
         *,
         ax: Axes,
@@ -275,7 +283,7 @@ class ProbeReport:
     def plot(
         self,
         stage: str | None = None,
-        dataloader: int = 0,
+        dataloader: int | None = None,
         references: Mapping[str, float] | None = None,
         ax: Axes | None = None,
     ) -> Picture | Axes:
@@ -283,7 +291,7 @@ class ProbeReport:
 
         Args:
             stage: as in :meth:`curves`.
-            dataloader: index within the stage.
+            dataloader: as in :meth:`curves`.
             references: further horizontal lines ``{label: error}``, for example the network's own.
             ax: axes to draw into. By default there is a new figure, which has room for the method and the notes too.
 
@@ -321,9 +329,10 @@ class ProbeReport:
         )
         return axes if ax is not None else axes.figure  # type: ignore[return-value]
 
-    def _table(self, stage: str | None, metric: str, dataloader: int) -> Table:
+    def _table(self, stage: str | None, metric: str, dataloader: int | None) -> Table:
+        stage = self._stage() if stage is None else stage
         curves = self.curves(stage, metric, dataloader)
-        stage = stage or self._stage()
+        dataloader = self._dataloader(stage) if dataloader is None else dataloader
         if not curves:
             keys = ("stage", "metric", "dataloader")
             found = sorted({tuple(row[key] for key in keys) for row in self.rows})
@@ -340,7 +349,12 @@ class ProbeReport:
         )
 
     def _method(self, curves: Mapping[tuple[int, int], Mapping[str, Row]], stage: str) -> Method:
-        return method_of(list(list(curves.values())[-1].values()), stage)
+        by_step = has_points_inside_epochs(curves)
+        points = {point_name(point, by_step, curve): list(curve.values()) for point, curve in curves.items()}
+        return method_of(points, stage)
+
+    def _dataloader(self, stage: str) -> int:
+        return min((row["dataloader"] for row in self.rows if row["stage"] == stage), default=0)
 
     def _stage(self) -> str:
         found = {row["stage"] for row in self.rows}

@@ -24,6 +24,7 @@ def state_of(session: ProbingSession) -> dict[str, Any]:
         "optimum": session.optimum.state_dict(),
         "point": list(session.point),
         "now": list(session.now),
+        "missing": session.missing,
         "points": session.points.state_dict(),
     }
 
@@ -55,6 +56,7 @@ def restore(
     if difference := differing(state, selected, network.num_classes, reduction["kind"], network.reducer.kind):
         refuse(difference, strict=strict)
     session.point, session.now = tuple(state["point"]), tuple(state["now"])
+    session.missing = state.get("missing", "")
     network.labels.present_in_validation |= state["trains_without_labels"]
     if state["num_classes"] != network.num_classes or reduction["kind"] != network.reducer.kind:
         return

@@ -87,10 +87,10 @@ class Schedule:
         return trainer.current_epoch + self._is_last_batch(trainer), trainer.global_step
 
     def logged_step(self, trainer: Any) -> int | None:
-        """The step under which loggers show what is logged now; ``None`` where Lightning does not say."""
+        """Return the step under which loggers show what is logged now; ``None`` where there are none."""
         # It counts batches that stepped, and counts the last one only once its validation is over.
         step = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
-        return step if isinstance(step, int) else None
+        return step if trainer.loggers and isinstance(step, int) else None
 
     def has_validation(self, trainer: Any) -> bool:
         """Whether the run validates at all."""

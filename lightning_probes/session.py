@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,7 @@ class ProbingSession:
         along: the probes that are trained along with the network.
         optimum: the probes that are published instead of them.
         point: epoch and step of the last publication.
+        missing: what was noted of classes that never occurred, up to then.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class ProbingSession:
         self.facts = LayerFacts(network)
         self._guard = Guard(network, self.facts, self.points, ranks)
         self._is_first_step, self._has_greeted = True, False
-        self._missing = ""
+        self.missing = ""
         self._kept: Callable[[], str] | None = None
         self._begun = time.perf_counter()
 
@@ -90,6 +92,10 @@ class ProbingSession:
         if self.now != self.point:
             self.optimum.fitted = None
 
+    def resize(self, samples: int) -> None:
+        """Let probes be brought to their optimum on at most so many samples of this process."""
+        self.optimum.room.samples = samples
+
     def forget(self) -> None:
         """What was scored of a validation that did not end; what was seen in training stays."""
         self.points.clear(("published", "online", "start"))
@@ -118,6 +124,7 @@ class ProbingSession:
         self._kept = partial(self.optimum.kept, batches, has_validation=has_validation)
         has_start = bool(report.select(epoch=0, step=0))
         note = self.optimum.begin(model, gone_before=gone_before, has_start=has_start)
+        report.notes = [known for known in report.notes if known != NO_VALIDATION]  # of the run that goes on
         self._note(report, note, missed, "" if has_validation else NO_VALIDATION)
         if missed:
             self.points.clear()
@@ -126,7 +133,9 @@ class ProbingSession:
 
     def end(self, report: ProbeReport) -> None:
         """Let go of everything but the probes, and say in ``report`` what is missing."""
-        self._note(report, self.optimum.end(), *self.points.notes)
+        has_held_out = any(row["stage"] != "train" for row in report.rows)
+        bare = NO_VALIDATION if report.rows and not has_held_out else ""
+        self._note(report, self.optimum.end(), *self.points.notes, bare)
         self.points.clear()
         self.along.release()
 
@@ -210,8 +219,10 @@ class ProbingSession:
         self._greet()
 
     def _greet(self) -> None:
-        if not self._has_greeted and (layers := self.facts.described()):
-            self._has_greeted = True
+        if self._has_greeted or not (layers := self.facts.described()):
+            return
+        self._has_greeted = True
+        with suppress(Exception):  # a line that cannot be said ends no run
             held = f" ({size(self.online.num_bytes)})" if self.online is not None else ""
             kept = [self._kept()] if self._kept is not None else []
             self._progress.say("; ".join([f"LinearProbeCallback: {layers}{held}", *kept, *self.network.notes]))
@@ -241,10 +252,10 @@ class ProbingSession:
             if (epoch, step) != (0, 0) or not report.select(epoch=0, step=0):
                 new = self._points_of_now(report, epoch, step, logged_step)
         if (epoch, step) != self.point:  # else: evaluated outside of training
-            report.notes = [note for note in report.notes if note != self._missing]
-            self._missing = never_seen(self.points.classes)
+            report.notes = [note for note in report.notes if note != self.missing]
+            self.missing = never_seen(self.points.classes)
             self._note(report, *self.network.notes, *self.network.labels.notes)
-            self._note(report, self._missing, self.optimum.note, self.ranks.note)
+            self._note(report, self.missing, self.optimum.note, self.ranks.note)
             self._count_cost(report)
         self._note(report, *self.points.notes)
         self.points.clear()

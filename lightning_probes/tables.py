@@ -115,7 +115,7 @@ def error_table(
         rows.append(["majority class", *[""] * len(shown), _percent(baseline), *("" for _ in last_column)])
     sentences = list(method.sentences)
     if has_interval:
-        sentences.append(_caveat([row["value"] for row in ordered], max(row["samples"] for row in ordered)))
+        sentences += _caveat(ordered)
     if any(math.isnan(row["value"]) for row in ordered):
         reason = "a note says why" if notes else "its values were not finite"
         sentences.append(f"{_NO_VALUE} stands for a layer that was set aside; {reason}.")
@@ -178,14 +178,18 @@ def spread(points: list[Point], room: int) -> list[Point]:
     return [points[round(i * (len(points) - 1) / (room - 1))] for i in range(room)]
 
 
-def _caveat(values: list[float], samples: float) -> str:
-    known = sorted(value for value in values if not math.isnan(value))
-    middle = known[len(known) // 2] if known else 0.5
-    half = 100 * 1.96 * math.sqrt(2 * middle * (1 - middle) / samples)
-    return (
+def _caveat(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say how far apart two errors must be to mean something; nothing where no layer has one."""
+    known = sorted(row["value"] for row in rows if not math.isnan(row["value"]))
+    if not known:
+        return []
+    middle, samples = known[len(known) // 2], max(row["samples"] for row in rows)
+    rate = min(max(middle, 1 / samples), 1 - 1 / samples) if samples > 1 else 0.5  # none or all wrong is chance too
+    half = 100 * 1.96 * math.sqrt(2 * rate * (1 - rate) / samples)
+    return [
         f"Between two errors near {_percent(middle)} %, do not make anything of less than {half:.1f} points (95 %, as "
         "if each had samples of its own)."
-    )
+    ]
 
 
 def _shortened(path: str, layers: Sequence[str]) -> str:

@@ -202,8 +202,8 @@ def _labels_of(module: nn.Module) -> int | None:
     found = getattr(getattr(module, "config", None), "num_labels", None)
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         return None
-    # A configuration that nobody gave a number has 2, even of a network without a head; heads have it as their own.
-    return found if found != 2 or getattr(module, "num_labels", None) == found else None
+    # Networks without a head have a configuration too, with the number of another task; heads have one of their own.
+    return found if getattr(module, "num_labels", None) == found else None
 
 
 def _parts(batch: Any) -> dict[Any, Any]:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import sys
@@ -67,6 +68,10 @@ class Screen:
             raise AssertionError(f"unknown control sequence {argument}{letter}")
 
 
+PATIENCE = 300
+"""Seconds without any output after which a program is taken to hang."""
+
+
 def run_in_terminal(script: Path, *arguments: str) -> list[list[str]]:
     """Run a Python script in a terminal; return its screen after each piece of output, as rows without trailing blanks.
 
@@ -83,22 +88,26 @@ def run_in_terminal(script: Path, *arguments: str) -> list[list[str]]:
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     try:
-        while piece := _read(ours):
-            # Up to the last line or escape sequence that is whole.
-            rest += piece
-            end = max(rest.rfind(mark) for mark in (b"\r", b"\n", b"\x1b"))
-            screen.write(rest[: max(end, 0)].decode())
-            rest = rest[max(end, 0) :]
-            seen.append([line.rstrip() for line in screen.lines])
+        while output := _read(ours):
+            # A screen for each row that is written, however many a busy machine lets through at once.
+            *whole, rest = re.split(rb"(?=[\r\n])", rest + output)
+            for piece in whole:
+                screen.write(piece.decode())
+                seen.append([line.rstrip() for line in screen.lines])
         screen.write(rest.decode())
+    except BaseException:
+        process.kill()
+        raise
     finally:
-        os.close(ours)  # a program that still writes ends with it
+        os.close(ours)
     seen.append([line.rstrip() for line in screen.lines])
     assert process.wait(timeout=60) == 0, "\n".join(seen[-1])
     return seen
 
 
 def _read(terminal: int) -> bytes:
+    if not select.select([terminal], [], [], PATIENCE)[0]:
+        raise AssertionError(f"no output for {PATIENCE} s")
     try:
         return os.read(terminal, 65536)
     except OSError as error:

@@ -222,6 +222,7 @@ def test_without_matplotlib_there_is_the_report_and_a_line_that_says_so(
     assert not Path("report.png").exists()
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_that_there_will_be_no_figure_is_said_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

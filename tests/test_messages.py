@@ -336,14 +336,15 @@ class Configured(nn.Module):
 @pytest.mark.parametrize(
     ("modules", "expected"),
     [
-        ([Configured(7)], 7),
-        ([Configured(7), Configured(7)], 7),
+        ([Configured(7, has_head=True)], 7),
+        ([Configured(7, has_head=True), Configured(7, has_head=True)], 7),
         ([Configured(2, has_head=True)], 2),
-        ([MulticlassAccuracy(5), Configured(7)], 5),
-        ([Configured(2), Configured(7)], 7),  # a network without a head has 2 of its own accord
+        ([MulticlassAccuracy(5), Configured(7, has_head=True)], 5),
+        ([Configured(1000), Configured(7, has_head=True)], 7),  # a network without a head has that of another task
         ([Configured(2)], None),
-        ([Configured("ten")], None),
-        ([Configured(True)], None),
+        ([Configured(1000)], None),
+        ([Configured("ten", has_head=True)], None),
+        ([Configured(True, has_head=True)], None),
     ],
 )
 def test_number_of_classes_is_that_of_a_hugging_face_configuration(modules: Any, expected: int | None) -> None:
@@ -357,7 +358,7 @@ def test_number_of_classes_is_that_of_a_hugging_face_configuration(modules: Any,
 
 def test_configurations_that_disagree_are_an_error_listing_their_numbers() -> None:
     with pytest.raises(ValueError, match=re.escape("(its `config.num_labels` disagree: [3, 7]); pass num_classes=...")):
-        find_num_classes(Unsaid(nn.Sequential(Configured(3), Configured(7))))
+        find_num_classes(Unsaid(nn.Sequential(Configured(3, has_head=True), Configured(7, has_head=True))))
 
 
 @pytest.mark.parametrize("soft", [0.0, 0.2])

@@ -25,7 +25,7 @@ LOADER = "validation loader"
 def words_of(report: ProbeReport) -> dict[str, str]:
     """What a reader sees, by where it is seen; white space as single blanks."""
     figure = report.plot()
-    drawn = [axes.get_title() for axes in figure.axes] + [figure.get_supxlabel()]
+    drawn = [axes.get_title() for axes in figure.axes] + [text.get_text() for text in figure.texts]
     seen = {
         "table": str(report),
         "page": re.sub(r"<[^>]*>|base64,\S*", " ", report._repr_html_()),
@@ -221,3 +221,34 @@ def test_repr_is_one_short_line() -> None:
         r"ProbeReport\(8 layers, 4 points, lowest val error \d+\.\d % at \S+, \d notes?\)", repr(report)
     )
     assert repr(ProbeReport()) == "ProbeReport(no rows yet)"
+
+
+def test_points_that_came_about_in_another_way_are_named() -> None:
+    report = ProbeReport()
+    kinds = [{"data": "online", "samples": 100}] * 2 + [{"data": "train", "samples": 96}]
+    for epoch, fitted_on in enumerate(kinds, start=1):
+        about = {"net": {"depth": 1, "features": 2, "features_total": 2, "fitted_on": fitted_on, "converged": None}}
+        scores = {"wrong": [3.0], "loss": [1.0], "total": [10.0], "classes": [5.0, 5.0]}
+        report.add(about, scores, stage="val", dataloader=0, epoch=epoch, step=epoch)
+    table = " ".join(str(report).split())
+    assert f"! at epoch 1, epoch 2: {LAGS} layer" in table
+    assert "Probes fitted to their optimum on 96 samples of training, scored on 10 others." in table
+    assert "But at epoch 1, epoch 2: Probes trained along with the network, not to their optimum" in table
+
+
+@pytest.mark.parametrize("total", [0.0, 1.0])
+def test_report_without_any_value_is_shown(total: float) -> None:
+    report = ProbeReport(notes=["scoring raised RuntimeError: $\\frac{ is no formula$"])
+    about = {"net": {"depth": 1, "features": 2, "features_total": 2, "fitted_on": None, "converged": None}}
+    scores = {"wrong": [math.nan], "loss": [math.nan], "total": [total], "classes": [0.0, 0.0]}
+    report.add(about, scores, stage="val", dataloader=1, epoch=1, step=1)
+    words = words_of(report)
+    assert all("is no formula$" in words[where] for where in ("table", "page", "figure", "notes"))
+    assert "<img " in report._repr_html_()
+    assert "dataloader 1" in words["table"]
+
+
+def test_axes_may_be_small() -> None:
+    axes = Figure(figsize=(3, 3)).subplots(6, 6)[2, 3]
+    reports_of_many_layers()["without validation"].plot(ax=axes)
+    assert len(axes.get_title().splitlines()) <= 7

@@ -40,7 +40,8 @@ for name in ("TQDMProgressBar", "RichProgressBar"):
     trainer = Trainer(max_epochs=2, callbacks=[probes := LinearProbeCallback(), *bars], **quiet)
     model = Classifier(mlp(width=128, depth=3))
     trainer.fit(model, loader(600, 50), loader(100, 50))
-    print(f"cost {probes.report.cost['seconds']:.1f} {100 * probes.report.cost['share']:.0f}")
+    share = 100 * probes.report.cost["share"]
+    print(f"cost {probes.report.cost['seconds']:.1f} {share:.{0 if share >= 10 else 1}f}")
     probe(model, loader(600, 50), loader(100, 50), trainer=Trainer(callbacks=bars, **quiet))
     print(f"end {name}")
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,8 @@ from lightning_probes import LinearProbeCallback, ProbeReport
 
 
 def fit(folder: Path, logger: Any, *callbacks: Callback, **options: Any) -> Trainer:
-    trainer = Trainer(
-        **QUIET | {"logger": logger}, max_epochs=2, default_root_dir=folder, callbacks=[*callbacks], **options
-    )
+    quiet = QUIET | {"logger": logger, "default_root_dir": folder, "max_epochs": 2}
+    trainer = Trainer(**quiet | options, callbacks=[*callbacks])
     trainer.fit(Classifier(mlp()), loader(64), loader(32, seed=1))
     return trainer
 
@@ -147,6 +147,10 @@ def test_of_several_reports_in_a_checkpoint_one_is_named(tmp_path: Path) -> None
     fitted(tmp_path, LinearProbeCallback("net.1", name="one"), LinearProbeCallback("net.3", name="other"))
     path = tmp_path / "epoch=1.ckpt"
     assert {row["layer"] for row in ProbeReport.from_checkpoint(path, "other").rows} == {"input", "net.3"}
+    (tmp_path / "unnamed").mkdir()
+    fitted(tmp_path / "unnamed", LinearProbeCallback("net.1"), LinearProbeCallback("net.3", name="other"))
+    unnamed = ProbeReport.from_checkpoint(tmp_path / "unnamed" / "epoch=1.ckpt")
+    assert {row["layer"] for row in unnamed.rows} == {"input", "net.1"}
     with pytest.raises(ValueError, match=r"epoch=1\.ckpt holds several reports: give name; it holds .*'one'.*'other'"):
         ProbeReport.from_checkpoint(path)
     with pytest.raises(ValueError, match=r"epoch=1\.ckpt holds no such report; it holds .*'one'.*'other'"):
@@ -165,22 +169,71 @@ def test_what_holds_no_report_says_so(tmp_path: Path) -> None:
         ProbeReport.from_checkpoint(tmp_path / "text.ckpt")
 
 
+def logged_errors(file: Path) -> dict[tuple[int, str], float]:
+    with file.open() as lines:
+        return {
+            (int(line["step"]), name): float(value)
+            for line in csv.DictReader(lines)
+            for name, value in line.items()
+            if value and name.startswith("probe_error")
+        }
+
+
+def errors_by_logged_step(probes: LinearProbeCallback, **conditions: Any) -> dict[tuple[int, str], float]:
+    rows = probes.report.select(metric="error", **conditions)
+    return {(row["logged_step"], f"probe_error_{row['stage']}/{row['layer']}"): row["value"] for row in rows}
+
+
 def test_rows_have_the_step_under_which_loggers_show_them(tmp_path: Path) -> None:
     probes = LinearProbeCallback()
     trainer = fit(tmp_path, CSVLogger(tmp_path, name="", version=""), probes, accumulate_grad_batches=2)
-    trainer.validate(Classifier(mlp()), loader(32), verbose=False)
-    import csv
-
-    with (tmp_path / "metrics.csv").open() as file:
-        logged = {
-            (int(line["step"]), key): float(value)
-            for line in csv.DictReader(file)
-            for key, value in line.items()
-            if value and key.startswith("probe_error")
-        }
-    rows = probes.report.select(metric="error")
-    found = {(row["logged_step"], f"probe_error_{row['stage']}/{row['layer']}"): row["value"] for row in rows}
-    assert logged == pytest.approx(found)
-    assert {row["step"] - row["logged_step"] for row in rows} == {0, 1}
+    found = errors_by_logged_step(probes)
+    assert logged_errors(tmp_path / "metrics.csv") == pytest.approx(found)
+    assert {row["step"] - row["logged_step"] for row in probes.report.rows} == {0, 1}
     saved = json.loads((tmp_path / "probe_report.json").read_text())
     assert {row["logged_step"] for row in saved["rows"]} == {row["logged_step"] for row in probes.report.rows}
+    # Validated after fit the same network has a point under the step of that time, in the place of the one of fit.
+    trainer.validate(trainer.lightning_module, loader(32, seed=1), verbose=False)
+    again = errors_by_logged_step(probes, stage="val", step=4)
+    assert again.keys().isdisjoint(found)
+    assert logged_errors(tmp_path / "metrics.csv") == pytest.approx(found | again)
+
+
+def test_rows_have_no_logged_step_where_nothing_is_logged(tmp_path: Path) -> None:
+    probes = LinearProbeCallback()
+    fit(tmp_path, False, probes)
+    assert {row["logged_step"] for row in probes.report.rows if row["epoch"]} == {None}
+
+
+def test_report_of_an_earlier_run_is_not_saved_for_one_that_never_began(tmp_path: Path) -> None:
+    probes = LinearProbeCallback()
+    fit(tmp_path / "first", CSVLogger(tmp_path / "first", name="", version=""), probes)
+
+    class Broken(Classifier):
+        def configure_optimizers(self) -> Any:
+            raise RuntimeError("no optimiser")
+
+    logger = CSVLogger(tmp_path / "second", name="", version="")
+    with pytest.raises(RuntimeError, match="no optimiser"):
+        Trainer(**QUIET | {"logger": logger}, callbacks=[probes]).fit(Broken(mlp()), loader(32))
+    assert files(tmp_path) == ["first/probe_report.json"]
+
+
+@pytest.mark.parametrize("folder", ["s3://bucket/run", "gs://bucket"])
+def test_no_folder_is_made_for_an_address(folder: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    second = CSVLogger(tmp_path, name="here", version="")
+    fit(tmp_path, [Elsewhere(folder), second], LinearProbeCallback())
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert files(tmp_path) == ["here/probe_report.json"]
+
+
+def test_a_link_stays_one_and_a_missing_folder_is_named(tmp_path: Path) -> None:
+    report = ProbeReport(notes=["nothing yet"])
+    (tmp_path / "real.json").write_text("before")
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    report.save(tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink()
+    assert ProbeReport.load(tmp_path / "real.json") == report
+    with pytest.raises(FileNotFoundError, match=r"no such folder: '.*nowhere'"):
+        report.save(tmp_path / "nowhere" / "report.json")

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_probes import LinearProbeCallback
+from lightning_probes.method import NO_VALIDATION
 
 Point = tuple[int, int]
 """Epochs completed, ``global_step``."""
@@ -262,7 +263,8 @@ def test_training_is_the_same_and_points_are_where_they_should_be(name: str, tmp
     without = fit(case.make, case.data(), tmp_path, **case.options)
     assert_same(fit(case.make, case.data(), tmp_path, probes, **case.options), without)
     check_points(probes, case.train, case.val, samples=case.samples, layers=case.layers, loaders=case.loaders)
-    assert [note.removeprefix("no starting point: ") for note in probes.report.notes] == list(case.notes)
+    notes = [note.removeprefix("no starting point: ") for note in probes.report.notes]
+    assert notes == [*case.notes, *([NO_VALIDATION] if case.val == [] else [])]
 
 
 def test_the_start_is_the_network_as_it_was_found_even_if_no_step_was_taken_before_its_validation(

@@ -71,7 +71,7 @@ def patterns(argument: str, value: Any) -> list[str] | None:
 
 
 def is_list(value: Any) -> bool:
-    """Whether ``value`` is a list, also one of omegaconf; a tuple is none, as types and YAML have it."""
+    """Return whether ``value`` is a list, also one of omegaconf; a tuple is none, as types and YAML have it."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, tuple))
 
 

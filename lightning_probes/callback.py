@@ -272,7 +272,7 @@ class LinearProbeCallback(Callback):
         return ProbingSession(self._network, self._learning_rate, room, self._ranks, self._progress)
 
     def _samples(self) -> int:
-        """How many each process keeps, its share."""
+        """Return how many samples each process keeps, its share."""
         samples = enough_samples(self._network.num_classes) if self._fit_samples is None else self._fit_samples
         return math.ceil(samples / self._ranks.number)
 

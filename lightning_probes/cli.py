@@ -93,7 +93,7 @@ class ProbeTrainer(Trainer):
 
 
 class _Parser(LightningArgumentParser):
-    """Says last what is wrong with an argument of a LinearProbeCallback, below all that it is not either."""
+    """Ends its errors with what is wrong with an argument of a LinearProbeCallback, below all that it is not either."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         own = _of_callback(message)
@@ -199,7 +199,7 @@ class ProbeCLI(LightningCLI):
 
 
 def _of_callback(message: str) -> str:
-    """What a LinearProbeCallback says to what a parser refused for it; empty if nothing."""
+    """Return what a LinearProbeCallback says to what a parser refused for it; empty if nothing."""
     import yaml  # type: ignore[import-untyped]  # the parser's own
 
     block = re.search(r"class_path '[\w.]*LinearProbeCallback':\n((?:(?!\s*- Problem with).*\n?)*)", message)

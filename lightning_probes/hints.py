@@ -1,4 +1,4 @@
-"""What to write instead where labels are of a kind that probes do not take, or not yet."""
+"""Say what to write instead of labels that probes do not take, or not yet."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from torch import Tensor
 
 
 def is_distribution(rows: Tensor) -> Tensor:
-    """``(samples,)``: which of ``rows`` are probabilities that sum to 1."""
+    """Return ``(samples,)``: which of ``rows`` are probabilities that sum to 1."""
     return (rows >= 0).all(dim=1) & ((rows.sum(dim=1) - 1).abs() < 1e-2)
 
 
 def is_rows(labels: Tensor) -> bool:
-    """Whether ``labels`` are written as one row a sample, one value a class: one-hot, soft or several ones."""
+    """Return whether ``labels`` are written as one row a sample, one value a class: one-hot, soft or several ones."""
     if labels.dim() != 2 or labels.shape[1] < 2 or labels.is_complex():
         return False
     return labels.is_floating_point() or is_zeros_and_ones(labels)
 
 
 def is_zeros_and_ones(labels: Tensor) -> bool:
-    """Whether there is nothing else in ``labels``."""
+    """Return whether ``labels`` hold nothing but zeros and ones."""
     return bool(((labels == 0) | (labels == 1)).all())
 
 
 def hint_of_shape(labels: Tensor) -> str:
-    """What to write where there are several labels for a sample."""
+    """Say what to write instead of several labels for a sample."""
     if labels.dim() < 2 or not labels.numel():
         return ""
     if is_rows(labels):
@@ -41,7 +41,7 @@ def hint_of_shape(labels: Tensor) -> str:
 
 
 def hint_of_rows(labels: Tensor) -> str:
-    """What to write where rows of values for the classes are no distributions."""
+    """Say what to write instead of rows that are no distributions over the classes."""
     if missing := _hint_of_nan(labels):
         return missing
     ones = labels.sum(dim=1)
@@ -59,7 +59,7 @@ def hint_of_rows(labels: Tensor) -> str:
 
 
 def hint_of_floats(labels: Tensor) -> str:
-    """What to write where floats stand for classes."""
+    """Say what to write instead of floats that stand for classes."""
     if labels.is_complex():
         return ""
     if missing := _hint_of_nan(labels):

@@ -1,4 +1,4 @@
-"""How the numbers of a curve came about, in words that stand beside them."""
+"""Says beside the numbers of a curve how they came about."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of layers, short enough for a table or an axis and still all different."""
+"""Shortens names of layers for a table or an axis, so that all stay different."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A matplotlib figure that a notebook shows; imported where something is drawn, since matplotlib is an extra."""
+"""Holds a matplotlib figure that a notebook shows; imported where something is drawn, since matplotlib is an extra."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class ProbedNetwork:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are; 0 before the first batch where only its labels tell."""
+        """Return how many classes there are; 0 before the first batch where only its labels tell."""
         return self.labels.num_classes
 
     @num_classes.setter

@@ -1,4 +1,4 @@
-"""How far a fit of probes is, in the Trainer's own progress bar, and lines that do not land in the middle of it."""
+"""Shows in the Trainer's own progress bar how far a fit of probes is, and says lines that do not land inside of it."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def count_classes(targets: Tensor) -> Tensor:
 
 
 def never_seen(classes: Sequence[float]) -> str:
-    """What a reader should know of classes that do not occur, from counts of all; empty if that may well be chance.
+    """Say which classes do not occur, from counts of all; empty where that may well be chance.
 
     Only of the highest ones: those in between say nothing of the number of classes.
     """

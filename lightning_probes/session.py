@@ -70,7 +70,7 @@ class ProbingSession:
 
     @property
     def now(self) -> tuple[int, int]:
-        """Epoch and step of the last training step, of which faults are told."""
+        """Return epoch and step of the last training step, which faults are told with."""
         return self._guard.now
 
     @now.setter

@@ -143,7 +143,7 @@ _LABEL_NAMES = ("label", "labels", "target", "targets", "y", "class", "classes",
 
 
 def _label_places(batch: Any) -> list[str]:
-    """What ``target`` could be for ``batch``, as it would be written: the likeliest first."""
+    """Return what ``target`` could be for ``batch``, as it would be written: the likeliest first."""
     found: list[tuple[bool, bool, str]] = []
 
     def visit(part: Any, path: tuple[Any, ...], written: str) -> None:

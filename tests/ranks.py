@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from networks import QUIET, Classifier, convnet, images, mlp
 from torch import Tensor, nn
@@ -294,6 +296,13 @@ def resumed() -> Found:
     return {**found(model, probes), "expected": {key: expected[key] for key in ("rows", "probes")}}
 
 
+def kept() -> Found:
+    # Each process has a folder of its own, so that both could write.
+    with tempfile.TemporaryDirectory() as folder:
+        one = fit(network(), LinearProbeCallback(), logger=CSVLogger(folder, name="", version=""))
+        return one | {"files": [path.name for path in Path(folder).rglob("*report*")]}
+
+
 def sharded() -> Found:
     seed_everything(3, verbose=False)
     model, probes = Sharded(mlp(inputs=16, width=12, depth=2)), LinearProbeCallback("net.*")
@@ -320,6 +329,7 @@ CASES: dict[str, Callable[[], Found]] = {
         met_again,
         scored_alone,
         resumed,
+        kept,
         sharded,
     )
 }

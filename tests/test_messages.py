@@ -393,9 +393,10 @@ class SoftUnsaid(Unsaid):
         self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
 
 
-def test_many_classes_that_only_the_labels_tell_are_fitted_on_as_many_samples() -> None:
-    probes = LinearProbeCallback("net.1")
-    make_trainer(probes, num_sanity_val_steps=0).fit(SoftUnsaid(mlp(depth=1, classes=100)), rows(96, classes=100))
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_many_classes_that_only_the_labels_tell_are_fitted_on_as_many_samples(sanity: int) -> None:
+    probes, data = LinearProbeCallback("net.1"), rows(96, classes=100)
+    make_trainer(probes, num_sanity_val_steps=sanity).fit(SoftUnsaid(mlp(depth=1, classes=100)), data, data)
     assert probes._session.optimum.room.samples == 200 * 100
 
 

@@ -47,7 +47,7 @@ class Schedule:
         return ""
 
     def gone_before(self, trainer: Any) -> str:
-        """Say what training there was before this run, for those who miss the network as it was found; empty if none."""
+        """Say what training there was before this run, for those who miss its starting point; empty if none."""
         if not trainer.global_step:
             return ""
         if trainer.ckpt_path is not None:

@@ -247,7 +247,8 @@ class ProbingSession:
             self.points.agree(len(self.layers), self.network.num_classes)
         self._guard.blame("fitting its probe")
         with self._guard.around("publishing their scores", together=True):
-            rows = self.points.publish("start", report, first, point=(0, 0), logged_step=0)
+            at_start = None if logged_step is None else 0
+            rows = self.points.publish("start", report, first, point=(0, 0), logged_step=at_start)
             # A validation before the first step comes too late for the network as it was found.
             if (epoch, step) != (0, 0) or not report.select(epoch=0, step=0):
                 new = self._points_of_now(report, epoch, step, logged_step)

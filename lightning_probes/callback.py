@@ -236,6 +236,11 @@ class LinearProbeCallback(Callback):
         self._session.sum_up(self.report, self._schedule.thinner(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._is_fitting and self.report.rows:
+            epoch, step = self._schedule.now(trainer)
+            self.report.notes.append(
+                f"training was stopped by {type(exception).__name__} at epoch {epoch}, step {step}"
+            )
         self._end(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -254,6 +259,8 @@ class LinearProbeCallback(Callback):
 
     def _end(self, trainer: Trainer) -> None:
         self._network.detach()
+        if self._is_fitting and self._restored is not None:  # of a run that had nothing left to train
+            self.report = ProbeReport.from_dict(self._restored["report"])
         self._session.end(self.report)
         if self._is_fitting and (file := self._logs.keep(self.report, trainer)) is not None:
             self._progress.say(f"LinearProbeCallback: report in {file}")

@@ -52,10 +52,8 @@ class Logs:
             ValueError: one has.
         """
         if any(other.prefix == self.prefix for other in others):
-            raise ValueError(
-                f"two LinearProbeCallbacks have the name {self.prefix.removesuffix('_') or None!r}; "
-                "give each its own: LinearProbeCallback(name=...)"
-            )
+            same = f"the name {self.prefix.removesuffix('_')!r}" if self.prefix else "no name"
+            raise ValueError(f"two LinearProbeCallbacks have {same}; give each its own: LinearProbeCallback(name=...)")
 
     def write(self, start: Iterable[Row], rows: Iterable[Row], trainer: Any, module: Any, ranks: Ranks) -> None:
         """Log the rows of one publication.

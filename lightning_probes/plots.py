@@ -72,13 +72,16 @@ def error_by_depth(
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
+        TypeError: ``ax`` are no axes.
     """
     path, names = shorten(layers, _NAME_WIDTH)
     if ax is None:
         width, height = min(max(6.4, 1.6 + 0.42 * len(layers)), 14), 4.2 + 0.05 * max(map(len, names.values()))
         axes = new_picture(width, height, below).add_subplot()
-    else:
+    elif hasattr(ax, "get_xaxis"):
         axes = ax
+    else:
+        raise TypeError(f"ax: expected matplotlib Axes, as figure.subplots() makes them, found {type(ax).__name__}")
     import matplotlib
 
     depths = range(len(layers))

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -218,7 +219,8 @@ class ProbeReport:
             saved = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls.from_dict({key: value for key, value in saved.items() if key != "version"})
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no saved ProbeReport: {error}") from error
+            hint = "; that of a checkpoint: ProbeReport.from_checkpoint" if zipfile.is_zipfile(path) else ""
+            raise ValueError(f"{path} is no saved ProbeReport: {error}{hint}") from error
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, name: str | None = None, *, weights_only: bool = True) -> ProbeReport:

@@ -274,7 +274,7 @@ class ProbingSession:
             lower = f"{thinner} about halves that, {fewer} lowers it" if thinner else f"{fewer} lowers that"
             share = 100 * report.cost["share"]
             took = f"fitting probes took {seconds:,.1f} s, {share:.{0 if share >= 10 else 1}f} % of this run"
-            self._progress.say(f"LinearProbeCallback: {took}; {lower}, and precision")
+            self._progress.say(f"LinearProbeCallback: {took}; {lower}, at the cost of precision")
 
     def _count_cost(self, report: ProbeReport) -> None:
         share = self.optimum.cost["seconds"] / max(time.perf_counter() - self._begun, 1e-9)

@@ -51,6 +51,7 @@ def build(*arguments: str) -> LinearProbeCallback:
     return probes
 
 
+@pytest.mark.slow
 def test_example_trains_as_the_file_and_the_command_line_say(tmp_path: Path) -> None:
     command = [sys.executable, str(CLI / "main.py"), "fit", "--config", str(CLI / "config.yaml"), *SHORT]
     run = subprocess.run(

@@ -11,7 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from lightning_probes import ProbeReport
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 

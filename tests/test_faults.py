@@ -257,11 +257,14 @@ def test_layer_that_nobody_named_and_that_does_not_fit_is_left_out_and_the_start
     assert {row["layer"] for row in probes.report.rows} == {"input", "net.1", "net.2", "net.3"}
 
 
+SAME = {None: "no name", "same": "the name 'same'"}
+
+
 @pytest.mark.parametrize("run", ["fit", "validate", "test", "predict"])
 @pytest.mark.parametrize("name", [None, "same"])
 def test_two_callbacks_of_one_name_are_refused_before_anything_runs(name: str | None, run: str, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, LinearProbeCallback(name=name), LinearProbeCallback(name=name))
-    with pytest.raises(ValueError, match=f"two LinearProbeCallbacks have the name {name!r}; give each its own: Linear"):
+    with pytest.raises(ValueError, match=f"two LinearProbeCallbacks have {SAME[name]}; give each its own: Linear"):
         getattr(trainer, run)(Classifier(mlp(depth=1)), loader())
     assert trainer.global_step == 0
 
@@ -273,7 +276,7 @@ def test_two_callbacks_of_one_name_from_the_module_are_refused_in_fit(name: str 
             return [LinearProbeCallback("net.1", name=name), LinearProbeCallback("net.3", name=name)]
 
     trainer = make_trainer(tmp_path)
-    with pytest.raises(ValueError, match=f"two LinearProbeCallbacks have the name {name!r}; give each its own"):
+    with pytest.raises(ValueError, match=f"two LinearProbeCallbacks have {SAME[name]}; give each its own"):
         trainer.fit(Bringing(mlp(depth=1)), loader())
     assert trainer.global_step == 0
 

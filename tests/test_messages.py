@@ -517,9 +517,7 @@ def test_a_trainer_leaves_it_to_the_callbacks_to_refuse_one_another(package: Any
     same = LinearProbeCallback()
     for callbacks in ([same, same], [LinearProbeCallback(), LinearProbeCallback()]):
         trainer = package(**QUIET, callbacks=callbacks)
-        with pytest.raises(
-            ValueError, match=r"^two LinearProbeCallbacks have the name None; give each its own: Linear"
-        ):
+        with pytest.raises(ValueError, match=r"^two LinearProbeCallbacks have no name; give each its own: Linear"):
             callbacks[0].setup(trainer, small(), "fit")
     assert same.state_key == LinearProbeCallback().state_key == "LinearProbeCallback{'name': None}"
 

@@ -196,6 +196,9 @@ def test_own_axes_are_drawn_into_and_returned() -> None:
     assert left.get_legend() is not None
     assert figure.legends == []
     assert TRAINED_ON in " ".join(right.get_title().split())
+    for wrong in (figure, figure.axes):
+        with pytest.raises(TypeError, match=r"^ax: expected matplotlib Axes, .*, found (Figure|list)$"):
+            report.plot(ax=wrong)  # type: ignore[call-overload]
 
 
 def test_what_is_not_there_is_an_error_that_lists_what_is() -> None:

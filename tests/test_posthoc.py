@@ -616,6 +616,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on the size of files")
 def test_a_full_disk_is_told_of_and_nothing_is_left_on_it(tmp_path: Path) -> None:
     (folder := tmp_path / "temporary").mkdir()

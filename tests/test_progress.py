@@ -72,6 +72,7 @@ def paragraph(rows: list[str], begin: str) -> str:
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bar", BARS)
 def test_terminal_shows_which_batch_and_layer_the_fit_is_at(bar: str, screens: list[list[str]]) -> None:
     shown = list(dict.fromkeys(row for screen in screens for row in of_run(bar, screen) if "Fitting" in row))
@@ -87,6 +88,7 @@ def test_terminal_shows_which_batch_and_layer_the_fit_is_at(bar: str, screens: l
     assert not any("Fitting" in row for row in screens[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bar", BARS)
 def test_lines_at_start_and_end_stand_alone_and_agree_with_the_report(bar: str, screens: list[list[str]]) -> None:
     rows = of_run(bar, screens[-1])
@@ -100,10 +102,11 @@ def test_lines_at_start_and_end_stand_alone_and_agree_with_the_report(bar: str, 
     )
     assert paragraph(rows, "LinearProbeCallback: fitting") == (
         f"LinearProbeCallback: fitting probes took {cost[1]} s, {cost[2]} % of this run; every_n_epochs=2 about halves "
-        "that, fit_samples below 600 lowers it, and precision"
+        "that, fit_samples below 600 lowers it, at the cost of precision"
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bar", BARS)
 def test_terminal_is_left_with_the_bars_of_lightning_alone(bar: str, screens: list[list[str]]) -> None:
     # That of validation stays where Lightning writes in the middle of it that training has stopped.
@@ -414,7 +417,7 @@ def test_end_says_what_the_probes_took_and_what_lowers_it(
     trainer.fit(Classifier(mlp(depth=1)), loader(), loader(32))
     seconds, share = probes.report.cost["seconds"], 100 * probes.report.cost["share"]
     shown = f"{share:.0f}" if share >= 10 else f"{share:.1f}"
-    end = f"fitting probes took {seconds:.1f} s, {shown} % of this run; {advice}, and precision"
+    end = f"fitting probes took {seconds:.1f} s, {shown} % of this run; {advice}, at the cost of precision"
     assert said[1:] == [f"LinearProbeCallback: {end}"]
     assert 0 < share < 100
 

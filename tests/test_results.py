@@ -95,7 +95,9 @@ class Ends(Callback):
 def test_what_was_published_before_a_run_was_cut_off_is_kept(error: BaseException, tmp_path: Path) -> None:
     with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
         fit(tmp_path, CSVLogger(tmp_path, name="", version=""), LinearProbeCallback(), Ends(error))
-    assert {row["epoch"] for row in ProbeReport.load(tmp_path / "probe_report.json").rows} == {0, 1}
+    report = ProbeReport.load(tmp_path / "probe_report.json")
+    assert {row["epoch"] for row in report.rows} == {0, 1}
+    assert f"training was stopped by {type(error).__name__} at epoch 1, step 4" in report.notes
 
 
 def test_a_report_that_cannot_be_saved_ends_nothing_and_is_told_of(tmp_path: Path) -> None:
@@ -138,9 +140,20 @@ def fitted(folder: Path, *callbacks: LinearProbeCallback) -> LinearProbeCallback
 def test_report_is_read_from_a_checkpoint(tmp_path: Path) -> None:
     report = fitted(tmp_path).report
     assert ProbeReport.from_checkpoint(tmp_path / "epoch=1.ckpt") == report
+    with pytest.raises(
+        ValueError, match=r"is no saved ProbeReport: .*; that of a checkpoint: ProbeReport\.from_checkpoint$"
+    ):
+        ProbeReport.load(tmp_path / "epoch=1.ckpt")
     first = ProbeReport.from_checkpoint(str(tmp_path / "epoch=0.ckpt"))
     assert {row["epoch"] for row in first.rows} == {0, 1}
     assert str(first).startswith("probe error in %, val, after epoch\n")
+
+
+def test_resuming_a_run_that_is_over_keeps_its_report(tmp_path: Path) -> None:
+    report, again = fitted(tmp_path).report, LinearProbeCallback()
+    trainer = Trainer(**QUIET, max_epochs=2, callbacks=[again])
+    trainer.fit(Classifier(mlp()), loader(64), loader(32, seed=1), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert again.report == report
 
 
 def test_of_several_reports_in_a_checkpoint_one_is_named(tmp_path: Path) -> None:

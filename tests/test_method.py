@@ -36,14 +36,14 @@ def words_of(report: ProbeReport) -> dict[str, str]:
     return {where: " ".join(text.split()) for where, text in seen.items()}
 
 
-def fit(model: Any, train: Any, *rest: Any, **arguments: Any) -> ProbeReport:
+def fit(model: Any, train: Any, *rest: Any, epochs: int = 3, **arguments: Any) -> ProbeReport:
     probes = LinearProbeCallback(**arguments)
-    Trainer(**QUIET, max_epochs=3, callbacks=[probes]).fit(model, train, *rest)
+    Trainer(**QUIET, max_epochs=epochs, callbacks=[probes]).fit(model, train, *rest)
     return probes.report
 
 
 def noisy(samples: int) -> DataLoader[Any]:
-    """Images of two kinds, with 30 % of the labels drawn anew."""
+    """Images of ten brightnesses, with 30 % of the labels drawn anew."""
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(10, (samples,), generator=generator)
     x = torch.randn(samples, 1, 8, 8, generator=generator) + 0.5 * y.view(-1, 1, 1, 1)
@@ -54,9 +54,15 @@ def noisy(samples: int) -> DataLoader[Any]:
 
 @pytest.mark.parametrize("is_replayed", [True, False], ids=["fitted", "trained along"])
 def test_without_validation_no_number_is_bare(is_replayed: bool) -> None:
+    class Memorises(Classifier if is_replayed else Between):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), 3e-3)
+
     seed_everything(0, verbose=False)
-    report = fit((Classifier if is_replayed else Between)(mlp(width=128), learning_rate=0.1), noisy(320))
+    report = fit(Memorises(mlp(width=256)), noisy(320), epochs=40, every_n_epochs=20)
     assert {row["stage"] for row in report.rows} == {"train"}
+    # No classifier errs on less than 27 % of other samples with such labels.
+    assert min(row["value"] for row in list(report.curves().values())[-1].values()) < 0.2
     words = words_of(report)
     for where in ("table", "page", "figure", "line", "notes"):
         assert TRAINED_ON in words[where], where

@@ -18,9 +18,13 @@ SCRIPT = Path(__file__).parent.parent / "examples" / "tutorial.py"
 
 
 def kinds(notebook: Any) -> list[list[Any]]:
-    """Of the outputs of each cell with code: what they are, not what they say."""
+    """Of the outputs of each cell with code: what they are, not what they say; without what libraries warn of."""
     return [
-        [(output.output_type, output.get("name"), *sorted(output.get("data", ()))) for output in cell.outputs]
+        [
+            (output.output_type, output.get("name"), *sorted(output.get("data", ())))
+            for output in cell.outputs
+            if output.get("name") != "stderr"
+        ]
         for cell in notebook.cells
         if cell.cell_type == "code"
     ]

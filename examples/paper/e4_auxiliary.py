@@ -109,7 +109,12 @@ def claims(args: argparse.Namespace, found: dict[str, list[Outcome]]) -> list[co
 
     def own(outcomes: list[Outcome]) -> str:
         losses = ", ".join(f"{one.loss:.2f}" for one in outcomes)
-        return f"{common.percent([one.own for one in outcomes])}, cross-entropy {losses}"
+        number = sum(trains(one) for one in outcomes)
+        how_many = f"{number} of {len(outcomes)} seeds train" if len(outcomes) > 1 else ""
+        return ", ".join(filter(None, [common.percent([one.own for one in outcomes]), f"cross-entropy {losses}", how_many]))
+
+    def trains(outcome: Outcome) -> bool:
+        return outcome.own < majority / 2
 
     fronts = [front(args, one.report) for one in auxiliary]
     moved = [[layer for layer, _ in groupby(one)] for one in fronts]
@@ -126,7 +131,7 @@ def claims(args: argparse.Namespace, found: dict[str, list[Outcome]]) -> list[co
             "With an auxiliary loss every 16 layers they are.",
             "it trains",
             own(auxiliary),
-            max(one.own for one in auxiliary) < majority / 2,
+            all(map(trains, auxiliary)),
         ),
         common.Claim(
             "The probes show the front of learning move through depth: the deepest layer whose probe, and all before "

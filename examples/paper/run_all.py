@@ -59,7 +59,7 @@ EXPERIMENTS = (
         options=("--seeds", "3"),
     ),
     Experiment("e5", "e5_resnet.py", "ResNet-50, after each of its 16 additions", options=("--seeds", "2")),
-    Experiment("e4", "e4_auxiliary.py", "128 layers with auxiliary losses", options=("--seeds", "2")),
+    Experiment("e4", "e4_auxiliary.py", "128 layers with auxiliary losses", options=("--seeds", "5")),
     Experiment("e2", "e2_convnet.py", "a convolutional network before and after training", options=("--seeds", "3")),
     Experiment("e3", "e3_bridge.py", "128 layers and a bridge over the first half"),
     Experiment("e7", "e7_stages.py", "a very deep network trained stage by stage"),

@@ -111,13 +111,18 @@ def claims(args: argparse.Namespace, found: dict[str, list[Outcome]]) -> list[co
         losses = ", ".join(f"{one.loss:.2f}" for one in outcomes)
         number = sum(trains(one) for one in outcomes)
         how_many = f"{number} of {len(outcomes)} seeds train" if len(outcomes) > 1 else ""
-        return ", ".join(filter(None, [common.percent([one.own for one in outcomes]), f"cross-entropy {losses}", how_many]))
+        return ", ".join(
+            filter(None, [common.percent([one.own for one in outcomes]), f"cross-entropy {losses}", how_many])
+        )
 
     def trains(outcome: Outcome) -> bool:
         return outcome.own < majority / 2
 
     fronts = [front(args, one.report) for one in auxiliary]
     moved = [[layer for layer, _ in groupby(one)] for one in fronts]
+    moves = [len(one) > 2 and one == sorted(one) for one in moved]
+    diverged = ", ".join(str(seed) for seed, one in enumerate(auxiliary) if not math.isfinite(one.loss))
+    after_that = f"; the loss of seed {diverged} is not finite in the end" * bool(diverged)
     still = [front(args, one.report)[-1] for one in without]
     return [
         common.Claim(
@@ -132,6 +137,7 @@ def claims(args: argparse.Namespace, found: dict[str, list[Outcome]]) -> list[co
             "it trains",
             own(auxiliary),
             all(map(trains, auxiliary)),
+            why=f"it hangs on the seed{after_that}",
         ),
         common.Claim(
             "The probes show the front of learning move through depth: the deepest layer whose probe, and all before "
@@ -139,7 +145,8 @@ def claims(args: argparse.Namespace, found: dict[str, list[Outcome]]) -> list[co
             "seen in its figure",
             f"layers {' and '.join(' '.join(map(str, one)) for one in moved)}, the first of them before training; "
             f"without auxiliary losses in the end {' and '.join(map(str, still))}",
-            all(len(one) > 2 and one == sorted(one) for one in moved) and max(still) < min(one[-1] for one in fronts),
+            all(moves) and max(still) < min(one[-1] for one in fronts),
+            why=f"so with {sum(moves)} of {len(moves)} seeds{after_that}",
         ),
     ]
 

@@ -133,9 +133,7 @@ class ProbingSession:
 
     def end(self, report: ProbeReport) -> None:
         """Let go of everything but the probes, and say in ``report`` what is missing."""
-        has_held_out = any(row["stage"] != "train" for row in report.rows)
-        bare = NO_VALIDATION if report.rows and not has_held_out else ""
-        self._note(report, self.optimum.end(), *self.points.notes, bare)
+        self._note(report, self.optimum.end(), *self.points.notes)
         self.points.clear()
         self.along.release()
 

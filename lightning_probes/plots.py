@@ -76,8 +76,8 @@ def error_by_depth(
     """
     path, names = shorten(layers, _NAME_WIDTH)
     if ax is None:
-        width, height = min(max(6.4, 1.6 + 0.42 * len(layers)), 14), 4.2 + 0.05 * max(map(len, names.values()))
-        axes = new_picture(width, height, below).add_subplot()
+        longest = max(map(len, names.values()))
+        axes = new_picture(min(max(6.4, 1.6 + 0.42 * len(layers)), 14), 4.2 + 0.05 * longest, below).add_subplot()
     elif hasattr(ax, "get_xaxis"):
         axes = ax
     else:
@@ -99,10 +99,7 @@ def error_by_depth(
     for i, (label, value) in enumerate((references or {}).items()):
         style = _REFERENCE_STYLES[i % len(_REFERENCE_STYLES)]
         axes.axhline(100 * value, color="0.45", linestyle=style, linewidth=1.2, label=label, zorder=2)
-    shown = range(0, len(layers), -(-len(layers) // 40))
-    ticks = [names[layers[i]] for i in shown]
-    axes.set_xticks(list(shown), ticks, rotation=45, ha="right", rotation_mode="anchor", fontsize=8, parse_math=False)
-    axes.set_xlabel("layer, in the order of the calls" + f"\n(named from {path} on)" * bool(path))
+    _name_layers(axes, [names[layer] for layer in layers], path)
     axes.set_ylabel("probe error (%)")
     _scale(axes, [v for values in [*curves.values(), [*(references or {}).values()]] for v in values if v >= 0])
     # In a title of 11 points an inch has about ten characters.
@@ -115,6 +112,14 @@ def error_by_depth(
     else:
         axes.legend(framealpha=0.8, edgecolor="none", fontsize=8)
     return axes
+
+
+def _name_layers(axes: Axes, names: Sequence[str], path: str) -> None:
+    """Put names on the horizontal axis, at most 40 of them, and say once what path was taken away from them."""
+    shown = range(0, len(names), -(-len(names) // 40))
+    ticks = [names[i] for i in shown]
+    axes.set_xticks(list(shown), ticks, rotation=45, ha="right", rotation_mode="anchor", fontsize=8, parse_math=False)
+    axes.set_xlabel("layer, in the order of the calls" + f"\n(named from {path} on)" * bool(path))
 
 
 def _scale(axes: Axes, drawn: list[float]) -> None:

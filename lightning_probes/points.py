@@ -146,8 +146,9 @@ class Points:
             if seen is not None:
                 same = [n == m for n, m in zip(seen["total"], sums["total"], strict=True)]
                 sums["online"] = [w if ok else None for w, ok in zip(seen["wrong"], same, strict=True)]
-            time = {"epoch": epoch, "step": step, "logged_step": logged_step}
-            rows += report.add(about, sums, stage=stage, dataloader=dataloader, **time)  # type: ignore[arg-type]
+            rows += report.add(
+                about, sums, stage=stage, dataloader=dataloader, epoch=epoch, step=step, logged_step=logged_step
+            )
         return rows
 
     def _sum(self, scores: ProbeScores, layers: Collection[str], now: tuple[int, int]) -> dict[str, list[Any]]:

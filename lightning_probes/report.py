@@ -139,10 +139,8 @@ class ProbeReport:
             ValueError: there is no such stage or metric; the message names those that there are.
         """
         one_of("metric", metric, METRICS)
-        stage = self._stage() if stage is None else one_of("stage", stage, _STAGES)
+        stage, dataloader = self._resolve(stage, dataloader)
         curves: dict[tuple[int, int], dict[str, Row]] = {}
-        if dataloader is None:
-            dataloader = self._dataloader(stage)
         rows = self.select(stage=stage, metric=metric, dataloader=dataloader)
         for row in sorted(rows, key=lambda row: (row["step"], row["epoch"], row["depth"])):
             curves.setdefault((row["epoch"], row["step"]), {})[row["layer"]] = row
@@ -238,14 +236,15 @@ class ProbeReport:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: there is no such checkpoint")
         states = read_checkpoint(Path(path), weights_only=weights_only)[1].get("callbacks", {})
-        ours = {str(key): state for key, state in states.items() if isinstance(state, Mapping) and "report" in state}
-        found = {key: state["report"] for key, state in ours.items() if "probes" in state}
+        found = {
+            str(key): state["report"]
+            for key, state in states.items()
+            if isinstance(state, Mapping) and {"probes", "report"} <= state.keys()
+        }
         named = [key for key in found if key.endswith(f"{{'name': {name!r}}}")]
         named = named or [key for key in found if name is None]
         if len(named) != 1:
-            what = (
-                "no report of probes" if not found else "no such report" if not named else "several reports: give name"
-            )
+            what = "several reports: give name" if named else "no such report" if found else "no report of probes"
             there = f"; it holds {', '.join(found)}" if found else ""
             raise CheckpointError(f"{path} holds {what}{there}")
         return cls.from_dict(found[named[0]])
@@ -304,7 +303,7 @@ class ProbeReport:
             ValueError: there is nothing to draw yet.
             ModuleNotFoundError: matplotlib is not installed.
         """
-        stage = self._stage() if stage is None else one_of("stage", stage, _STAGES)
+        stage, dataloader = self._resolve(stage, dataloader)
         curves = self.curves(stage, "error", dataloader)
         if not curves:
             raise ValueError(f"the report has no {stage} errors to draw yet")
@@ -332,9 +331,8 @@ class ProbeReport:
         return axes if ax is not None else axes.figure  # type: ignore[return-value]
 
     def _table(self, stage: str | None, metric: str, dataloader: int | None) -> Table:
-        stage = self._stage() if stage is None else stage
+        stage, dataloader = self._resolve(stage, dataloader)
         curves = self.curves(stage, metric, dataloader)
-        dataloader = self._dataloader(stage) if dataloader is None else dataloader
         if not curves:
             keys = ("stage", "metric", "dataloader")
             found = sorted({tuple(row[key] for key in keys) for row in self.rows})
@@ -355,8 +353,12 @@ class ProbeReport:
         points = {point_name(point, by_step, curve): list(curve.values()) for point, curve in curves.items()}
         return method_of(points, stage)
 
-    def _dataloader(self, stage: str) -> int:
-        return min((row["dataloader"] for row in self.rows if row["stage"] == stage), default=0)
+    def _resolve(self, stage: str | None, dataloader: int | None) -> tuple[str, int]:
+        """Fill in what is not given: the first stage that there is, and its first loader."""
+        stage = self._stage() if stage is None else one_of("stage", stage, _STAGES)
+        if dataloader is None:
+            dataloader = min((row["dataloader"] for row in self.rows if row["stage"] == stage), default=0)
+        return stage, dataloader
 
     def _stage(self) -> str:
         found = {row["stage"] for row in self.rows}

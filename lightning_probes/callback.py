@@ -10,16 +10,16 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_probes.arguments import Calls, Layout, Reduction, flag, positive_float, whole
-from lightning_probes.kept import Room, enough_samples
-from lightning_probes.logs import Logs
-from lightning_probes.probing import ProbedNetwork
+from lightning_probes.distributed import Ranks, refuse, unrepeated
+from lightning_probes.loggers import Logs
+from lightning_probes.network.extractor import ProbedNetwork
+from lightning_probes.options import Calls, Layout, Reduction, flag, positive_float, whole
 from lightning_probes.progress import Progress
-from lightning_probes.ranks import Ranks, refuse, unrepeated
-from lightning_probes.report import ProbeReport
-from lightning_probes.saved import restore, state_of
-from lightning_probes.schedule import Schedule
-from lightning_probes.session import ProbingSession
+from lightning_probes.replay.reservoir import Room, enough_samples
+from lightning_probes.report.report import ProbeReport
+from lightning_probes.training.saved import restore, state_of
+from lightning_probes.training.schedule import Schedule
+from lightning_probes.training.session import ProbingSession
 
 
 class LinearProbeCallback(Callback):

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_probes.arguments import first_of
-from lightning_probes.layers import clean
+from lightning_probes.network.layers import clean
+from lightning_probes.options import first_of
 
 
 class CheckpointError(ValueError):

@@ -23,9 +23,9 @@ except ModuleNotFoundError as error:
 
 from lightning_probes.callback import LinearProbeCallback
 from lightning_probes.checkpoints import CheckpointError, find_checkpoints, read_checkpoint
-from lightning_probes.plots import new_picture
-from lightning_probes.posthoc import probe
-from lightning_probes.report import ProbeReport
+from lightning_probes.posthoc.probe import probe
+from lightning_probes.report.plots import new_picture
+from lightning_probes.report.report import ProbeReport
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""

@@ -25,9 +25,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-import lightning_probes.ranks
+import lightning_probes.distributed
 from lightning_probes import LinearProbeCallback
-from lightning_probes.bank import ProbeBank
+from lightning_probes.probes.online import ProbeBank
 
 RANK, NUMBER = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 TRAIN, HELD_OUT = 96, 41
@@ -245,7 +245,7 @@ def no_validation_batch() -> Found:
 
 
 def fewer_training_batches() -> Found:
-    lightning_probes.ranks.LONGEST_WAIT = timedelta(seconds=3)
+    lightning_probes.distributed.LONGEST_WAIT = timedelta(seconds=3)
     seed_everything(3, verbose=False)
     data = [DataLoader(Uneven(n, seed), batch_size=None) for n, seed in ((6 - 2 * RANK, 10), (3, 20))]
     return fit(Alone(mlp(inputs=16, width=12, depth=1)), LinearProbeCallback(), *data)
@@ -258,16 +258,16 @@ def other_widths() -> Found:
 
 def met_again() -> Found:
     """One process leaves the others in a first fit, for a fault of its own; in a second one all are there."""
-    longest, merge = lightning_probes.ranks.LONGEST_WAIT, ProbeBank.merge
+    longest, merge = lightning_probes.distributed.LONGEST_WAIT, ProbeBank.merge
 
     def raising(*args: Any) -> None:
         raise RuntimeError("injected")
 
-    lightning_probes.ranks.LONGEST_WAIT = timedelta(seconds=3)
+    lightning_probes.distributed.LONGEST_WAIT = timedelta(seconds=3)
     if RANK == 1:
         ProbeBank.merge = raising  # type: ignore[method-assign,assignment]
     first = fit(network(), probes := LinearProbeCallback())
-    lightning_probes.ranks.LONGEST_WAIT, ProbeBank.merge = longest, merge  # type: ignore[method-assign]
+    lightning_probes.distributed.LONGEST_WAIT, ProbeBank.merge = longest, merge  # type: ignore[method-assign]
     return {"first": {"notes": first["notes"], "rows": first["rows"]}, **fit(network(), probes)}
 
 

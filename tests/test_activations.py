@@ -17,8 +17,8 @@ from networks import BasicBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_probes.activations import ActivationRecorder, first_float_tensor, is_channels_first
-from lightning_probes.reduction import Reducer, reduce
+from lightning_probes.network.hooks import ActivationRecorder, first_float_tensor, is_channels_first
+from lightning_probes.network.pooling import Reducer, reduce
 
 
 def pooled(activation: Tensor, grid: tuple[int, ...]) -> Tensor:

@@ -18,9 +18,9 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_probes.bank import ProbeBank
-from lightning_probes.convergence import fit_probes, score
-from lightning_probes.scores import Labels, ProbeScores, count_classes, tally, wilson_interval
+from lightning_probes.probes.fit import fit_probes, score
+from lightning_probes.probes.online import ProbeBank
+from lightning_probes.probes.tasks import Labels, ProbeScores, count_classes, tally, wilson_interval
 
 LEARNING_RATE = 3e-3
 

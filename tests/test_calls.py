@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_probes import LinearProbeCallback, probe
-from lightning_probes.activations import ActivationRecorder
-from lightning_probes.arguments import Calls
-from lightning_probes.reduction import Reducer
+from lightning_probes.network.hooks import ActivationRecorder
+from lightning_probes.network.pooling import Reducer
+from lightning_probes.options import Calls
 
 CALLS = pytest.mark.parametrize("calls", ["last", "first", "mean"])
 

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_probes import LinearProbeCallback
-from lightning_probes.activations import ActivationRecorder
-from lightning_probes.compiled import Interception, compiled_parts
-from lightning_probes.reduction import Reducer
+from lightning_probes.network.hooks import ActivationRecorder
+from lightning_probes.network.pooling import Reducer
+from lightning_probes.network.torch_internals import Interception, compiled_parts
 
 pytestmark = pytest.mark.compile
 

@@ -21,7 +21,7 @@ from lightning.pytorch.cli import LightningCLI
 from omegaconf import OmegaConf
 
 from lightning_probes import LinearProbeCallback
-from lightning_probes.kept import Room
+from lightning_probes.replay.reservoir import Room
 
 CLI = Path(__file__).parent.parent / "examples" / "cli"
 CLASS = "lightning_probes.LinearProbeCallback"

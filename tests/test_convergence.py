@@ -15,10 +15,10 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-from lightning_probes.convergence import fit_probes, score
-from lightning_probes.regression import Solution, solve
-from lightning_probes.rows import Parts, statistics
-from lightning_probes.standardise import inverse_deviation, moved_statistics, standardise_
+from lightning_probes.probes.fit import fit_probes, score
+from lightning_probes.probes.rows import Parts, statistics
+from lightning_probes.probes.solver import Solution, solve
+from lightning_probes.probes.standardise import inverse_deviation, moved_statistics, standardise_
 
 TIGHTEST = 1e-7
 

@@ -17,7 +17,7 @@ from networks import Classifier, convnet, loader, mlp
 from torch import nn
 
 from lightning_probes import LinearProbeCallback
-from lightning_probes.bank import ProbeBank
+from lightning_probes.probes.online import ProbeBank
 
 TRAIN, HELD_OUT = 640, 400
 

@@ -17,8 +17,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from networks import loader
 from torch import Tensor
 
-from lightning_probes import LinearProbeCallback, fitting
-from lightning_probes.convergence import fit_probes
+from lightning_probes import LinearProbeCallback
+from lightning_probes.probes.fit import fit_probes
+from lightning_probes.training import fitting
 
 
 @pytest.mark.parametrize(

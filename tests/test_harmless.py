@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_probes import LinearProbeCallback
-from lightning_probes.method import NO_VALIDATION
+from lightning_probes.report.method import NO_VALIDATION
 
 NETWORKS: dict[str, Callable[[], LightningModule]] = {
     "mlp_with_dropout": lambda: Classifier(mlp(dropout=0.2)),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from states import differences, rng_states
 
-from lightning_probes.kept import KeptBatches, Room
+from lightning_probes.replay.reservoir import KeptBatches, Room
 
 
 def stretch(kept: KeptBatches[int], sizes: list[int], bytes_each: int = 1) -> list[int]:

@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_probes.layers import select_layers
+from lightning_probes.network.layers import select_layers
 
 
 class Embeddings(nn.Module):

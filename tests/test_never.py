@@ -12,15 +12,18 @@ import torch
 from faults import EPOCHS, ONE, SETTINGS, Arming, Fault, Memory, Run, probes_of, run, undisturbed, without
 from torch import Tensor
 
-from lightning_probes import ProbeReport, crossfit, fitting, labels, optimum, session
-from lightning_probes.activations import ActivationRecorder
-from lightning_probes.bank import ProbeBank
-from lightning_probes.kept import KeptBatches
-from lightning_probes.logs import Logs
-from lightning_probes.points import Points
-from lightning_probes.recording import CallRecorder
-from lightning_probes.replay import Replay
-from lightning_probes.scores import ProbeScores
+from lightning_probes import ProbeReport
+from lightning_probes.loggers import Logs
+from lightning_probes.network import labels
+from lightning_probes.network.hooks import ActivationRecorder
+from lightning_probes.probes.online import ProbeBank
+from lightning_probes.probes.tasks import ProbeScores
+from lightning_probes.replay.recorder import CallRecorder
+from lightning_probes.replay.replayer import Replay
+from lightning_probes.replay.reservoir import KeptBatches
+from lightning_probes.report.curves import Points
+from lightning_probes.training import crossfit, fitting, session
+from lightning_probes.training import refit as optimum
 
 
 def is_one(recorder: Any, layer: str, *args: Any, **kwargs: Any) -> bool:

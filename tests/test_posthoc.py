@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_probes import LinearProbeCallback, ProbeReport, probe
-from lightning_probes.activations import ActivationRecorder
+from lightning_probes.network.hooks import ActivationRecorder
 
 TRAIN, HELD_OUT = 640, 400
 

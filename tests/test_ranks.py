@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 
 from lightning_probes import ProbeReport
-from lightning_probes.ranks import refuse
+from lightning_probes.distributed import refuse
 
 pytestmark = pytest.mark.distributed
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from networks import QUIET, Classifier, loader, mlp
 
 from lightning_probes import LinearProbeCallback, probe
-from lightning_probes.reduction import OtherSizeError, Reducer, reduce
+from lightning_probes.network.pooling import OtherSizeError, Reducer, reduce
 
 KINDS = ["subset", "projection"]
 

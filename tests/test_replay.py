@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_probes.calls import Call, CannotRunAgainError, num_bytes
-from lightning_probes.frozen import frozen
-from lightning_probes.kept import Room
-from lightning_probes.recording import CallRecorder
-from lightning_probes.replay import Replay
+from lightning_probes.replay.calls import Call, CannotRunAgainError, num_bytes
+from lightning_probes.replay.frozen import frozen
+from lightning_probes.replay.recorder import CallRecorder
+from lightning_probes.replay.replayer import Replay
+from lightning_probes.replay.reservoir import Room
 
 Outputs = dict[str, list[Tensor]]
 

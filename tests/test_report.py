@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
-from lightning_probes.report import ProbeReport, Row
+from lightning_probes.report.report import ProbeReport, Row
 
 LAYERS = ["input", "backbone.layer1.0", "backbone.layer2.0", "head"]
 SAMPLES = 200.0

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_probes.regression import solve
-from lightning_probes.rows import Parts, Rows, statistics
-from lightning_probes.store import FeatureStore
+from lightning_probes.probes.dataset import FeatureStore
+from lightning_probes.probes.rows import Parts, Rows, statistics
+from lightning_probes.probes.solver import solve
 
 SCALES = st.sampled_from([1e-8, 1e-4, 1.0, 1e4, 1e8])
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lightning_probes.targets import Where, check_labels, distributions, find_num_classes, pick, repeat_views
+from lightning_probes.network.batches import Where, check_labels, distributions, find_num_classes, pick, repeat_views
 
 X, Y = torch.zeros(4, 3), torch.tensor([0, 1, 2, 1])
 

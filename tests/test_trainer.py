@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_probes import LinearProbeCallback
-from lightning_probes.method import NO_VALIDATION
+from lightning_probes.report.method import NO_VALIDATION
 
 Point = tuple[int, int]
 """Epochs completed, ``global_step``."""

@@ -36,9 +36,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from networks import Classifier, ViT, mlp
 
 from lightning_probes import LinearProbeCallback
-from lightning_probes.convergence import fit_probes, score
-from lightning_probes.reduction import reduce
-from lightning_probes.standardise import inverse_deviation
+from lightning_probes.network.pooling import reduce
+from lightning_probes.probes.fit import fit_probes, score
+from lightning_probes.probes.standardise import inverse_deviation
 
 Split = tuple[Tensor, Tensor]
 STRENGTHS = (1e-2, 1e-3, 1e-4)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from networks import Classifier, ResNet, ViT, images
 
 from lightning_probes import LinearProbeCallback
-from lightning_probes.kept import enough_samples
+from lightning_probes.replay.reservoir import enough_samples
 
 NETWORKS = {"resnet": ("18-layer residual network, 32x32x3", ResNet), "vit": ("ViT, 12 blocks of 192, 32x32x3", ViT)}
 TARGETS = {50_000: 0.10, 20_000: 0.25}

@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from networks import Classifier, ResNet, ViT, mlp
 
 from lightning_probes import LinearProbeCallback
-from lightning_probes.activations import ActivationRecorder
-from lightning_probes.reduction import Reducer
+from lightning_probes.network.hooks import ActivationRecorder
+from lightning_probes.network.pooling import Reducer
 
 NETWORKS: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...], str | None]] = {
     "mlp": ("MLP, 128 layers of 128, 128 probes", lambda: mlp(128, 128, 784), (1, 28, 28), "LeakyReLU"),

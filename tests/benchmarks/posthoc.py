@@ -33,9 +33,9 @@ from benchmarks.fidelity import convolutions, exact_error, features_of, load
 from networks import QUIET, Classifier, ResNet, convnet
 
 from lightning_probes import LinearProbeCallback, ProbeReport, probe
-from lightning_probes.convergence import Folds
-from lightning_probes.probing import ProbedNetwork
-from lightning_probes.standardise import standardise_
+from lightning_probes.network.extractor import ProbedNetwork
+from lightning_probes.probes.fit import Folds
+from lightning_probes.probes.standardise import standardise_
 
 STRENGTHS = (1e-2, 1e-3, 1e-4)
 

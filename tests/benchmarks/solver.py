@@ -17,8 +17,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_probes.regression import solve
-from lightning_probes.standardise import moved_statistics, standardise_
+from lightning_probes.probes.solver import solve
+from lightning_probes.probes.standardise import moved_statistics, standardise_
 
 SAMPLES, WIDTH, L2 = 8192, 512, 1e-3
 COLD, WARM, POINTS = 0.2, 0.1, 0.1

@@ -1,0 +1,292 @@
+"""``probe()``: the probes of networks that are trained already, or not at all, and of checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader
+
+from lightning_probes.checkpoints import CheckpointError
+from lightning_probes.network.extractor import ProbedNetwork
+from lightning_probes.options import Calls, Layout, Reduction, first_of, whole
+from lightning_probes.posthoc.passes import Pass
+from lightning_probes.posthoc.runner import Runner
+from lightning_probes.posthoc.series import AS_GIVEN, Network, copied, series
+from lightning_probes.probes.dataset import FeatureStore
+from lightning_probes.probes.fit import Folds, fit_probes
+from lightning_probes.probes.solver import Solution
+from lightning_probes.probes.tasks import count_classes, never_seen
+from lightning_probes.report.curves import Points
+from lightning_probes.report.report import ProbeReport, Row
+from lightning_probes.training.fitted import Fitted, fitted
+from lightning_probes.training.fitting import Seen
+
+
+def probe(
+    model: nn.Module,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    datamodule: LightningDataModule | None = None,
+    *,
+    ckpt_path: str | Path | Sequence[str | Path] | None = None,
+    untrained: bool = False,
+    layers: str | list[str] | None = None,
+    exclude: str | list[str] | None = None,
+    num_classes: int | None = None,
+    input: int | Callable[[Any], Any] | str | None = 0,
+    target: int | Callable[[Any], Any] | str = 1,
+    max_features: int = 1024,
+    reduction: Reduction = "pool",
+    layout: dict[str, Layout] | None = None,
+    calls: Calls = "last",
+    token_mask: int | Callable[[Any], Any] | str | None = "attention_mask",
+    max_bytes: int = 4 * 2**30,
+    weights_only: bool = True,
+    trainer: Trainer | None = None,
+) -> ProbeReport:
+    """What each layer of a network that is not being trained knows: its probe, fitted on all training data.
+
+    One pass over the training data in eval mode keeps the reduced features, the probes are brought to their optimum,
+    and one pass over the validation data scores them. The model is given batches by its own ``validation_step``; a
+    module without one is called on ``input``. Nothing in the model changes: weights, buffers, flags, its trainer; nor
+    do the random states.
+
+    Args:
+        model: a LightningModule, or any module.
+        train_dataloaders: one loader or a list; what the probes are fitted on. Not given: those of the datamodule or
+            the LightningModule.
+        val_dataloaders: likewise; what they are scored on.
+        datamodule: has both.
+        ckpt_path: checkpoints whose weights are probed in the place of the model's own: a path, a glob, or a list.
+            One that cannot be probed is told of in ``report.notes``; the others go on.
+        untrained: also a copy with its parameters initialised anew, as epoch 0, step 0.
+        layers: as for :class:`~lightning_probes.LinearProbeCallback`, like the arguments up to ``token_mask``.
+        exclude: layers to take away.
+        num_classes: number of classes.
+        input: where in the batch the network's input is.
+        target: where the labels are.
+        max_features: most features of a map.
+        reduction: ``pool``, ``subset`` or ``projection``.
+        layout: what three dimensions mean, by layer pattern.
+        calls: of several calls of a layer in one step, which counts: ``last``, ``first`` or the ``mean`` of all.
+        token_mask: where in the batch the mask of tokens is, for the mean over tokens.
+        max_bytes: of features in memory; more go to temporary files (in the folder that TMPDIR names).
+        weights_only: read nothing but tensors and plain types from checkpoints; without it one can run any code.
+        trainer: the Lightning Trainer that runs the model: device, precision, strategy. Its callbacks and loggers are
+            set aside meanwhile. Default: one device, the fastest there is.
+
+    Returns:
+        The report; ``epoch`` and ``step`` of a row are those of its checkpoint, of the model's own trainer for the
+        model as it is, and 0 where nobody knows (checkpoints that do not say are counted: steps 1, 2, ...); ``network``
+        says which it is. After Ctrl-C it holds what was done.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: there is nothing to fit or score on, fewer samples than classes, a layer that was named never runs,
+            or no checkpoint can be probed.
+        TypeError: the model can be called in no way, or an argument is none of what it may be: the message says which.
+        LookupError: the batches have no labels where ``target`` says.
+        OSError: no space for features.
+        Exception: whatever else the model raises. Once something is done this and all of the above become notes.
+        KeyboardInterrupt: before anything was done.
+    """
+    _check_kinds(model, {"train": train_dataloaders, "val": val_dataloaders}, datamodule, trainer)
+    reading: dict[str, Any] = {"input": input, "target": target, "calls": calls, "token_mask": token_mask}
+    reduced: dict[str, Any] = {"max_features": max_features, "reduction": reduction, "layout": layout}
+    network = ProbedNetwork(layers, exclude, num_classes=num_classes, **reading, **reduced)
+    model = getattr(model, "_orig_mod", model)  # compiled code has no hooks
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise ValueError("model: it has parameters without a shape; run a batch through it first")
+    networks = list(series(model, ckpt_path, untrained, weights_only))
+    # A checkpoint needs a model of its own to be loaded into.
+    own = model if all(one.name == AS_GIVEN for one in networks) else copied(model)
+
+    loaders = {"train": train_dataloaders, "val": val_dataloaders}
+
+    @cache
+    def stand_in(is_given: bool) -> Pass:
+        return Pass(model if is_given else own, network, input, loaders, datamodule)
+
+    return _Posthoc(network, Runner(trainer), whole("max_bytes", max_bytes)).probe_all(networks, stand_in)
+
+
+def _check_kinds(model: Any, loaders: dict[str, Any], datamodule: Any, trainer: Any) -> None:
+    """Refuse arguments that are of another's kind, and say where they belong."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a LightningModule or another torch module, found {_kind(model)}{_hint(model)}"
+        )
+    for stage, loader in loaders.items():
+        if isinstance(loader, (type, str, Path, nn.Module, Trainer, LightningDataModule)):
+            hint = _hint(loader) or "; the model comes first: probe(model, train_dataloaders, val_dataloaders)"
+            raise TypeError(f"{stage}_dataloaders: expected a loader or a list of them, found {_kind(loader)}{hint}")
+    if datamodule is not None and not isinstance(datamodule, LightningDataModule):
+        hint = _hint(datamodule) or "; loaders are given as train_dataloaders and val_dataloaders"
+        raise TypeError(f"datamodule: expected a LightningDataModule, found {_kind(datamodule)}{hint}")
+    if trainer is not None and not isinstance(trainer, Trainer):
+        raise TypeError(f"trainer: expected a Trainer of lightning.pytorch, found {_kind(trainer)}{_hint(trainer)}")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    # Others may be long, or say no more than where in memory they are.
+    return repr(value) if isinstance(value, (str, Path, int, float, type(None))) else f"a {type(value).__name__}"
+
+
+def _hint(value: Any) -> str:
+    if isinstance(value, type):
+        return f"; give an instance of it: {value.__name__}(...)"
+    for kind, belongs in (
+        (Trainer, "probe(model, ..., trainer=trainer)"),
+        (LightningDataModule, "probe(model, datamodule=datamodule)"),
+        (DataLoader, "probe(model, train_dataloader, val_dataloader)"),
+        ((str, Path), "probe(model, ..., ckpt_path=path)"),
+    ):
+        if isinstance(value, kind):
+            return f"; it belongs elsewhere: {belongs}"
+    return ""
+
+
+class _Posthoc:
+    """Fits and scores the probes of one network after the other."""
+
+    def __init__(self, network: ProbedNetwork, runner: Runner, max_bytes: int) -> None:
+        self.report = ProbeReport(cost={"seconds": 0.0, "share": 0.0, "kept_bytes": 0, "weights_bytes": 0})
+        self._network = network
+        self._runner = runner
+        self._max_bytes = max_bytes
+        self._begun = time.perf_counter()
+        self._done: dict[tuple[int, int], str] = {}
+
+    def probe_all(self, networks: Sequence[Network], stand_in: Callable[[bool], Pass]) -> ProbeReport:
+        """Probe one after the other; what goes wrong once something is done becomes a note.
+
+        Not where it may go wrong in one process only, and the others would wait for it.
+        """
+        for number, one in enumerate(networks):
+            if len(networks) > 1:
+                rank_zero_info(f"probe: {one.name} ({number + 1} of {len(networks)})")
+            try:
+                self._probe(stand_in(one.name == AS_GIVEN), one)
+            except KeyboardInterrupt:
+                if not self._done:
+                    raise
+                missing = ", ".join(other.name for other in networks[number:])
+                self._tell(f"interrupted; not probed: {missing}")
+                break
+            except CheckpointError as error:
+                self._tell(str(error))
+            except Exception as error:
+                if not self._done or self._runner.ranks.number > 1:
+                    raise
+                self._tell(f"{one.name} is not probed: {type(error).__name__}: {error}")
+        if not self._done:
+            raise CheckpointError("; ".join(self.report.notes))
+        return self.report
+
+    def _tell(self, reason: str) -> None:
+        self.report.notes.append(reason)
+        rank_zero_warn(f"probe: {reason}")
+
+    def _probe(self, model: Pass, one: Network) -> None:
+        """Enter the points of a network."""
+        if note := one.prepare(model.model):
+            self._tell(note)
+        if one.point in self._done:
+            raise CheckpointError(f"{one.name} is of the same epoch and step as {self._done[one.point]}: left out")
+        store = FeatureStore(self._max_bytes)
+        try:
+            found = self._fit(model, store)
+        finally:
+            store.close()
+        assert found is not None
+        assert found.sums is not None
+        assert found.classes is not None
+        points = Points(self._runner.ranks)
+        points.add("published", "train", 0, found.sums, found.classes)
+        labelled = torch.zeros((), dtype=torch.long)
+
+        def score(dataloader: int, before: int, seen: Seen) -> None:
+            classes = count_classes(seen[1])
+            labelled.add_(int(classes.sum()))
+            points.add("published", "val", dataloader, found.bank.score(*seen), classes)
+
+        self._runner.run(model, "val", score)
+        if not self._runner.ranks.total(labelled):
+            raise ValueError("val_dataloaders: no batch with labels came out of it; there is nothing to score on")
+        points.agree(len(self._network.layers), self._network.num_classes)
+        points.publish("published", self.report, self._about(found, one), point=one.point)
+        scored = self.report.select(stage="val", metric="error", network=one.name)
+        if lost := [row["layer"] for row in scored if math.isnan(row["value"])]:
+            self._tell(f"no values of {first_of(lost)} in {one.name}: NaN or Inf in what they put out")
+        share = self.report.cost["seconds"] / (time.perf_counter() - self._begun)
+        self.report.cost |= {"share": share}
+        self._note(store, found.classes.tolist())
+        self._done[one.point] = one.name
+
+    def _fit(self, model: Pass, store: FeatureStore) -> Fitted | None:
+        def keep(dataloader: int, before: int, seen: Seen) -> None:
+            ranks = self._runner.ranks
+            store.add(*seen, (before + torch.arange(len(seen[1]))) * ranks.number + ranks.rank)
+
+        self._runner.run(model, "train", keep)
+        ranks, begun = self._runner.ranks, time.perf_counter()
+        self._network.agree(ranks.gather)
+        seen = [store.samples, store.labelled, *(layer in store.layers for layer in self._network.layers)]
+        samples, labelled, *ran = ranks.total(torch.tensor(seen)).tolist()
+        self._check(labelled, [x for x, n in zip(self._network.layers, ran, strict=True) if n < ranks.number])
+        folds = Folds().next(samples)
+        solutions: dict[str, Solution] = {}
+        layers, progress = self._network.layers, self._runner.progress
+        with progress.during("Fitting probes"):
+            for layer in progress.track("layer", layers, len(layers)):
+                parts, y, positions = store.read(layer, self._runner.device)
+                x = parts if 4 * store.values(layer) > self._max_bytes / 4 else torch.cat(list(parts))
+                solutions |= fit_probes({layer: x}, y, folds=folds[positions % samples], total=ranks.total)
+        self.report.cost["seconds"] += time.perf_counter() - begun
+        self.report.cost["kept_bytes"] = max(self.report.cost["kept_bytes"], store.memory_bytes + store.file_bytes)
+        self.report.notes = list(dict.fromkeys([*self.report.notes, *self._network.notes, *self._network.labels.notes]))
+        return fitted(self._network, ranks, solutions, "train", store.classes.to(self._runner.device))
+
+    def _check(self, samples: int, silent: list[str]) -> None:
+        if not samples:
+            raise ValueError("train_dataloaders: no batch with labels came out of it; there is nothing to fit on")
+        if samples < self._network.num_classes:
+            raise ValueError(
+                f"train_dataloaders: {samples} samples are too few to tell {self._network.num_classes} classes apart"
+            )
+        if silent:
+            raise ValueError(
+                f"layers: {', '.join(map(repr, silent))} never ran on the training data, or had no features"
+            )
+
+    def _about(self, found: Fitted, one: Network) -> dict[str, Row]:
+        recorder = self._network.recorder
+        first = 0 if self._network.has_input else 1
+        return {
+            layer: {
+                "depth": first + i,
+                "features": found.bank.widths[layer],
+                "features_total": recorder.totals.get(layer, 0),
+                "network": one.name,
+                **found.about[layer],
+            }
+            for i, layer in enumerate(self._network.layers)
+        }
+
+    def _note(self, store: FeatureStore, classes: list[float]) -> None:
+        where = f"{store.memory_bytes / 2**20:,.0f} MiB of features in memory"
+        where += f", {store.file_bytes / 2**20:,.0f} MiB in temporary files" * (store.file_bytes > 0)
+        notes = [*self.report.notes, *self._network.labels.notes, never_seen(classes), where]
+        self.report.notes = list(dict.fromkeys(filter(None, notes)))

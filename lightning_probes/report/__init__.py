@@ -1,0 +1,1 @@
+"""Turns scores into rows, tables and figures."""

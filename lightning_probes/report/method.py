@@ -1,0 +1,97 @@
+"""Says beside the numbers of a curve how they came about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_probes.options import first_of
+
+CROSS_FITTED = "val, cross-fitted"
+"""What a row's ``fitted_on`` has as ``data`` where probes were fitted on parts of validation, and scored on others."""
+
+ONLINE = "online"
+"""The same for probes that were only trained along with the network."""
+
+NO_VALIDATION = (
+    "without a validation loop errors are those on samples that the network was trained on; what other samples would "
+    "show takes a validation loader: trainer.fit(model, train_loader, val_loader)"
+)
+"""What is noted of such a run."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What has to be known of some numbers.
+
+    Attributes:
+        warning: what keeps them from being errors on new samples, as a heading; empty where nothing does.
+        sentences: how probes were fitted, on what they were scored, whether they are at their optimum.
+    """
+
+    warning: str
+    sentences: list[str]
+
+
+def method_of(points: Mapping[str, Sequence[Mapping[str, Any]]], stage: str) -> Method:
+    """Say how the points of a curve came about: the last one, and those that came about in another way.
+
+    Args:
+        points: rows, one a layer, as in :class:`~lightning_probes.ProbeReport`, by the point's name; in order of time.
+        stage: ``train``, ``val`` or ``test``.
+    """
+    last = list(points.values())[-1]
+    (main, fitted), *others = _by_kind(last).items()
+    warnings = {_warning(main, last[0], stage): ""}
+    sentences = [_sentence(main, fitted, stage)]
+    for data, same in others:
+        sentences.append(f"But {first_of([row['layer'] for row in same])}: {_sentence(data, same, stage)}")
+    if late := [row["layer"] for row in last if row.get("converged") is False]:
+        sentences.append(f"Not at the optimum (converged: False): {first_of(late)}.")
+    earlier: dict[str, list[str]] = {}
+    for name, rows in points.items():
+        if (data := next(iter(_by_kind(rows)))) != main:
+            earlier.setdefault(data, []).append(name)
+    for data, names in earlier.items():
+        rows = points[names[-1]]
+        sentences.append(f"But at {first_of(names)}: {_sentence(data, _by_kind(rows)[data], stage)}")
+        warnings.setdefault(_warning(data, rows[0], stage), f"at {first_of(names)}: ")
+    return Method("; ".join(f"{where}{warning}" for warning, where in warnings.items() if warning), sentences)
+
+
+def _by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Sort rows by what their probes were fitted on; the kind of most layers first."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault((row.get("fitted_on") or {}).get("data", ""), []).append(row)
+    return dict(sorted(kinds.items(), key=lambda kind: -len(kind[1])))
+
+
+def _warning(data: str, row: Mapping[str, Any], stage: str) -> str:
+    if data == ONLINE:
+        bound = "trained along, an upper bound that lags"
+        return f"{bound}; on samples that the network was trained on" if stage == "train" else bound
+    if stage != "train":
+        return ""
+    if data == CROSS_FITTED:
+        return "on the samples of validation that the probes were fitted on"
+    if "network" in row or not data:
+        return "on samples that the probes were fitted on"
+    return "on samples that the network was trained on, and the probes fitted on"
+
+
+def _sentence(data: str, rows: Sequence[Mapping[str, Any]], stage: str) -> str:
+    scored = max(row["samples"] for row in rows)
+    fitted = max((row.get("fitted_on") or {}).get("samples", 0) for row in rows)
+    if data == ONLINE:
+        return f"Probes trained along with the network, not to their optimum; scored on {scored:,.0f} samples."
+    if data == CROSS_FITTED and stage == "val":
+        folds = "in five folds, each scored by probes of the others"
+        return f"Probes cross-fitted on {scored:,.0f} samples of validation {folds}."
+    if not data:
+        return f"Scored on {scored:,.0f} samples."
+    of = "validation" if data == CROSS_FITTED else "training"
+    is_same = stage == "train" and fitted == scored
+    where = "the same" if is_same else f"{scored:,.0f} others" if stage != "train" else f"{scored:,.0f}"
+    return f"Probes fitted to their optimum on {fitted:,.0f} samples of {of}, scored on {where}."

@@ -1,0 +1,225 @@
+"""Curves -> the table that a reader sees, as text of at most 80 columns or as HTML."""
+
+from __future__ import annotations
+
+import html
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_probes.options import first_of
+from lightning_probes.report.method import Method
+from lightning_probes.report.names import shorten
+
+Point = tuple[int, int]
+"""``(epoch, step)``."""
+
+WIDTH = 80
+"""Characters of a line of text."""
+
+_NAME_WIDTH = 30
+_NO_VALUE = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a reader sees of some curves, as :meth:`text` or :meth:`html`.
+
+    Attributes:
+        title: what the numbers are.
+        warning: what keeps them from being errors on new samples; empty where nothing does.
+        header: of each column.
+        widths: of each column in text, in characters.
+        rows: cells, a layer's short name first.
+        layers: whole names of the layers in the first rows.
+        shortened: how the short names were made; empty where they are whole.
+        sentences: how the numbers came about.
+        notes: what a reader should know of the run.
+    """
+
+    title: str
+    warning: str
+    header: list[str]
+    widths: list[int]
+    rows: list[list[str]]
+    layers: list[str]
+    shortened: str
+    sentences: list[str]
+    notes: list[str]
+
+    def text(self) -> str:
+        """Return lines of at most 80 characters."""
+        lines = [
+            "".join([f"{name:<{left}}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))])
+            for (left, *widths), (name, *cells) in ((self.widths, row) for row in [self.header, *self.rows])
+        ]
+        above = wrap(f"! {self.warning}", WIDTH) if self.warning else []
+        below = [line for text in filter(None, [self.shortened, *self.sentences]) for line in wrap(text, WIDTH)]
+        return "\n".join([self.title, *above, *map(str.rstrip, lines), *below, *notes_as_text(self.notes)])
+
+    def html(self) -> str:
+        """Return an element of a page, with the layers' whole names."""
+        names = [*self.layers, *(name for name, *_ in self.rows[len(self.layers) :])]
+        rows = [[name, *cells] for name, (_, *cells) in zip(names, self.rows, strict=True)]
+        warning = f"<br><strong>{html.escape(self.warning)}</strong>" if self.warning else ""
+        head, body = _html_row("th", self.header), "".join(_html_row("td", row) for row in rows)
+        return (
+            f'<table><caption style="text-align: left">{html.escape(self.title)}{warning}</caption>'
+            f"<thead>{head}</thead><tbody>{body}</tbody></table>"
+            f"<p>{html.escape(' '.join(self.sentences))}</p>{notes_as_html(self.notes)}"
+        )
+
+
+def error_table(
+    curves: Mapping[Point, Mapping[str, Mapping[str, Any]]],
+    *,
+    metric: str,
+    where: str,
+    method: Method,
+    baseline: float | None = None,
+    has_interval: bool = True,
+    notes: Sequence[str] = (),
+) -> Table:
+    """Build the table of some curves: layers down, time across; of many points the first, the last and some between.
+
+    Args:
+        curves: ``{(epoch, step): {layer: row}}``, rows as in :class:`~lightning_probes.ProbeReport`; at least one.
+        metric: of the rows; errors are shown in per cent, with the last interval and what differences mean nothing.
+        where: the stage, for the title.
+        method: how the last point came about.
+        baseline: error of the majority class.
+        has_interval: whether an interval of the errors means something.
+        notes: of the run.
+    """
+    last = {layer: row for curve in curves.values() for layer, row in curve.items()}
+    ordered = sorted(last.values(), key=lambda row: row["depth"])
+    layers = [row["layer"] for row in ordered]
+    has_interval = has_interval and metric == "error"
+    by_step = has_points_inside_epochs(curves)
+    times = {point: _time(point, by_step, curve) for point, curve in curves.items()}
+    path, names = shorten(layers, _NAME_WIDTH)
+    cells = [_cell(row, metric) for curve in curves.values() for row in curve.values()]
+    left = max(len("majority class"), *map(len, names.values()))
+    column = max(7, 1 + max(map(len, [*times.values(), *cells])))
+    shown = spread(list(curves), (WIDTH - left - 10 - 12 * has_interval) // column)
+    last_column = [12] * has_interval
+    rows = [
+        [names[layer], str(last[layer]["features"])]
+        + [_cell(curves[point].get(layer), metric) for point in shown]
+        + [_between(last[layer]) for _ in last_column]
+        for layer in layers
+    ]
+    if baseline is not None:
+        rows.append(["majority class", *[""] * len(shown), _percent(baseline), *("" for _ in last_column)])
+    sentences = list(method.sentences)
+    if has_interval:
+        sentences += _caveat(ordered)
+    if any(math.isnan(row["value"]) for row in ordered):
+        reason = "a note says why" if notes else "its values were not finite"
+        sentences.append(f"{_NO_VALUE} stands for a layer that was set aside; {reason}.")
+    unit = {"error": "error in %", "cross_entropy": "cross-entropy in nats"}.get(metric, metric)
+    when = f", after {'step' if by_step else 'epoch'}" * any(name.isdigit() for name in times.values())
+    return Table(
+        title=f"probe {unit}, {where}{when}",
+        warning=method.warning,
+        header=["layer", "features", *(times[point] for point in shown), *("95 % range" for _ in last_column)],
+        widths=[left, 10, *[column] * len(shown), *last_column],
+        rows=rows,
+        layers=layers,
+        shortened=_shortened(path, layers) if set(names.values()) != set(layers) else "",
+        sentences=sentences,
+        notes=list(notes),
+    )
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Break a text into lines of at most ``width`` characters; a number keeps its per cent sign."""
+    kept = textwrap.wrap(text.replace(" %", "\xa0%"), width, break_on_hyphens=False)
+    return [line.replace("\xa0", " ") for line in kept]
+
+
+def notes_as_text(notes: Sequence[str]) -> list[str]:
+    """Return notes as lines of at most 80 characters, each note with a dash of its own; none where there are none."""
+    lines = [f"{'  ' if i else '- '}{line}" for note in notes for i, line in enumerate(wrap(note, WIDTH - 2))]
+    return ["Notes:", *lines] if lines else []
+
+
+def notes_as_html(notes: Sequence[str]) -> str:
+    """Return notes as a list of a page; empty where there are none."""
+    items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    return f"<p>Notes:</p><ul>{items}</ul>" if items else ""
+
+
+def has_points_inside_epochs(curves: Mapping[Point, Any]) -> bool:
+    """Whether a point lies inside an epoch, so that only steps tell the points apart."""
+    return len({epoch for epoch, _ in curves}) < len(curves) or any(step and not epoch for epoch, step in curves)
+
+
+def point_name(point: Point, by_step: bool, curve: Mapping[str, Mapping[str, Any]]) -> str:
+    """``epoch 3``, ``step 400``, ``start`` for the network as `fit` found it, or what a network without a time is."""
+    name = _time(point, by_step, curve)
+    return f"{'step' if by_step else 'epoch'} {name}" if name.isdigit() else name
+
+
+def _time(point: Point, by_step: bool, curve: Mapping[str, Mapping[str, Any]]) -> str:
+    network = next(iter(curve.values())).get("network")
+    if network in ("untrained", "as given") and point in ((0, 0), (0, 1)):
+        return str(network)
+    return str(point[by_step]) if any(point) else "start"
+
+
+def spread(points: list[Point], room: int) -> list[Point]:
+    """At most ``room`` of ``points``, and at least two: the first, the last, evenly spaced ones between."""
+    room = max(room, 2)
+    if len(points) <= room:
+        return points
+    return [points[round(i * (len(points) - 1) / (room - 1))] for i in range(room)]
+
+
+def _caveat(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say how far apart two errors must be to mean something; nothing where no layer has one."""
+    known = sorted(row["value"] for row in rows if not math.isnan(row["value"]))
+    if not known:
+        return []
+    middle, samples = known[len(known) // 2], max(row["samples"] for row in rows)
+    rate = min(max(middle, 1 / samples), 1 - 1 / samples) if samples > 1 else 0.5  # none or all wrong is chance too
+    half = 100 * 1.96 * math.sqrt(2 * rate * (1 - rate) / samples)
+    return [
+        f"Between two errors near {_percent(middle)} %, do not make anything of less than {half:.1f} points (95 %, as "
+        "if each had samples of its own)."
+    ]
+
+
+def _shortened(path: str, layers: Sequence[str]) -> str:
+    """Say how names were shortened."""
+    others = [layer for layer in layers if not layer.startswith(f"{path}.")]
+    but = f" (but for {first_of(others)})" if others else ""
+    return f"Layers are named from {path} on{but}; .. is left out." if path else "In names .. is left out."
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _between(row: Mapping[str, Any]) -> str:
+    low, high = row["low"], row["high"]
+    return "" if low is None or math.isnan(low) else f"{_percent(low)}-{_percent(high)}"
+
+
+def _cell(row: Mapping[str, Any] | None, metric: str) -> str:
+    if row is None:
+        return ""
+    if math.isnan(row["value"]):
+        return _NO_VALUE
+    return _percent(row["value"]) if metric == "error" else f"{row['value']:.3f}"
+
+
+def _html_row(kind: str, cells: Sequence[str]) -> str:
+    sides = ["left", *["right"] * (len(cells) - 1)]
+    parts = (
+        f'<{kind} style="text-align: {side}; padding: 0.1em 0.6em; white-space: nowrap">{html.escape(cell)}</{kind}>'
+        for side, cell in zip(sides, cells, strict=True)
+    )
+    return f"<tr>{''.join(parts)}</tr>"

@@ -1,0 +1,1 @@
+"""Probes a network while it trains: from batches to points on curves."""

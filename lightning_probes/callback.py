@@ -1,73 +1,74 @@
-"""``LinearProbeCallback``: Lightning's events, and what happens at each."""
+"""Defines ``LinearProbeCallback``: Lightning's events, and what happens at each."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_probes.distributed import Ranks, refuse, unrepeated
+from lightning_probes.checkpoints import check_version
+from lightning_probes.distributed import Ranks, refuse
 from lightning_probes.loggers import Logs
-from lightning_probes.network.extractor import ProbedNetwork
-from lightning_probes.options import Calls, Layout, Reduction, flag, positive_float, whole
+from lightning_probes.network.batches import unrepeated
+from lightning_probes.network.extractor import LayerExtractor
+from lightning_probes.network.torch_internals import is_no_override
+from lightning_probes.options import Reading, checked, flag, positive_float, takes_reading, whole
 from lightning_probes.progress import Progress
-from lightning_probes.replay.reservoir import Room, enough_samples
+from lightning_probes.replay.reservoir import Room
 from lightning_probes.report.report import ProbeReport
-from lightning_probes.training.saved import restore, state_of
 from lightning_probes.training.schedule import Schedule
 from lightning_probes.training.session import ProbingSession
+from lightning_probes.training.state import VERSION, restore, state_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@takes_reading
 class LinearProbeCallback(Callback):
-    """A linear classifier on every layer of the network that is being trained; the network never notices.
+    """Fits a linear classifier on every layer of the network that is being trained; the network never notices.
 
-    Logged at each validation (or at the end of an epoch without one), ``{layer}`` being a ``named_modules()`` path or
-    ``input``, and ``/dataloader_idx_N`` appended where a stage has several loaders:
+    These names are logged at each validation, or at the end of an epoch without one. ``{layer}`` is a
+    ``named_modules()`` path or ``input``; ``/dataloader_idx_N`` is appended where a stage has several loaders:
 
-    - ``probe_error_{stage}/{layer}``, stage ``train``, ``val``, ``test``: the probe's classification error, a fraction
-      in [0, 1]; ``train`` on the samples that it was fitted on;
-    - ``probe_cross_entropy_{stage}/{layer}``: its cross-entropy in nats, if asked for in ``log_metrics``;
-    - ``probe_lag_{stage}/{layer}``: likewise, how much higher the error of the probe is that was only trained along.
+    - ``probe_error_{stage}/{layer}``, for the stages ``train``, ``val`` and ``test``: the classification error of the
+      probe, a fraction in [0, 1]; ``train`` is its error on the samples that it was fitted on;
+    - ``probe_cross_entropy_{stage}/{layer}``: its cross-entropy in nats, if ``log_metrics`` asks for it;
+    - ``probe_lag_{stage}/{layer}``: how much higher the error of the probe is that was only trained along with the
+      network, if ``log_metrics`` asks for it.
 
     Before that the probes are brought to their optimum on the frozen network: training batches are kept, and their
-    calls of the network's modules run again. Where that cannot be, probes are cross-fitted on validation, or those
-    trained along are published, and :attr:`report` and one warning say so. Step 0 is the network as ``fit`` found it.
+    calls of the network's modules are run again. Where that cannot be, probes are cross-fitted on validation, or those
+    trained along are published; :attr:`report` and one warning say so. Step 0 is the network as ``fit`` found it.
 
-    All is in :attr:`report` as well, and at the end of ``fit``, however it ends, in ``probe_report.json`` (with the
-    ``name`` before it) in the folder of the first logger that has one. A layer with NaN or Inf in its features is set
-    aside: its values are NaN from then on, and ``EarlyStopping`` on one of them ends the run unless
-    ``check_finite=False``.
+    :attr:`report` has all of it as well. At the end of ``fit``, however it ends, the report is saved as
+    ``probe_report.json`` (with the ``name`` before it) in the folder of the first logger that has one. A layer with NaN
+    or Inf in its features is set aside: its values are NaN from then on, and ``EarlyStopping`` on one of them ends the
+    run unless ``check_finite=False``.
 
     Args:
-        layers: which layers: globs over ``named_modules()`` paths (``*`` within a segment, ``**`` across), or class
+        layers: layers to probe: globs over ``named_modules()`` paths (``*`` within a segment, ``**`` across), or class
             names. Not given: blocks, stem and head of a network of blocks, else each element; at most 40.
         exclude: layers to take away, the same way, with everything below them.
-        num_classes: number of classes of the labels. Not given: the ``num_classes`` of the datamodule or module, its
-            ``config.num_labels``, or the width of one-hot or soft labels.
-        input: where in the batch the network's input is (index, function or key), probed as depth 0; null: not probed.
-        target: where in the batch the labels are: index, key or function.
-        max_features: a map (channels, ...) with more values is averaged over space to the largest grid with at most
-            this many; vectors keep their width.
-        reduction: or ``subset``: maps and vectors with more keep that many values, drawn once; or ``projection``: they
-            are dealt out, once, to that many sums with random signs.
-        name: tells several of these callbacks in one Trainer apart; put before the logged names.
-        layout: what three dimensions mean, by layer pattern, where the default is wrong: ``tokens``, (batch, tokens,
-            width), averaged over tokens, or ``channels``, (batch, channels, length), pooled.
-        calls: of several calls of a layer in one step, which counts: ``last``, ``first`` or the ``mean`` of all.
-        token_mask: where in the batch the mask of tokens is, which leaves those where it is 0 out of means; null: none.
-        learning_rate: of the Adam that trains probes along with the network.
-        fit_samples: training samples, at most, on which the probes are brought to their optimum. Not given: 14 000, or
-            200 a class where that is more; 0: none, the probes trained along are published.
-        fit_bytes: of them, at most: kept inputs and their features. The default: some 6 000 images of 3 x 224 x 224.
-        fit_on_device: keep them on the network's device, not on the host: faster, if there is room.
-        every_n_epochs: publish at the end of every so many epochs.
+        {reading}
+        name: name that tells several of these callbacks in one Trainer apart; it stands before the logged names.
+        learning_rate: step size of the Adam that trains probes along with the network.
+        fit_samples: greatest number of training samples on which probes are brought to their optimum. Not given:
+            14 000, or 200 a class where that is more; 0: none, the probes trained along are published.
+        fit_bytes: greatest number of bytes of those samples: kept inputs and their features. By default there is room
+            for some 6 000 images of 3 x 224 x 224.
+        fit_on_device: whether they are kept on the network's device and not on the host: faster, if there is room.
+        every_n_epochs: number of epochs from one publication to the next.
         strict: whether a resumed run must have the layers, classes and widths of the checkpoint's probes; if false,
             those that differ start afresh, with one warning.
-        log_metrics: which metrics go to the loggers, of ``error`` (always), ``cross_entropy`` and ``lag``.
+        log_metrics: metrics that go to the loggers, of ``error`` (always), ``cross_entropy`` and ``lag``.
+
+    Attributes:
+        report: what was found, while training and afterwards.
+        selection: the arguments on layers and batches as they were given; with the same, the command line probes
+            checkpoints.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
@@ -78,15 +79,7 @@ class LinearProbeCallback(Callback):
         layers: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
         *,
-        num_classes: int | None = None,
-        input: int | Callable[[Any], Any] | str | None = 0,
-        target: int | Callable[[Any], Any] | str = 1,
-        max_features: int = 1024,
-        reduction: Reduction = "pool",
         name: str | None = None,
-        layout: dict[str, Layout] | None = None,
-        calls: Calls = "last",
-        token_mask: int | Callable[[Any], Any] | str | None = "attention_mask",
         learning_rate: float = 3e-3,
         fit_samples: int | None = None,
         fit_bytes: int = 4 * 2**30,
@@ -94,20 +87,22 @@ class LinearProbeCallback(Callback):
         every_n_epochs: int = 1,
         strict: bool = True,
         log_metrics: list[str] | None = None,
+        **reading: Unpack[Reading],
     ) -> None:
-        # As it was given: with the same, the command line probes checkpoints.
-        self.selection: dict[str, Any] = {"layers": layers, "exclude": exclude, "num_classes": num_classes}
-        self.selection |= {"input": input, "target": target, "max_features": max_features}
-        self.selection |= {"reduction": reduction, "layout": layout, "calls": calls, "token_mask": token_mask}
-        self._network = ProbedNetwork(**self.selection)
+        self.selection: dict[str, Any] = {"layers": layers, "exclude": exclude, **reading}
+        self.report = ProbeReport()
+        self._network = LayerExtractor(layers, exclude, checked(reading, "LinearProbeCallback"))
         self._logs = Logs(name, log_metrics)
         self._state_key = self._generate_state_key(name=name)
         self._learning_rate = positive_float("learning_rate", learning_rate)
         self._fit_samples = None if fit_samples is None else whole("fit_samples", fit_samples, least=0)
         self._bounds = whole("fit_bytes", fit_bytes), flag("fit_on_device", fit_on_device)
         self._schedule = Schedule(every_n_epochs)
-        self._is_strict, self._is_prepared, self._is_fitting = flag("strict", strict), False, False
-        self._ranks, self._progress, self.report = Ranks(), Progress(), ProbeReport()
+        self._is_strict = flag("strict", strict)
+        self._is_prepared = False
+        self._is_fitting = False
+        self._ranks = Ranks()
+        self._progress = Progress()
         self._session = self._new_session()
         self._restored: dict[str, Any] | None = None
 
@@ -118,11 +113,13 @@ class LinearProbeCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         probes = [callback for callback in callbacks if isinstance(callback, LinearProbeCallback)]
-        # One that stands there twice has its own name beside it.
+        # A callback that is in the list twice has its own name beside it.
         others = [callback for i, callback in enumerate(probes) if callback is not self or self in probes[:i]]
         self._logs.tell_apart(callback._logs for callback in others)
-        if stage == "fit":  # before a checkpoint is restored: what has been since the last fit is not of this one
-            self._restored, self._session = None, self._new_session()
+        if stage == "fit":
+            # Checkpoints are restored after this: whatever is here now is left from an earlier fit.
+            self._restored = None
+            self._session = self._new_session()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._logs.begin()
@@ -131,10 +128,11 @@ class LinearProbeCallback(Callback):
         self._ranks.meet(trainer)
         self._progress.meet(trainer)
         self._session = self._new_session()
-        self.report, self._is_fitting = ProbeReport(), True
+        self.report = ProbeReport()
+        self._is_fitting = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Some strategies restore before on_fit_start, others after it; by now all have.
+        # Some strategies restore a checkpoint before on_fit_start, others after it; by now all have.
         if is_restored := self._restored is not None:
             self.report = ProbeReport.from_dict(self._restored["report"])
             self._restore_probes(trainer, pl_module)
@@ -150,18 +148,19 @@ class LinearProbeCallback(Callback):
             gone_before=gone_before,
             missed=missed,
         )
-        self._session.resize(self._samples())  # for the labels of a first validation may have told of the classes
+        # The labels of a first validation may have told how many classes there are.
+        self._session.refit.room.samples = self._samples()
         # An epoch that is resumed does not start again.
-        self._session.optimum.renew(trainer.current_epoch)
+        self._session.refit.renew(trainer.current_epoch)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._session.optimum.renew(trainer.current_epoch)
+        self._session.refit.renew(trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        is_unknown = not self._network.num_classes
+        is_unknown = not self._network.task.outputs
         self._session.open(batch)
-        if is_unknown:  # by now its labels have told
-            self._session.resize(self._samples())
+        if is_unknown:  # the labels of the batch have told by now
+            self._session.refit.room.samples = self._samples()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._network.check()
@@ -184,14 +183,13 @@ class LinearProbeCallback(Callback):
             return
         self._ranks.meet(trainer)
         self._progress.meet(trainer)
-        # Hook the network again, with the probes of the checkpoint if one was loaded.
         if self._restored is not None:
             self._network.attach(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
             self._restore_probes(trainer, pl_module)
             self._network.detach()
         self._session.leave_training()
         if self._session.is_ready:
-            self._network.attach(pl_module, trainer.datamodule, order=self._session.layers)  # type: ignore[attr-defined]
+            self._network.attach(pl_module, trainer.datamodule, order=self._session.facts.layers)  # type: ignore[attr-defined]
         else:
             rank_zero_warn(
                 "LinearProbeCallback: nothing to score: no probes were fitted, the checkpoint holds none; for a "
@@ -224,7 +222,8 @@ class LinearProbeCallback(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and self._is_due(trainer):
-            self._prepare(trainer, pl_module, is_validation=True)  # a process may have had no batch of it
+            # This process may have had no batch of the validation, at which others have prepared theirs.
+            self._prepare(trainer, pl_module, is_validation=True)
             self._publish(trainer, pl_module)
 
     on_test_start = on_validation_start
@@ -249,17 +248,20 @@ class LinearProbeCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         if not self._session.is_ready:
             return {}
-        return {"probes": state_of(self._session), "report": asdict(self.report)}
+        return state_of(self._session, self.report)
 
-    # Lightning takes it for no override then: else a Trainer refuses equal state keys before setup can name `name`.
-    state_dict.__wrapped__ = Callback.state_dict  # type: ignore[attr-defined]
+    # Otherwise a Trainer refuses equal state keys before setup can say that each callback needs a `name`.
+    state_dict = is_no_override(state_dict, Callback.state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            check_version(state_dict.get("version", VERSION), VERSION, "the state of LinearProbeCallback")
         self._restored = state_dict or None
 
     def _end(self, trainer: Trainer) -> None:
         self._network.detach()
-        if self._is_fitting and self._restored is not None:  # of a run that had nothing left to train
+        if self._is_fitting and self._restored is not None:
+            # The run that was resumed had nothing left to train.
             self.report = ProbeReport.from_dict(self._restored["report"])
         self._session.end(self.report)
         if self._is_fitting and (file := self._logs.keep(self.report, trainer)) is not None:
@@ -279,14 +281,15 @@ class LinearProbeCallback(Callback):
         return ProbingSession(self._network, self._learning_rate, room, self._ranks, self._progress)
 
     def _samples(self) -> int:
-        """Return how many samples each process keeps, its share."""
-        samples = enough_samples(self._network.num_classes) if self._fit_samples is None else self._fit_samples
+        """Return how many samples each process keeps."""
+        samples = self._network.task.enough_samples if self._fit_samples is None else self._fit_samples
         return math.ceil(samples / self._ranks.number)
 
     def _restore_probes(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._restored is not None
-        saved, self._restored = self._restored["probes"], None
-        self._network.num_classes = self._network.num_classes or saved["num_classes"]
+        saved = self._restored["probes"]
+        self._restored = None
+        self._network.learn_outputs(saved["num_classes"])
         self._session = self._new_session()
         restore(self._session, saved, pl_module.device, strict=self._is_strict, is_training=trainer.state.fn == "fit")
 
@@ -294,7 +297,7 @@ class LinearProbeCallback(Callback):
         return self._schedule.is_due(trainer) if trainer.state.fn == "fit" else self._session.is_ready
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Outside fit the probes are those of a checkpoint or of the last fit, and so are epoch and step.
+        # Outside of fit, epoch and step are those of the probes: of a checkpoint, or of the last fit.
         epoch, step = self._schedule.now(trainer) if trainer.state.fn == "fit" else self._session.now
         start, rows = self._session.publish(self.report, epoch, step, self._schedule.logged_step(trainer))
         self._logs.write(start, rows, trainer, pl_module, self._ranks)

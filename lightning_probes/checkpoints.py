@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which there are, when in training each was written, and its weights into a model."""
+"""Find checkpoints on disk, read when in training each was written, and load its weights into a model."""
 
 from __future__ import annotations
 
@@ -19,19 +19,38 @@ from lightning_probes.options import first_of
 
 
 class CheckpointError(ValueError):
-    """Why a checkpoint cannot be probed."""
+    """Report why a checkpoint cannot be probed."""
+
+
+def check_version(written: Any, known: int, what: str) -> None:
+    """Refuse what another version of this package wrote in a form that this one does not know.
+
+    Args:
+        written: number of the form that was written.
+        known: number of the form that this version reads.
+        what: what was written, with its place.
+
+    Raises:
+        ValueError: the numbers differ; the message has both.
+    """
+    if written != known:
+        raise ValueError(
+            f"{what} is of version {written}, and this lightning_probes reads version {known}: another release wrote "
+            "it; install that one"
+        )
 
 
 def find_checkpoints(ckpt_path: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files that are named, each once.
+    """Return the checkpoint files that are named, each once.
 
     Args:
-        ckpt_path: a path, a glob (``**`` across folders), or a list of them.
+        ckpt_path: a path, a glob (``**`` matches any number of folders), or a list of paths and globs.
 
     Raises:
-        FileNotFoundError: a path is none, or a glob finds nothing; the message names what is there.
+        FileNotFoundError: a path is no file, or a glob matches none. The message names checkpoints with similar names
+            below the nearest folder that exists.
     """
-    found: dict[Path, Path] = {}  # by what a link leads to: a last.ckpt may be one
+    found: dict[Path, Path] = {}  # Resolved paths are the keys, since last.ckpt may be a link to another checkpoint.
     for pattern in [ckpt_path] if isinstance(ckpt_path, (str, Path)) else ckpt_path:
         path = Path(pattern)
         paths = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(str(pattern), recursive=True))]
@@ -48,28 +67,34 @@ def find_checkpoints(ckpt_path: str | Path | Sequence[str | Path]) -> list[Path]
 
 
 def read_checkpoint(path: Path, *, weights_only: bool = True) -> tuple[tuple[int, int] | None, dict[str, Any]]:
-    """A checkpoint, whose tensors stay in the file until they are used.
+    """Read a checkpoint; its tensors stay in the file until they are used, unless its format is too old for that.
+
+    Args:
+        path: the file.
+        weights_only: whether to load nothing but tensors and plain types. With ``False`` a checkpoint can run any code.
 
     Returns:
-        ``(epochs completed, global_step)`` when it was written, or ``None`` if it does not say; its content.
+        ``(epochs completed, global_step)`` at the time of writing, or ``None`` if the checkpoint does not say; and the
+        content of the checkpoint.
 
     Raises:
-        CheckpointError: it is none, or cannot be loaded.
+        CheckpointError: the file is no checkpoint, cannot be read, or holds more than ``weights_only`` allows.
     """
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
-        except RuntimeError:  # an older format, which cannot be mapped
+        except RuntimeError:  # The format before PyTorch 1.6 is no zip file and cannot be mapped.
             content = torch.load(path, map_location="cpu", weights_only=weights_only)
     except pickle.UnpicklingError as error:
-        if not (weights_only and zipfile.is_zipfile(path)):  # a text that somebody named so: nothing to be trusted
+        # Nobody should be told to trust a file that is not even a zip file, for example a text under such a name.
+        if not (weights_only and zipfile.is_zipfile(path)):
             raise CheckpointError(f"{path} is no checkpoint") from error
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f" ({found[1]})" if found else ""
         raise CheckpointError(
             f"{path} holds more than tensors and plain types{what}: weights_only=False loads it, if you trust it"
         ) from error
-    except Exception as error:  # whatever a damaged file makes of it
+    except Exception as error:  # A damaged file can raise anything.
         first = (str(error).splitlines() or ["it is empty"])[0]
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {first}") from error
     if not isinstance(content, Mapping) or not _weights_in(content):
@@ -78,15 +103,21 @@ def read_checkpoint(path: Path, *, weights_only: bool = True) -> tuple[tuple[int
 
 
 def load_weights(model: nn.Module, path: Path, content: dict[str, Any]) -> None:
-    """Put the weights of a checkpoint into ``model``.
+    """Load the weights of a checkpoint into ``model``, after the model's own ``on_load_checkpoint``.
+
+    Args:
+        model: the network; its ``strict_loading`` decides whether keys may be missing or unexpected, as in Lightning.
+        path: the file, for messages.
+        content: what :func:`read_checkpoint` returned of the file.
 
     Raises:
-        CheckpointError: it is one of another architecture; the message names the first keys and shapes that differ.
+        CheckpointError: the checkpoint is of another architecture, and the message names the first keys and shapes that
+            differ; or ``on_load_checkpoint`` raised.
     """
     if callable(hook := getattr(model, "on_load_checkpoint", None)):
         try:
             hook(content)
-        except Exception as error:  # it may want more than there is
+        except Exception as error:  # The hook may need more than the checkpoint holds.
             what = f"on_load_checkpoint raised {type(error).__name__}: {error}"
             raise CheckpointError(f"{path} cannot be loaded: {what}") from error
     weights = {clean(name): tensor for name, tensor in _weights_in(content).items()}
@@ -110,7 +141,7 @@ def load_weights(model: nn.Module, path: Path, content: dict[str, Any]) -> None:
 
 
 def _weights_in(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a Lightning checkpoint, or of a plain state dict."""
+    """Return the weights of a Lightning checkpoint or of a plain state dict; empty if there are none."""
     weights = content.get("state_dict", content)
     if not isinstance(weights, Mapping):
         return {}
@@ -120,7 +151,10 @@ def _weights_in(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _when(content: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return ``(epochs completed, global_step)`` at the time of writing, or ``None`` if the checkpoint does not say."""
     epoch, step = content.get("epoch"), content.get("global_step")
+    # The key ``epoch`` means different things: Lightning raises it after an epoch's last validation, but before
+    # on_train_epoch_end, and checkpoints are written in both. The counters of its loops are unambiguous.
     loop = content.get("loops", {}).get("fit_loop", {}) if isinstance(content.get("loops"), Mapping) else {}
     begun = loop.get("epoch_progress", {}).get("current", {}).get("ready")
     if isinstance(begun, int):

@@ -1,4 +1,4 @@
-"""``ProbeCLI``: LightningCLI with one more subcommand, ``probe``, for the checkpoints that a configuration trained."""
+"""Add a subcommand ``probe`` to LightningCLI, for the checkpoints that a configuration trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 try:
-    # Without it Lightning's module can be imported, and complains only when a program begins.
+    # Without jsonargparse lightning.pytorch.cli can be imported, and raises only once a LightningCLI is made.
     from jsonargparse.typing import class_from_function
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 except ModuleNotFoundError as error:
@@ -28,11 +28,11 @@ from lightning_probes.report.plots import new_picture
 from lightning_probes.report.report import ProbeReport
 
 INTERRUPTED = 130
-"""The exit code after Ctrl-C, as shells have it."""
+"""Exit with this code after Ctrl-C, as shells do: 128 plus the number of SIGINT."""
 
 
 class ProbeTrainer(Trainer):
-    """A Trainer with one more thing to do with a model: to probe it, or the checkpoints of it."""
+    """Add to the Lightning Trainer a method that probes a model or its checkpoints."""
 
     def probe(
         self,
@@ -45,35 +45,37 @@ class ProbeTrainer(Trainer):
         weights_only: bool | None = None,
         output: str | None = None,
     ) -> ProbeReport:
-        """Say what each layer of a model, or of checkpoints of it, knows: an error for each layer.
+        """Measure the error of a linear probe on each layer of a model or of its checkpoints.
 
-        A :class:`~lightning_probes.LinearProbeCallback` among the Trainer's callbacks says what is probed, and how:
-        one configuration for the network while it trains and for its checkpoints. Callbacks and loggers get nothing.
+        A :class:`~lightning_probes.LinearProbeCallback` among the Trainer's callbacks decides which layers are probed,
+        and how, so one configuration serves the network in training and its checkpoints. No callback is called during
+        probing, and loggers get nothing.
 
         Args:
-            model: whose layers are probed.
-            datamodule: has the data; not given: the model.
-            ckpt_path: checkpoints to probe: a path, a glob in quotes ('runs/**/*.ckpt'), or a list of them. Not given:
-                the model as it is configured.
-            untrained: also the network with its parameters initialised anew, as step 0.
-            layers: which layers, in the place of those that the callback in the configuration has: globs over
-                named_modules() paths, or class names.
-            exclude: layers to take away, in the place of the callback's, the same way.
-            weights_only: false also loads checkpoints that hold more than tensors and plain types. Those can run any
-                code: only where you trust them.
-            output: JSON file for the report; the figure goes beside it, with the suffix .png.
+            model: the network whose layers are probed.
+            datamodule: the training and validation data. Without it the model's own dataloaders are used.
+            ckpt_path: checkpoints to probe: a path, a glob in quotes ('runs/**/*.ckpt'), or a list of them. Without it
+                the model is probed as it is configured.
+            untrained: whether to probe also the network with newly initialised parameters, as epoch 0, step 0.
+            layers: layers to probe instead of those of the callback in the configuration: globs over named_modules()
+                paths, or class names.
+            exclude: layers to leave out, instead of those that the callback leaves out: globs or class names.
+            weights_only: whether to load only checkpoints that hold nothing but tensors and plain types, the default.
+                false loads others too. Those can run any code, so use it only if you trust them.
+            output: JSON file for the report. The figure is saved beside it, with the suffix .png.
 
         Returns:
             The report of :func:`~lightning_probes.probe`.
 
         Raises:
-            ValueError: the report and its figure would be the same file, or as :func:`~lightning_probes.probe`.
+            ValueError: ``output`` ends in ``.png``, so that the figure would overwrite the report.
+            Exception: whatever :func:`~lightning_probes.probe` raises.
         """
         file = None if output is None else Path(output)
         if file is not None:
             if file.suffix == ".png":
                 raise ValueError(f"output: {output!r} is where the figure goes; name the report, like report.json")
-            # What cannot be is better known before the work than after it.
+            # A folder that cannot be made, or a figure that cannot be drawn, should be known before hours of work.
             file.parent.mkdir(parents=True, exist_ok=True)
             if self.is_global_zero:
                 _warn_unless_it_can_draw()
@@ -93,7 +95,7 @@ class ProbeTrainer(Trainer):
 
 
 class _Parser(LightningArgumentParser):
-    """Ends its errors with what is wrong with an argument of a LinearProbeCallback, below all that it is not either."""
+    """End messages about a LinearProbeCallback with its own error, which the parser buries among other alternatives."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         own = _of_callback(message)
@@ -101,28 +103,36 @@ class _Parser(LightningArgumentParser):
 
 
 class ProbeCLI(LightningCLI):
-    """LightningCLI with a subcommand ``probe``; the arguments, and all other subcommands, are LightningCLI's.
+    """Run LightningCLI with a further subcommand ``probe``; arguments and other subcommands are LightningCLI's.
 
     .. code-block:: sh
 
         python main.py probe --config config.yaml --ckpt_path 'runs/**/*.ckpt' --untrained --output report.json
 
-    It prints the table. After Ctrl-C it prints and saves what was done, and the exit code is 130. A ``trainer_class``
-    of your own gets the method :meth:`ProbeTrainer.probe` unless it has a ``probe``.
+    ``probe`` prints the table of the report. After Ctrl-C it prints and saves the networks probed so far and exits with
+    code 130. A ``trainer_class`` of your own gets the method :meth:`ProbeTrainer.probe` unless it has a ``probe``.
     """
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Those of LightningCLI and ``probe``, each with the arguments that are not for the command line."""
+        """Return LightningCLI's subcommands and ``probe``, each with the arguments to leave off the command line."""
         return {**LightningCLI.subcommands(), "probe": {"model", "datamodule"}}
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """Make sure that the Trainer can probe, then as LightningCLI."""
+        """Set up the parser as LightningCLI does, for a Trainer class that has a method ``probe``.
+
+        Args:
+            args: positional arguments of LightningCLI's method.
+            kwargs: keyword arguments of LightningCLI's method.
+
+        Raises:
+            TypeError: ``trainer_class`` is a function that makes a Trainer without a method ``probe``.
+        """
         self.trainer_class = _with_probe(self.trainer_class)
         super().setup_parser(*args, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make a parser whose errors end in words of the callback's."""
+        """Make a parser whose messages about an argument of a LinearProbeCallback end with the callback's own error."""
         kind = self.parser_class
         if not issubclass(kind, _Parser):
             is_plain = kind is LightningArgumentParser
@@ -130,10 +140,12 @@ class ProbeCLI(LightningCLI):
         return super().init_parser(**kwargs)
 
     def instantiate_classes(self) -> None:
-        """Make the objects of the configuration.
+        """Instantiate the classes of the configuration.
 
         Raises:
-            TypeError, ValueError: of a LinearProbeCallback, its own words and not the parser's around them.
+            TypeError, ValueError: an argument of a LinearProbeCallback is wrong. The error is the callback's own,
+                without the parser's errors around it.
+            Exception: whatever else LightningCLI raises.
         """
         try:
             super().instantiate_classes()
@@ -146,19 +158,19 @@ class ProbeCLI(LightningCLI):
             raise found.with_traceback(None) from None
 
     def after_fit(self) -> None:
-        """Print the table of each probe callback, as ``probe`` does."""
+        """Print the table of each LinearProbeCallback after ``fit``, in the first process."""
         if self.trainer.is_global_zero:
             for callback in _probes_of(self.trainer):
                 print(callback.report)
 
     def probe(self, **arguments: Any) -> None:
-        """Run the Trainer's ``probe`` and print the table.
+        """Run the Trainer's ``probe`` and print the table of its report.
 
         Args:
-            arguments: of :meth:`ProbeTrainer.probe`.
+            arguments: the arguments of :meth:`ProbeTrainer.probe`.
 
         Raises:
-            SystemExit: nothing could be probed, or it was interrupted.
+            SystemExit: no checkpoint could be probed (exit code 1), or Ctrl-C ended the probing (exit code 130).
         """
         trainer: Any = self.trainer
         try:
@@ -176,13 +188,14 @@ class ProbeCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         for action in parser._actions:
-            if subcommand == "probe" and action.dest == "untrained":  # true without a value, too
+            # Users expect a bare --untrained to mean true; jsonargparse would demand a value.
+            if subcommand == "probe" and action.dest == "untrained":
                 action.nargs, action.const = "?", True
         return parser
 
     def _parse_ckpt_path(self) -> None:
-        """The model has the hyperparameters that are in its checkpoint; of many, in the first that can be read."""
-        # LightningCLI knows of one path only.
+        """Give the model the hyperparameters stored in its checkpoint; of several, those of the first readable one."""
+        # LightningCLI accepts a single path only, so ``ckpt_path`` is that of one checkpoint while it parses.
         config = self.config.get("probe") if self.config.get("subcommand") == "probe" else None
         if config is None:
             super()._parse_ckpt_path()
@@ -199,8 +212,8 @@ class ProbeCLI(LightningCLI):
 
 
 def _of_callback(message: str) -> str:
-    """Return what a LinearProbeCallback says to what a parser refused for it; empty if nothing."""
-    import yaml  # type: ignore[import-untyped]  # the parser's own
+    """Return a LinearProbeCallback's own error for the argument that a parser's message refuses; empty if none."""
+    import yaml  # type: ignore[import-untyped]  # PyYAML comes with jsonargparse.
 
     block = re.search(r"class_path '[\w.]*LinearProbeCallback':\n((?:(?!\s*- Problem with).*\n?)*)", message)
     if block is None:
@@ -210,7 +223,7 @@ def _of_callback(message: str) -> str:
         near = get_close_matches(unknown[1], known, n=3, cutoff=0.4) or known
         return f"LinearProbeCallback has no argument {unknown[1]!r}; nearest: {', '.join(near)}"
     key = re.search(r'^( *)Parser key "(\w+)', block[1], flags=re.MULTILINE)
-    # Values inside of it, and others outside, stand in other columns.
+    # The indentation selects the value of this argument: nested values, and other arguments, have a different one.
     value = key and re.search(rf"^{key[1]}  (?:\S.* Got|Given) value: (.*)", block[1], flags=re.MULTILINE)
     if not key or not value:
         return ""
@@ -224,10 +237,12 @@ def _of_callback(message: str) -> str:
 
 
 def _is_of_callback(error: BaseException) -> bool:
+    """Return whether ``error`` was raised while a LinearProbeCallback was made."""
     return any(frame.f_code is LinearProbeCallback.__init__.__code__ for frame, _ in walk_tb(error.__traceback__))
 
 
 def _with_probe(trainer_class: type[Trainer] | Callable[..., Trainer]) -> type[Trainer] | Callable[..., Trainer]:
+    """Return ``trainer_class``, or a subclass of it that has a method ``probe`` if it has none."""
     if trainer_class is Trainer:
         return ProbeTrainer
     made = trainer_class
@@ -246,7 +261,7 @@ def _with_probe(trainer_class: type[Trainer] | Callable[..., Trainer]) -> type[T
 def _is_readable(path: Path) -> bool:
     try:
         read_checkpoint(path)
-    except CheckpointError:  # probing will tell of it
+    except CheckpointError:  # The report of the probing will name it.
         return False
     return True
 
@@ -257,7 +272,7 @@ def _probes_of(trainer: Trainer) -> list[LinearProbeCallback]:
 
 
 def _selection(trainer: Trainer) -> dict[str, Any]:
-    """What the callback among those of the configuration probes."""
+    """Return the arguments with which the configuration's first LinearProbeCallback selects layers and data."""
     found = _probes_of(trainer)
     if len(found) > 1:
         rank_zero_warn(f"probe: of {len(found)} LinearProbeCallbacks the first says what is probed")
@@ -265,7 +280,7 @@ def _selection(trainer: Trainer) -> dict[str, Any]:
 
 
 def _warn_unless_it_can_draw() -> None:
-    """Say that a figure will be missing, and how to get it."""
+    """Warn if matplotlib is missing that there will be no figure, and name the package to install."""
     try:
         new_picture(1, 1)
     except ModuleNotFoundError as error:
@@ -273,13 +288,13 @@ def _warn_unless_it_can_draw() -> None:
 
 
 def _save(report: ProbeReport, file: Path) -> None:
-    """Write the report and, if it can be drawn, the figure beside it."""
+    """Save the report and, if it can be drawn, the figure beside it."""
     report.save(file)
     rank_zero_info(f"probe: report in {file}")
     figure = file.with_suffix(".png")
     try:
         report.plot().savefig(figure, dpi=150)
-    except Exception as error:  # the report is saved, and its table has yet to be printed
+    except Exception as error:  # An error of drawing must not keep the table from being printed.
         rank_zero_warn(f"probe: no figure: {error}")
     else:
         rank_zero_info(f"probe: figure in {figure}")

@@ -1,4 +1,4 @@
-"""Rows of a report -> what Lightning's loggers get, and the charts in which TensorBoard shows it."""
+"""Log the rows of a report through Lightning's loggers, and save the report beside what the loggers write."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from lightning_probes.report.report import METRICS, ProbeReport, Row
 
 
 class Logs:
-    """The names under which a callback logs.
+    """Log what a callback publishes, under names of its own, and save its report.
 
     Args:
-        name: put before all names, if given.
-        metrics: which go to the loggers beside ``error``.
+        name: name of the callback; if given, every logged name begins with it.
+        metrics: metrics to log besides ``error``, of ``error``, ``cross_entropy`` and ``lag``.
 
     Attributes:
-        prefix: what stands before ``probe_`` in the names.
+        prefix: what precedes ``probe_`` in the logged names: ``{name}_``, or empty without a name.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was given.
+        TypeError: ``name`` is no string, or empty; the message has what was given.
+        ValueError: ``metrics`` is no list of known metrics; the message has what was given.
     """
 
     def __init__(self, name: str | None, metrics: Sequence[str] | None) -> None:
@@ -42,33 +43,36 @@ class Logs:
         self._complaints: set[str] = set()
 
     def begin(self) -> None:
-        """Begin a new run, which has folders of its own."""
+        """Begin a new run, whose TensorBoard folder has no layout of charts yet."""
         self._has_layout = False
 
     def tell_apart(self, others: Iterable[Logs]) -> None:
-        """Make sure that no other callback of the Trainer has the same name.
+        """Make sure that no other callback of the Trainer logs under the same name.
+
+        Args:
+            others: the ``Logs`` of every other callback.
 
         Raises:
-            ValueError: one has.
+            ValueError: another callback has the same name, or none has one.
         """
         if any(other.prefix == self.prefix for other in others):
             same = f"the name {self.prefix.removesuffix('_')!r}" if self.prefix else "no name"
             raise ValueError(f"two LinearProbeCallbacks have {same}; give each its own: LinearProbeCallback(name=...)")
 
     def write(self, start: Iterable[Row], rows: Iterable[Row], trainer: Any, module: Any, ranks: Ranks) -> None:
-        """Log the rows of one publication.
+        """Log the rows of one publication; an exception of a logger becomes a warning.
 
         Args:
-            start: of the network as it was found, at step 0: before the first step there were no probes, and
-                ``self.log`` knows no step but the present one.
-            rows: of now, through ``module.log_dict``.
-            trainer: Lightning's.
-            module: that is trained or evaluated.
-            ranks: the processes that log the same.
+            start: rows of the network as ``fit`` found it. They are logged late, since probes are fitted only after the
+                first steps, and directly through the loggers at step 0, since ``self.log`` uses the current step.
+            rows: rows of the network as it is now, logged through ``module.log_dict``.
+            trainer: the Lightning Trainer.
+            module: the LightningModule that is trained or evaluated.
+            ranks: the processes that log the same values.
         """
         try:
             self._write(start, rows, trainer, module, ranks)
-        except Exception as error:  # a logger that cannot write ends no training run
+        except Exception as error:  # A logger that cannot write must not end a training run.
             said = f"{type(error).__name__}: {error}"
             if said not in self._complaints:
                 self._complaints.add(said)
@@ -77,12 +81,12 @@ class Logs:
     def _write(self, start: Iterable[Row], rows: Iterable[Row], trainer: Any, module: Any, ranks: Ranks) -> None:
         loaders = {"val": trainer.num_val_batches, "test": trainer.num_test_batches}
         several = {stage for stage, batches in loaders.items() if len(batches) > 1}
-        # The values are the same in every process, and so is the largest of them: a mean of three would be rounded.
+        # Every process has the same values, so their maximum is exact; a mean over three processes would be rounded.
         # Without a batch size Lightning would look for one in the batch.
         shared: dict[str, Any] = {"sync_dist": ranks.number > 1, "sync_dist_group": ranks.own_group, "reduce_fx": "max"}
         values = self._values(rows, several)
         module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, add_dataloader_idx=False, **shared)
-        # After that: other callbacks that watch a value find it even if a logger raises.
+        # The loggers come last: callbacks that monitor a value find it even if a logger raises.
         if found := self._values(start, several):
             for logger in trainer.loggers:
                 logger.log_metrics({**found, "epoch": 0}, step=0)
@@ -91,12 +95,16 @@ class Logs:
             self._has_layout = True
 
     def keep(self, report: ProbeReport, trainer: Any) -> Path | None:
-        """Save a report, by one process alone, in the folder of the first logger that has one.
+        """Save a report, from the first process, in the folder of the first logger that has one.
 
-        A report of an earlier run in that folder is replaced. One that cannot be saved ends nothing: a warning says so.
+        A report already in that folder is replaced. If the report cannot be saved, a warning says why.
+
+        Args:
+            report: the report; without rows it is not saved.
+            trainer: the Lightning Trainer.
 
         Returns:
-            The file; ``None`` where there is none.
+            The file, or ``None`` if none was saved.
         """
         if not (report.rows and trainer.is_global_zero):
             return None
@@ -107,11 +115,12 @@ class Logs:
             folder.mkdir(parents=True, exist_ok=True)
             report.save(folder / f"{self.prefix}probe_report.json")
             return folder / f"{self.prefix}probe_report.json"
-        except Exception as error:  # a logger's property may raise anything, and so may a disk
+        except Exception as error:  # A property of a logger may raise anything, and a disk may be full.
             rank_zero_warn(f"LinearProbeCallback: the report is not saved: {type(error).__name__}: {error}")
             return None
 
     def _values(self, rows: Iterable[Row], several: Container[str]) -> dict[str, float]:
+        """Return ``{logged name: value}`` of the metrics to log; ``several`` are the stages with several loaders."""
         values = {}
         for row in rows:
             if row["metric"] in self._metrics:
@@ -120,12 +129,13 @@ class Logs:
         return values
 
     def _write_layout(self, loggers: Iterable[Any]) -> None:
-        """Tell TensorBoard's Custom Scalars page to draw one chart a metric and stage, a line a layer.
+        """Lay out TensorBoard's Custom Scalars page: one chart per metric and stage, with one line per layer.
 
-        Of a run's layouts the last one wins, so it goes to a sub-run of its own and leaves the user's alone.
+        TensorBoard uses only the last layout of a run. This one goes to a sub-run of its own, so that the user's own
+        layout stays in use.
         """
         experiments = [getattr(logger, "experiment", None) for logger in loggers]
-        # Not imported here: for the other loggers TensorBoard need not be there, and who has a writer has its module.
+        # TensorBoard may not be installed, and whoever has a SummaryWriter has already imported its module.
         if (tensorboard := sys.modules.get("torch.utils.tensorboard")) is None:
             return
         charts = {
@@ -140,13 +150,16 @@ class Logs:
 
 
 def folder_of(logger: Any) -> Path | None:
-    """Find the folder in which a logger puts what belongs to this run.
+    """Return the folder in which a logger keeps the files of this run.
 
-    Never by way of ``trainer.log_dir``, in which processes wait for one another: one that has failed would not come.
+    ``trainer.log_dir`` is not used: it waits for all processes, and would hang if one of them had failed.
+
+    Args:
+        logger: any Lightning logger.
 
     Returns:
-        Its ``log_dir``; else a folder of its name and version below its ``save_dir``; ``None`` if neither is a path on
-        this machine (``s3://bucket/run`` is none).
+        The logger's ``log_dir``; else the folder ``name/version`` below its ``save_dir``; ``None`` if neither is a path
+        on this machine (``s3://bucket/run`` is none).
     """
     log_dir, save_dir = (getattr(logger, key, None) for key in ("log_dir", "save_dir"))
     for folder, keys in ((log_dir, ()), (save_dir, ("name", "version"))):

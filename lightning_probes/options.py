@@ -1,22 +1,30 @@
-"""What may be written for an argument, and what is said where something else was."""
+"""Defines and checks what users may write: an option is one entry here for callback, ``probe()`` and command line."""
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_args, get_type_hints
 
-from lightning_probes.network.batches import Where
+T = TypeVar("T")
 
 Patterns = str | list[str]
+Where = int | Callable[[Any], Any] | str
+"""Names a part of a batch: by an index, a key (one level of nesting is searched) or a function of the batch."""
 Layout = Literal["tokens", "channels"]
 Calls = Literal["last", "first", "mean"]
 Reduction = Literal["pool", "subset", "projection"]
 
+ATTENTION_MASK = "attention_mask"
+"""Names the mask of tokens in the batches of Hugging Face; other batches need have none there."""
+
 
 def whole(argument: str, value: Any, least: int = 1) -> int:
-    """``value`` if it is an integer of at least ``least``, 1 or 0.
+    """Return ``value`` if it is an integer of at least ``least``, 1 or 0.
 
     Raises:
         TypeError, ValueError: naming the argument and what was given.
@@ -30,7 +38,7 @@ def whole(argument: str, value: Any, least: int = 1) -> int:
 
 
 def flag(argument: str, value: Any) -> bool:
-    """``value`` if it is true or false.
+    """Return ``value`` if it is true or false.
 
     Raises:
         TypeError: naming the argument and what was given.
@@ -41,7 +49,7 @@ def flag(argument: str, value: Any) -> bool:
 
 
 def positive_float(argument: str, value: Any) -> float:
-    """``value`` if it is a positive finite number.
+    """Return ``value`` if it is a positive finite number.
 
     Raises:
         TypeError, ValueError: naming the argument and what was given.
@@ -54,7 +62,7 @@ def positive_float(argument: str, value: Any) -> float:
 
 
 def patterns(argument: str, value: Any) -> list[str] | None:
-    """``value`` as a list, or ``None``.
+    """Return ``value`` as a list, or ``None``.
 
     Raises:
         TypeError, ValueError: naming the argument and what was given.
@@ -75,38 +83,17 @@ def is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, tuple))
 
 
-def layouts(value: Any) -> dict[str, Layout]:
-    """``value`` as a dict of patterns and kinds.
+def layouts(argument: str, value: Any) -> dict[str, Layout]:
+    """Return ``value`` as a dict of patterns and kinds; empty for ``None``.
 
     Raises:
         ValueError: naming what was given.
     """
-    kinds = ("tokens", "channels")
+    kinds = get_args(Layout)
+    value = {} if value is None else value
     if not isinstance(value, Mapping) or not all(isinstance(k, str) and v in kinds for k, v in value.items()):
-        raise ValueError(f"layout: expected {{pattern: 'tokens' or 'channels'}}, found {value!r}")
+        raise ValueError(f"{argument}: expected {{pattern: 'tokens' or 'channels'}}, found {value!r}")
     return dict(value)
-
-
-def calls_of(value: Any) -> Calls:
-    """``value`` if it says which of several calls of a layer counts.
-
-    Raises:
-        ValueError: naming what was given.
-    """
-    if value not in ("last", "first", "mean"):
-        raise ValueError(f"calls: expected 'last', 'first' or 'mean', found {value!r}")
-    return value  # type: ignore[no-any-return]
-
-
-def reduction_of(value: Any) -> Reduction:
-    """``value`` if it says how activations become features.
-
-    Raises:
-        ValueError: naming what was given.
-    """
-    if value not in ("pool", "subset", "projection"):
-        raise ValueError(f"reduction: expected 'pool', 'subset' or 'projection', found {value!r}")
-    return value  # type: ignore[no-any-return]
 
 
 def one_of(argument: str, value: Any, choices: Sequence[str]) -> str:
@@ -123,7 +110,7 @@ def one_of(argument: str, value: Any, choices: Sequence[str]) -> str:
 
 
 def where(argument: str, value: Any) -> Where:
-    """``value`` if it is an index, a key or a function.
+    """Return ``value`` if it is an index, a key or a function.
 
     Raises:
         TypeError: naming the argument and what was given.
@@ -134,5 +121,157 @@ def where(argument: str, value: Any) -> Where:
 
 
 def first_of(keys: Sequence[str], most: int = 3) -> str:
-    """The first few, and how many more there are."""
+    """Name the first few, and say how many more there are."""
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def _choice(kind: Any) -> Callable[[str, Any], Any]:
+    """Make a check of one of the values of a ``Literal``."""
+    choices = get_args(kind)
+    expected = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+
+    def check(argument: str, value: Any) -> Any:
+        if value not in choices:
+            raise ValueError(f"{argument}: expected {expected}, found {value!r}")
+        return value
+
+    return check
+
+
+def _unless_none(check: Callable[[str, Any], T]) -> Callable[[str, Any], T | None]:
+    return lambda argument, value: None if value is None else check(argument, value)
+
+
+@dataclass(frozen=True)
+class Option:
+    """Says what is to be known of an option: its default, what checks a value, and what users read about it."""
+
+    default: Any
+    check: Callable[[str, Any], Any]
+    help: str
+
+
+class Reading(TypedDict, total=False):
+    """Lists the options on how a network and its batches are read, which callback and ``probe()`` share."""
+
+    num_classes: Annotated[
+        int | None,
+        Option(
+            None,
+            _unless_none(whole),
+            "number of classes of the labels. Not given: the ``num_classes`` of the datamodule or module, its "
+            "``config.num_labels``, or the width of one-hot or soft labels.",
+        ),
+    ]
+    # In this order: jsonargparse tries types one after the other.
+    input: Annotated[
+        int | Callable[[Any], Any] | str | None,
+        Option(
+            0,
+            _unless_none(where),
+            "where in the batch the network's input is (index, function or key), probed as depth 0; null: not probed.",
+        ),
+    ]
+    target: Annotated[
+        int | Callable[[Any], Any] | str,
+        Option(1, where, "where in the batch the labels are: index, key or function."),
+    ]
+    max_features: Annotated[
+        int,
+        Option(
+            1024,
+            whole,
+            "a map (channels, ...) with more values is averaged over space to the largest grid with at most this many; "
+            "vectors keep their width.",
+        ),
+    ]
+    reduction: Annotated[
+        Reduction,
+        Option(
+            "pool",
+            _choice(Reduction),
+            "``pool``, as above; or ``subset``: maps and vectors with more keep that many values, drawn once; or "
+            "``projection``: they are dealt out, once, to that many sums with random signs.",
+        ),
+    ]
+    layout: Annotated[
+        dict[str, Layout] | None,
+        Option(
+            None,
+            layouts,
+            "what three dimensions mean, by layer pattern, where the default is wrong: ``tokens``, (batch, tokens, "
+            "width), averaged over tokens, or ``channels``, (batch, channels, length), pooled.",
+        ),
+    ]
+    calls: Annotated[
+        Calls,
+        Option(
+            "last",
+            _choice(Calls),
+            "of several calls of a layer in one step, which counts: ``last``, ``first`` or the ``mean`` of all.",
+        ),
+    ]
+    token_mask: Annotated[
+        int | Callable[[Any], Any] | str | None,
+        Option(
+            ATTENTION_MASK,
+            _unless_none(where),
+            "where in the batch the mask of tokens is, which leaves those where it is 0 out of means; null: none.",
+        ),
+    ]
+
+
+def _table() -> dict[str, tuple[Any, Option]]:
+    hints = get_type_hints(Reading, include_extras=True)
+    return {name: (get_args(hint)[0], hint.__metadata__[0]) for name, hint in hints.items()}
+
+
+def checked(given: Mapping[str, Any], called: str) -> Reading:
+    """Return all options of :class:`Reading`, checked, the defaults where they are not given.
+
+    Args:
+        given: what the user wrote.
+        called: name of what was called, for the message.
+
+    Raises:
+        TypeError, ValueError: an option has a wrong type or value, or there is none of that name; the message names it.
+    """
+    table = _table()
+    for name in given.keys() - table.keys():
+        near = difflib.get_close_matches(name, table, 3, 0.4) or list(table)
+        raise TypeError(f"{called} has no argument {name!r}; nearest: {', '.join(near)}")
+    found = {name: option.check(name, given.get(name, option.default)) for name, (_, option) in table.items()}
+    return found  # type: ignore[return-value]
+
+
+def takes_reading(taker: T) -> T:
+    """Give a function, or the constructor of a class, that takes ``**reading`` its options in signature and docstring.
+
+    They take the place of ``**reading`` in the signature, and of a line ``{reading}`` in the docstring.
+    """
+    table = _table()
+    function: Any = taker.__init__ if isinstance(taker, type) else taker  # type: ignore[misc]
+    own = inspect.signature(function)
+    new = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=kind)
+        for name, (kind, option) in table.items()
+    ]
+    written = [parameter for parameter in own.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    written = [parameter.replace(annotation=_evaluated(parameter.annotation, function)) for parameter in written]
+    before = [parameter for parameter in written if parameter.kind is not parameter.KEYWORD_ONLY]
+    parameters = [*before, *new, *written[len(before) :]]
+    function.__signature__ = own.replace(parameters=parameters)
+    # For whoever asks there, as typing.get_type_hints does.
+    function.__annotations__ = {p.name: p.annotation for p in parameters if p.annotation is not p.empty}
+    if taker.__doc__ is not None and (line := next((x for x in taker.__doc__.splitlines() if "{reading}" in x), "")):
+        indent = line[: len(line) - len(line.lstrip())]
+        entries = [
+            textwrap.fill(f"{name}: {option.help}", 120, initial_indent=indent, subsequent_indent=f"{indent}    ")
+            for name, (_, option) in table.items()
+        ]
+        taker.__doc__ = taker.__doc__.replace(line, "\n".join(entries))
+    return taker
+
+
+def _evaluated(annotation: Any, function: Any) -> Any:
+    return eval(annotation, function.__globals__) if isinstance(annotation, str) else annotation

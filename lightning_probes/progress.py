@@ -1,4 +1,4 @@
-"""Shows in the Trainer's own progress bar how far a fit of probes is, and says lines that do not land inside of it."""
+"""Show the progress of fitting probes in the Trainer's own progress bar, and log lines without breaking the bar."""
 
 from __future__ import annotations
 
@@ -10,19 +10,31 @@ from typing import Any, Protocol, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_probes.network.torch_internals import (
+    forget_rich_height,
+    has_rich_display,
+    has_tqdm_main_line,
+    is_rich_bar,
+    is_tqdm_bar,
+    start_rich_display,
+    stop_rich_display,
+    tqdm_lines,
+)
+
 T = TypeVar("T")
 
 _MANY = 100
-"""Steps of which each is shown; of more than that, one in every tenth of a second."""
+"""Show every step of a loop of at most this many steps; show one every ``_INTERVAL`` of a longer loop."""
 
 _INTERVAL = 0.1
-"""Seconds; that of tqdm."""
+"""Wait at least this many seconds between two updates in a longer loop, as tqdm does by default."""
 
 
 class Progress:
-    """Shows the progress of fits; silent until it has met a Trainer, and where that has no bar that it knows.
+    """Show the progress of fits in the progress bar of a Trainer.
 
-    What a bar raises is caught: progress is silent from then on.
+    Nothing is shown before :meth:`meet`, nor if the Trainer has no bar of Lightning's kinds. An exception of the bar is
+    caught, and nothing is shown from then on.
     """
 
     def __init__(self) -> None:
@@ -30,19 +42,19 @@ class Progress:
         self._title = ""
 
     def meet(self, trainer: Any) -> Progress:
-        """Use the bar of a Lightning Trainer from now on, in its first process only; returns itself."""
+        """Use the progress bar of a Lightning Trainer from now on, in its first process only, and return ``self``."""
         self._bar = None
-        with suppress(Exception):  # whatever parts of a user's own bar raise
+        with suppress(Exception):  # A user's own bar may raise anything when its attributes are read.
             self._bar = _known(trainer.progress_bar_callback) if trainer.is_global_zero else None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the bar out: in another process, or a copy, there may be none."""
+        """Leave the bar out: it belongs to one process and to one Trainer."""
         return Progress().__dict__
 
     @contextmanager
     def during(self, title: str) -> Iterator[None]:
-        """Show what is tracked inside under a title, and leave the bar as it was."""
+        """Show what :meth:`track` yields inside this context under ``title``, and remove the line at its end."""
         self._title = title
         try:
             yield
@@ -53,7 +65,13 @@ class Progress:
                     self._bar.hide()
 
     def track(self, name: str, items: Iterable[T], total: int) -> Iterator[T]:
-        """Yield ``items``, of which there are ``total``, and show before each which one it is."""
+        """Yield the items, and show the number of each before it is yielded.
+
+        Args:
+            name: what an item is, for example ``layer``.
+            items: what is yielded.
+            total: number of items.
+        """
         due = 0.0
         for i, item in enumerate(items):
             if self._title and self._bar is not None and (total <= _MANY or time.monotonic() >= due):
@@ -63,10 +81,10 @@ class Progress:
             yield item
 
     def say(self, text: str) -> None:
-        """Log a line of information, on a line of its own where there is a bar."""
+        """Log ``text`` at level INFO in the first process, on a line of its own while a bar is shown."""
         paused = ExitStack()
         if self._bar is not None:
-            # Around the log and not through what the bar has for printing: levels and handlers are the user's.
+            # The bar's own print would bypass the levels and handlers that the user set for logging.
             with self._or_silence():
                 paused.enter_context(self._bar.paused())
         try:
@@ -77,6 +95,7 @@ class Progress:
 
     @contextmanager
     def _or_silence(self) -> Iterator[None]:
+        """Give up the bar if the code inside this context raises, and go on."""
         try:
             yield
         except Exception:
@@ -87,39 +106,36 @@ class Progress:
 
 
 def size(num_bytes: float) -> str:
-    """Return bytes as they are read: ``0.8 MiB``, ``143 MiB``, ``1.2 GiB``."""
+    """Return a number of bytes as text, for example ``0.8 MiB``, ``143 MiB`` or ``1.2 GiB``."""
     mebi = num_bytes / 2**20
     return f"{mebi:.1f} MiB" if mebi < 10 else f"{mebi:,.0f} MiB" if mebi < 1000 else f"{mebi / 2**10:,.1f} GiB"
 
 
 class _Bar(Protocol):
-    """What there is to do with a progress bar."""
+    """Draw one further line in a progress bar, whatever kind of bar it is."""
 
     def show(self, text: str, done: int, total: int) -> None:
-        """Show one line more, or another text in it."""
+        """Show the line with ``text`` and ``done`` of ``total`` steps; ``done = 0`` restarts its clock."""
 
     def hide(self) -> None:
-        """Take that line away."""
+        """Remove the line."""
 
     def paused(self) -> AbstractContextManager[None]:
-        """Leave the terminal to others meanwhile."""
+        """Keep the bar off the terminal inside this context, so that other code can write there."""
 
 
 def _known(bar: Any) -> _Bar | None:
-    """Tell by its parts what a progress bar is: ``lightning.pytorch`` and ``pytorch_lightning`` have each their own."""
-    if _has(bar, "is_enabled", "process_position", "init_train_tqdm"):
+    """Return what draws in ``bar``, or ``None`` if its kind is unknown.
+
+    Attributes tell the kind, not ``isinstance``: ``lightning.pytorch`` and ``pytorch_lightning`` have separate classes.
+    """
+    if is_tqdm_bar(bar):
         return _Tqdm(bar)
-    if _has(bar, "is_enabled", "progress", "theme", "_init_progress", "_stop_progress"):
-        return _Rich(bar)
-    return None
-
-
-def _has(bar: Any, *parts: str) -> bool:
-    return all(hasattr(bar, part) for part in parts)
+    return _Rich(bar) if is_rich_bar(bar) else None
 
 
 class _Tqdm:
-    """One tqdm bar more for a ``TQDMProgressBar``, in the line of the bar of validation."""
+    """Draw a further tqdm bar for a ``TQDMProgressBar``, in the place of the validation bar."""
 
     FORMAT = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
 
@@ -135,7 +151,7 @@ class _Tqdm:
         elif not done:
             self._line.reset(total)
         self._line.n = done
-        self._line.set_description_str(text)  # which draws it
+        self._line.set_description_str(text)  # This also redraws the line.
 
     def hide(self) -> None:
         line, self._line = self._line, None
@@ -151,29 +167,20 @@ class _Tqdm:
             yield
 
     def _new_line(self, text: str, total: int) -> Any:
-        position = 2 * self._callback.process_position + self._has_main_bar()
+        position = 2 * self._callback.process_position + has_tqdm_main_line(self._callback)
         for bar in self._active():
             if abs(bar.pos) == position:
                 bar.clear()
-        like = next(bar for bar in self._bars() if hasattr(bar, "fp"))  # which one that was never enabled has not
+        like = next(bar for bar in tqdm_lines(self._callback) if hasattr(bar, "fp"))  # Made disabled it has no ``fp``.
         look = {"file": like.fp, "ascii": like.ascii, "colour": like.colour, "dynamic_ncols": True}
         return type(like)(desc=text, total=total, position=position, leave=False, bar_format=self.FORMAT, **look)
 
-    def _has_main_bar(self) -> bool:
-        return any(bar is self._callback._train_progress_bar for bar in self._active())
-
     def _active(self) -> list[Any]:
-        return [bar for bar in self._bars() if not bar.disable]  # as it is once it is closed
-
-    def _bars(self) -> list[Any]:
-        # Private, for the properties raise where there is no bar yet.
-        callback = self._callback
-        bars = (callback._train_progress_bar, callback._val_progress_bar, callback._predict_progress_bar)
-        return [bar for bar in bars if bar is not None]
+        return [line for line in tqdm_lines(self._callback) if not line.disable]
 
 
 class _Rich:
-    """A line below those of a ``RichProgressBar``, in its colours."""
+    """Draw a line below those of a ``RichProgressBar``, in its colours."""
 
     def __init__(self, callback: Any) -> None:
         self._callback = callback
@@ -186,12 +193,12 @@ class _Rich:
         if not callback.is_enabled:
             return
         if self._line is None:
-            # Private: between two stages of a Trainer nothing is displayed, and the next one begins anew in any case.
-            self._is_alone = callback.progress is None or callback._progress_stopped
-            callback._init_progress(callback.trainer)
+            self._is_alone = not has_rich_display(callback)
+            start_rich_display(callback)
             self._progress = callback.progress
             self._line = self._new_line()
-            # A task of the callback's own display would change the widths of its columns, and the numbers of its tasks.
+            # The line has a display of its own, because a further task in the callback's display would change the
+            # widths of its columns and the ids of its tasks.
             self._progress.get_renderables = partial(_joined, self._progress.get_renderables, self._line)
         if not done:
             for task in self._line.task_ids:
@@ -204,31 +211,32 @@ class _Rich:
         if self._line is None:
             return
         self._line = None
-        del self._progress.get_renderables  # that of its class is back
+        del self._progress.get_renderables  # Without it the method of the class is used again.
         self._callback.refresh()
         if self._is_alone:
-            self._callback._stop_progress()
+            stop_rich_display(self._callback)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         progress = self._callback.progress
-        if progress is None or self._callback._progress_stopped or not progress.console.is_interactive:
+        if not has_rich_display(self._callback) or not progress.console.is_interactive:
             yield
             return
-        # What is logged goes past the display, which would draw over it.
+        # Log lines do not pass through the display, which would draw over them.
         live = progress.live
         was = live.transient, live.vertical_overflow
-        live.transient = True  # or a copy of it stays
+        live.transient = True  # Otherwise stop() leaves a copy of the display behind.
         progress.stop()
         try:
             yield
         finally:
             live.transient, live.vertical_overflow = was
-            live._live_render._shape = None  # private: or it begins by going up as many lines as it had
+            # A display that remembers its height first moves the cursor up by it, over the lines just logged.
+            forget_rich_height(live)
             progress.start()
 
     def _new_line(self) -> Any:
-        from rich import progress as rich  # not everybody has it
+        from rich import progress as rich  # rich is an optional dependency of Lightning.
 
         theme = self._callback.theme
         bar = rich.BarColumn(complete_style=theme.progress_bar, finished_style=theme.progress_bar_finished)
@@ -238,6 +246,7 @@ class _Rich:
 
 
 def _joined(others: Callable[[], Iterable[Any]], line: Any) -> Iterator[Any]:
+    """Yield what a display renders, and ``line`` below it."""
     yield from others()
-    with suppress(Exception):  # which the thread that draws would print
+    with suppress(Exception):  # Rich's drawing thread would print a traceback.
         yield line.make_tasks_table(line.tasks)

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning_probes import ProbeReport
+from lightning_probes.probes.tasks import Classification
+from lightning_probes.report.curves import Scores, rows_of
+from lightning_probes.report.report import Row
+
+
+def enter(report: ProbeReport, about: Mapping[str, Row], scores: Scores, stage: str, **point: Any) -> list[Row]:
+    """Enter what was scored at a point, among as many classes as there are sums of targets."""
+    task = Classification(len(scores.target_sums))
+    rows = rows_of(task, about, scores, stage, **{"logged_step": None, **point})
+    has_baseline = sum(scores.target_sums) and not point["dataloader"]
+    report.enter(rows, task.baseline(scores.target_sums) if has_baseline else None)
+    return rows
 
 
 def report(layers: Sequence[int], *moments: Sequence[float]) -> ProbeReport:
@@ -12,7 +25,6 @@ def report(layers: Sequence[int], *moments: Sequence[float]) -> ProbeReport:
     new, total = ProbeReport(), 10_000.0
     about = {f"net.layers.{i}": {"depth": i, "features": 1, "features_total": 1} for i in layers}
     for step, errors in enumerate(moments):
-        scores = {"wrong": [total * error for error in errors], "loss": [0.0] * len(errors)}
-        scores |= {"total": [total] * len(errors), "classes": [total / 5] * 5}
-        new.add(about, scores, stage="val", dataloader=0, epoch=step, step=step)
+        scores = Scores([[total * error, 0.0, total] for error in errors], [total / 5] * 5)
+        enter(new, about, scores, stage="val", dataloader=0, epoch=step, step=step)
     return new

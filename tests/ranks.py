@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 import lightning_probes.distributed
 from lightning_probes import LinearProbeCallback
-from lightning_probes.probes.online import ProbeBank
+from lightning_probes.probes.online import OnlineProbes
 
 RANK, NUMBER = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 TRAIN, HELD_OUT = 96, 41
@@ -258,16 +258,16 @@ def other_widths() -> Found:
 
 def met_again() -> Found:
     """One process leaves the others in a first fit, for a fault of its own; in a second one all are there."""
-    longest, merge = lightning_probes.distributed.LONGEST_WAIT, ProbeBank.merge
+    longest, merge = lightning_probes.distributed.LONGEST_WAIT, OnlineProbes.merge
 
     def raising(*args: Any) -> None:
         raise RuntimeError("injected")
 
     lightning_probes.distributed.LONGEST_WAIT = timedelta(seconds=3)
     if RANK == 1:
-        ProbeBank.merge = raising  # type: ignore[method-assign,assignment]
+        OnlineProbes.merge = raising  # type: ignore[method-assign,assignment]
     first = fit(network(), probes := LinearProbeCallback())
-    lightning_probes.distributed.LONGEST_WAIT, ProbeBank.merge = longest, merge  # type: ignore[method-assign]
+    lightning_probes.distributed.LONGEST_WAIT, OnlineProbes.merge = longest, merge  # type: ignore[method-assign]
     return {"first": {"notes": first["notes"], "rows": first["rows"]}, **fit(network(), probes)}
 
 

@@ -217,15 +217,15 @@ def test_only_what_runs_between_start_and_stop_is_recorded() -> None:
     found = recorder(model, "0")
     before, during, after = torch.randn(3, 5, 3)
     model(before)
-    assert found.features == {}
+    assert found.recording.features == {}
     found.start(5)
     expected = model(during)
-    features = found.stop()
+    features = found.stop().features
     model(after)
     assert list(features) == ["0"]
     assert torch.equal(features["0"], expected)
-    assert found.features == {}
-    assert found.stop() == {}
+    assert found.recording.features == {}
+    assert found.stop().features == {}
 
 
 def test_features_come_in_the_order_of_the_calls() -> None:
@@ -233,7 +233,7 @@ def test_features_come_in_the_order_of_the_calls() -> None:
     found = recorder(model, "late", "early")
     found.start(3)
     model["late"](model["early"](torch.randn(3, 2)))
-    assert list(found.stop()) == ["early", "late"]
+    assert list(found.stop().features) == ["early", "late"]
 
 
 def test_operation_in_place_after_a_layer_does_not_change_its_features() -> None:
@@ -242,7 +242,7 @@ def test_operation_in_place_after_a_layer_does_not_change_its_features() -> None
     found = recorder(model, "0")
     found.start(5)
     model(x)
-    assert torch.equal(found.stop()["0"], model[0](x))
+    assert torch.equal(found.stop().features["0"], model[0](x))
     assert (model[0](x) < 0).any()
 
 
@@ -255,7 +255,7 @@ def test_no_graph_is_kept() -> None:
     del out
     gc.collect()
     assert graph() is None
-    features = found.stop()
+    features = found.stop().features
     assert {x.shape[1] for x in features.values()} == {2, 8}
     assert not any(x.requires_grad or x.grad_fn for x in features.values())
 
@@ -275,7 +275,7 @@ def test_recomputation_of_activation_checkpointing_is_ignored(use_reentrant: boo
         layer.weight.mul_(2)  # so that the second time cannot be taken for the first
     out.sum().backward()
     assert len(calls) == 2
-    assert torch.equal(found.stop()["0"], expected)
+    assert torch.equal(found.stop().features["0"], expected)
 
 
 def test_of_several_calls_the_last_that_fits_the_batch_counts() -> None:
@@ -283,7 +283,7 @@ def test_of_several_calls_the_last_that_fits_the_batch_counts() -> None:
     found = recorder(model, "0")
     found.start(4)
     _, expected, _ = (model(torch.randn(samples, 3)) for samples in (4, 8, 7))
-    assert torch.equal(found.stop()["0"], expected)
+    assert torch.equal(found.stop().features["0"], expected)
 
 
 @pytest.mark.parametrize("views", [1, 2, 5])
@@ -292,7 +292,7 @@ def test_activations_of_several_views_of_a_batch_are_kept_whole(views: int) -> N
     found = recorder(model, "0")
     found.start(4)
     out = model(torch.randn(4 * views, 3))
-    assert torch.equal(found.stop()["0"], out)
+    assert torch.equal(found.stop().features["0"], out)
 
 
 def test_call_that_does_not_fit_is_noted_with_its_shape() -> None:
@@ -301,8 +301,8 @@ def test_call_that_does_not_fit_is_noted_with_its_shape() -> None:
     found.start(4)
     model(torch.randn(6, 3))
     expected = "its activation has shape (6, 4), whose first dimension is no multiple of the 4 labels of the batch"
-    assert found.misfits == {"0": expected}
-    assert found.stop() == {}
+    assert found.recording.misfits == {"0": expected}
+    assert found.stop().features == {}
 
 
 def test_output_without_floats_is_noted_with_its_type() -> None:
@@ -314,7 +314,7 @@ def test_output_without_floats_is_noted_with_its_type() -> None:
     found = recorder(model, "0")
     found.start(4)
     model(torch.randn(4, 3))
-    assert found.misfits == {"0": "its output holds no floating-point tensor but dict {'ids': int64[4]}"}
+    assert found.recording.misfits == {"0": "its output holds no floating-point tensor but dict {'ids': int64[4]}"}
 
 
 def test_layer_that_changes_its_width_is_noted_and_passed_over() -> None:
@@ -325,8 +325,8 @@ def test_layer_that_changes_its_width_is_noted_and_passed_over() -> None:
     found.stop()
     found.start(4)
     model(torch.randn(4, 5))
-    assert found.misfits == {"0": "it has 5 features where it had 3 before"}
-    assert found.stop() == {}
+    assert found.recording.misfits == {"0": "it has 5 features where it had 3 before"}
+    assert found.stop().features == {}
 
 
 def test_totals_are_the_values_before_reduction() -> None:
@@ -335,7 +335,7 @@ def test_totals_are_the_values_before_reduction() -> None:
     found.start(4)
     model(torch.randn(4, 2, 6, 6))
     assert found.totals == {"0": 144, "1": 144}
-    assert [x.shape[1] for x in found.stop().values()] == [16, 144]
+    assert [x.shape[1] for x in found.stop().features.values()] == [16, 144]
 
 
 def test_the_mask_is_that_of_the_step() -> None:
@@ -346,7 +346,7 @@ def test_the_mask_is_that_of_the_step() -> None:
         found.start(2, mask=own)
         out = model(x)
         expected = masked_by_hand(out, mask if own is not None else torch.ones(2, 5)).float()
-        torch.testing.assert_close(found.stop()["0"], expected.detach())
+        torch.testing.assert_close(found.stop().features["0"], expected.detach())
 
 
 def test_hooks_are_gone_after_detach() -> None:
@@ -357,10 +357,10 @@ def test_hooks_are_gone_after_detach() -> None:
     model(torch.randn(4, 3))
     found.detach("0")
     assert [len(module._forward_hooks) for module in model] == [0, 1]
-    assert list(found.features) == ["1"]
+    assert list(found.recording.features) == ["1"]
     found.detach()
     assert [len(module._forward_hooks) for module in model] == [0, 0]
-    assert found.features == {}
+    assert found.recording.features == {}
 
 
 def test_attaching_again_leaves_one_hook() -> None:

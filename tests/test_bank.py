@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from classified import Probes, count_classes, fit_probes, score, tally
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
@@ -18,9 +19,9 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_probes.probes.fit import fit_probes, score
-from lightning_probes.probes.online import ProbeBank
-from lightning_probes.probes.tasks import Labels, ProbeScores, count_classes, tally, wilson_interval
+from lightning_probes.probes.dataset import LayerBatch
+from lightning_probes.probes.heads import StackedProbes
+from lightning_probes.probes.tasks import Classification, wilson_interval
 
 LEARNING_RATE = 3e-3
 
@@ -70,7 +71,7 @@ class ReferenceProbe:
         return loss.item(), float(kept.sum())
 
 
-def probe(bank: ProbeBank, layer: str) -> tuple[Tensor, Tensor]:
+def probe(bank: Probes, layer: str) -> tuple[Tensor, Tensor]:
     """Weight and bias of one layer, copied."""
     stacks: dict[str, Any] = bank.state_dict()
     stack = stacks[str(bank.widths[layer])]
@@ -119,10 +120,10 @@ def runs(draw: st.DrawFn) -> Run:
 @given(run=runs())
 @settings(deadline=None, max_examples=60, derandomize=True)
 def test_every_probe_is_a_linear_head_trained_by_autograd_and_adam(run: Run) -> None:
-    bank = ProbeBank(list(run.layers), run.classes, LEARNING_RATE)
+    bank = Probes(list(run.layers), run.classes, LEARNING_RATE)
     heads = {layer: ReferenceProbe(width, run.classes, torch.float64) for layer, width in run.layers.items()}
     for features, targets in run.steps:
-        sums = bank.update(features, targets)
+        sums = bank.learn(features, targets)
         expected = {layer: heads[layer].update(x, targets) for layer, x in features.items()}
         for i, layer in enumerate(run.layers):
             assert sums[1:, i].tolist() == pytest.approx(expected.get(layer, (0, 0)), rel=1e-8, abs=1e-8)
@@ -150,11 +151,11 @@ def batches(
     return found
 
 
-def fitted(steps: list[Step], layers: list[str] | None = None, learning_rate: float = LEARNING_RATE) -> ProbeBank:
+def fitted(steps: list[Step], layers: list[str] | None = None, learning_rate: float = LEARNING_RATE) -> Probes:
     features, targets = steps[0]
-    bank = ProbeBank(layers or list(features), targets.shape[1], learning_rate)
+    bank = Probes(layers or list(features), targets.shape[1], learning_rate)
     for features, targets in steps:
-        bank.update(features, targets)
+        bank.learn(features, targets)
     return bank
 
 
@@ -188,7 +189,7 @@ def test_layer_that_is_not_finite_is_never_updated_again_and_the_others_go_on(ba
     bank = fitted(steps[:10])
     before = probe(bank, "layer1")
     for features, targets in steps[10:]:
-        bank.update(features, targets)
+        bank.learn(features, targets)
     assert bank.finite() == {"layer0": True, "layer1": False, "layer2": True}
     without = fitted([({k: x for k, x in features.items() if k != "layer1"}, y) for features, y in steps])
     for layer in ("layer0", "layer2"):
@@ -207,7 +208,7 @@ def test_constant_features_give_the_class_frequencies(value: float, dtype: torch
     frequencies = torch.cat([y for _, y in steps]).double().mean(dim=0)
     found = probe(bank, "layer0")[1].double().softmax(dim=0)
     torch.testing.assert_close(found, frequencies, rtol=0, atol=0.05)
-    _, loss, _ = bank.score(batches(1, 5, dtype=dtype)[0][0], steps[0][1])[:, 0].tolist()
+    _, loss, _ = bank.test(batches(1, 5, dtype=dtype)[0][0], steps[0][1])[:, 0].tolist()
     assert np.isfinite(loss)
 
 
@@ -218,7 +219,7 @@ def test_scale_of_the_features_makes_no_difference(scale: float, offset: float) 
     scaled = [({"layer0": x["layer0"] * scale}, y) for x, y in steps]
     found, expected = fitted(scaled), fitted(steps)
     torch.testing.assert_close(probe(found, "layer0"), probe(expected, "layer0"), rtol=1e-3, atol=1e-4)
-    assert found.score(*scaled[0])[1, 0].item() == pytest.approx(expected.score(*steps[0])[1, 0].item(), rel=1e-3)
+    assert found.test(*scaled[0])[1, 0].item() == pytest.approx(expected.test(*steps[0])[1, 0].item(), rel=1e-3)
 
 
 def test_update_changes_neither_the_random_state_nor_its_arguments() -> None:
@@ -226,7 +227,7 @@ def test_update_changes_neither_the_random_state_nor_its_arguments() -> None:
     copies = [({layer: x.clone() for layer, x in features.items()}, y.clone()) for features, y in steps]
     before = torch.get_rng_state()
     bank = fitted(steps)
-    bank.score(*steps[0])
+    bank.test(*steps[0])
     assert torch.equal(torch.get_rng_state(), before)
     for (features, targets), (kept, kept_targets) in zip(steps, copies, strict=True):
         assert torch.equal(targets, kept_targets)
@@ -236,12 +237,12 @@ def test_update_changes_neither_the_random_state_nor_its_arguments() -> None:
 def test_probes_need_no_gradient_and_leave_none_on_the_features() -> None:
     steps = batches(2, 4)
     features = {layer: x.requires_grad_() for layer, x in steps[0][0].items()}
-    sums = fitted([(features, steps[0][1]), steps[1]]).score(features, steps[0][1])
+    sums = fitted([(features, steps[0][1]), steps[1]]).test(features, steps[0][1])
     assert not sums.requires_grad
     assert features["layer0"].grad is None
 
 
-def saved(bank: ProbeBank) -> bytes:
+def saved(bank: Probes) -> bytes:
     file = io.BytesIO()
     torch.save(bank.state_dict(), file)
     return file.getvalue()
@@ -250,15 +251,15 @@ def saved(bank: ProbeBank) -> bytes:
 def test_score_updates_nothing() -> None:
     steps = batches(4, 4, 6)
     bank, other = fitted(steps[:3]), fitted(steps[:3])
-    first = bank.score(*steps[3])
-    assert torch.equal(bank.score(*steps[3]), first)
+    first = bank.test(*steps[3])
+    assert torch.equal(bank.test(*steps[3]), first)
     assert saved(bank) == saved(other)
 
 
 def test_score_and_update_agree_on_what_was_known_before_the_step() -> None:
     steps = batches(120, 4, 6, dtype=torch.float64)
     bank = fitted(steps[:-1])
-    found, expected = bank.score(*steps[-1]), bank.update(*steps[-1])
+    found, expected = bank.test(*steps[-1]), bank.learn(*steps[-1])
     # The update moves mean and variance by a hundredth of the batch's first.
     torch.testing.assert_close(found[1], expected[1], rtol=0.02, atol=0)
     assert found[2].tolist() == [32, 32]
@@ -267,7 +268,7 @@ def test_score_and_update_agree_on_what_was_known_before_the_step() -> None:
 def test_score_of_a_layer_that_was_never_updated_is_nothing() -> None:
     steps = batches(2, 4, 6)
     bank = fitted([({"layer1": features["layer1"]}, y) for features, y in steps], ["layer0", "layer1"])
-    sums = bank.score(*steps[0])
+    sums = bank.test(*steps[0])
     assert sums[:, 0].tolist() == [0, 0, 0]
     assert sums[2, 1] == 32
 
@@ -280,9 +281,9 @@ def test_bank_of_solutions_scores_as_each_of_them_does() -> None:
         for name, width, scale in (("a", 5, 1.0), ("b", 8, 1e3), ("c", 5, 1e-3), ("d", 5, float("nan")))
     }
     solutions = fit_probes({layer: x[:60] for layer, x in features.items()}, targets[:60])
-    bank = ProbeBank.of(["d", "c", "never", "b", "a"], 4, solutions)
+    bank = StackedProbes.of(["d", "c", "never", "b", "a"], Classification(4), solutions)
     assert bank.widths == {"a": 5, "b": 8, "c": 5, "d": 5}
-    found = bank.score({layer: x[60:] for layer, x in features.items()}, targets[60:])
+    found = bank.score(LayerBatch({layer: x[60:] for layer, x in features.items()}, targets[60:]))
     for i, layer in enumerate(bank.layers):
         if layer == "never":
             assert found[:, i].tolist() == [0, 0, 0]
@@ -299,7 +300,7 @@ def test_step_in_which_no_layer_ran_changes_nothing() -> None:
     steps = batches(2, 4, 6)
     bank, other = fitted(steps), fitted(steps)
     targets = steps[0][1]
-    assert bank.update({}, targets).tolist() == bank.score({}, targets).tolist() == [[0, 0]] * 3
+    assert bank.learn({}, targets).tolist() == bank.test({}, targets).tolist() == [[0, 0]] * 3
     assert saved(bank) == saved(other)
 
 
@@ -307,11 +308,11 @@ def test_resumed_bank_goes_on_as_if_it_had_never_stopped() -> None:
     steps = batches(12, 4, 6, 4)
     late = [({k: x for k, x in features.items() if k != "layer2"}, y) for features, y in steps[:6]] + steps[6:]
     bank = fitted(late[:8], ["layer0", "layer1", "layer2"])
-    resumed = ProbeBank(bank.layers, 4, LEARNING_RATE)
+    resumed = Probes(bank.layers, 4, LEARNING_RATE)
     resumed.load_state_dict(torch.load(io.BytesIO(saved(bank)), weights_only=True), "cpu")
     assert (resumed.widths, resumed.finite()) == (bank.widths, bank.finite())
     for features, targets in late[8:]:
-        assert torch.equal(resumed.update(features, targets), bank.update(features, targets))
+        assert torch.equal(resumed.learn(features, targets), bank.learn(features, targets))
     for layer in bank.layers:
         assert all(torch.equal(a, b) for a, b in zip(probe(resumed, layer), probe(bank, layer), strict=True))
 
@@ -320,9 +321,9 @@ def test_loaded_bank_shares_no_memory_with_the_state() -> None:
     steps = batches(3, 4)
     bank = fitted(steps[:2])
     before = probe(bank, "layer0")
-    resumed = ProbeBank(bank.layers, 4, LEARNING_RATE)
+    resumed = Probes(bank.layers, 4, LEARNING_RATE)
     resumed.load_state_dict(bank.state_dict(), "cpu")
-    resumed.update(*steps[2])
+    resumed.learn(*steps[2])
     assert all(torch.equal(a, b) for a, b in zip(probe(bank, "layer0"), before, strict=True))
 
 
@@ -333,10 +334,11 @@ def test_scores_over_uneven_batches_are_those_of_scikit_learn() -> None:
     rows = F.one_hot(labels, 4).double()
     left_out = torch.rand(101, generator=generator) < 0.2
     rows[left_out] = 0
-    scores = ProbeScores(3, 4)
+    sums, classes = torch.zeros(3, 3, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     for part in torch.split(torch.arange(101), [40, 40, 20, 1]):
-        scores.update(tally(log_p[:, :, part], Labels.of(rows[part])), count_classes(rows[part]))
-    found = scores.compute()
+        sums += tally(log_p[:, :, part], rows[part])
+        classes += count_classes(rows[part])
+    found = {"wrong": sums[0], "loss": sums[1], "total": sums[2], "classes": classes}
     kept = labels[~left_out].numpy()
     for layer in range(3):
         p = log_p[layer].T[~left_out].exp().numpy()
@@ -349,7 +351,7 @@ def test_scores_over_uneven_batches_are_those_of_scikit_learn() -> None:
 def test_soft_targets_count_their_likeliest_class_and_their_cross_entropy() -> None:
     p = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.5, 0.4]], dtype=torch.float64)
     targets = torch.tensor([[0.6, 0.4, 0.0], [0.3, 0.3, 0.4]], dtype=torch.float64)
-    wrong, loss, total = tally(p.log().T.unsqueeze(0), Labels.of(targets))[:, 0].tolist()
+    wrong, loss, total = tally(p.log().T.unsqueeze(0), targets)[:, 0].tolist()
     assert (wrong, total) == (1, 2)
     assert loss == pytest.approx(float(F.cross_entropy(p.log(), targets, reduction="sum")))
 
@@ -385,12 +387,12 @@ def noisy_digits(copies: int = 4) -> tuple[Step, Step]:
 
 def test_probes_of_a_fixed_network_reach_the_error_of_logistic_regression() -> None:
     (features, targets), (held_out, held_out_targets) = noisy_digits()
-    bank = ProbeBank(list(features), 10, 1e-2)
+    bank = Probes(list(features), 10, 1e-2)
     generator = torch.Generator().manual_seed(1)
     for _ in range(80):
         for part in torch.split(torch.randperm(len(targets), generator=generator), 256):
-            bank.update({layer: x[part] for layer, x in features.items()}, targets[part])
-    wrong, _, total = bank.score(held_out, held_out_targets)
+            bank.learn({layer: x[part] for layer, x in features.items()}, targets[part])
+    wrong, _, total = bank.test(held_out, held_out_targets)
     for i, (layer, x) in enumerate(features.items()):
         mean, deviation = x.mean(dim=0), x.std(dim=0)
         with threadpool_limits(1):

@@ -223,8 +223,8 @@ def test_published_errors_are_exactly_those_of_the_probes_on_the_network_as_it_i
     )
     session = probes._session
     assert session is not None
-    assert (session.optimum.fitted is not None) == (fit_samples > 0)
-    bank = session.optimum.fitted.bank if session.optimum.fitted is not None else session.online
+    assert (session.refit.fitted is not None) == (fit_samples > 0)
+    bank = session.refit.fitted.probes if session.refit.fitted is not None else session.online.probes
     assert bank is not None
     linear = {
         layer: {name: tensor[i] for name, tensor in stack["tensors"].items()}
@@ -674,7 +674,7 @@ def test_turns_begin_above_twenty_layers_and_the_input(layers: int, turns: int, 
     class Watch(Callback):
         def on_train_batch_start(self, *args: Any) -> None:
             assert probes._session is not None
-            due = probes._session.along.due()
+            due = probes._session.online.due()
             seen.append(set(names) if due is None else set(due))
 
     names = [f"net.{i}" for i in range(1, layers + 1)]

@@ -43,7 +43,7 @@ def test_the_last_the_first_or_the_mean_of_all_calls_that_fit(calls: Calls, is_l
         outs = [layer(x[i]) for i in range(3)]
         layer(torch.randn(7, 3))
         expected = {"last": outs[2], "first": outs[0], "mean": torch.stack(outs).mean(dim=0)}[calls]
-        features = found.stop()["layer"]
+        features = found.stop().features["layer"]
         torch.testing.assert_close(features, expected.detach())
         assert (features.data_ptr() == memory.data_ptr()) == is_lent
 
@@ -53,8 +53,8 @@ def test_calls_of_other_sizes_have_no_mean() -> None:
     found = recorder(layer, "mean")
     found.start(4)
     first, *_ = (layer(torch.randn(samples, 3)) for samples in (8, 4))
-    assert found.misfits == {"layer": "its calls have 8 and 4 samples, which have no mean"}
-    assert torch.equal(found.stop()["layer"], first)
+    assert found.recording.misfits == {"layer": "its calls have 8 and 4 samples, which have no mean"}
+    assert torch.equal(found.stop().features["layer"], first)
 
 
 @pytest.mark.parametrize("given", ["second", None, 1])

@@ -262,7 +262,7 @@ def test_features_are_those_before_an_operation_in_place() -> None:
     net.compile(backend="aot_eager")
     recorder.start(16)
     net(images(16).tensors[0]).sum().backward()
-    features = recorder.stop()
+    features = recorder.stop().features
     assert (features["conv"] < 0).any()
     assert torch.equal(features["conv"].relu(), features["act"])
 

@@ -83,7 +83,7 @@ def test_command_line_replaces_one_argument_and_keeps_the_others(
     assert network._patterns == ["Linear"]
     assert network.reducer.max_features == 64
     assert network._exclude == ["net.1"]
-    assert network._given_classes == 10
+    assert network._reading["num_classes"] == 10
 
 
 def test_command_line_adds_an_entry_to_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,12 +123,12 @@ input: pixels
 target: labels
 max_features: 256
 reduction: subset
-name: digit
 layout:
   "encoder.*": channels
   input: tokens
 calls: mean
 token_mask: mask
+name: digit
 learning_rate: 1.0e-2
 fit_samples: 1000
 fit_bytes: 2000000
@@ -146,18 +146,25 @@ def test_every_argument_can_be_written_in_yaml() -> None:
     network = probes._network
     assert network._patterns == written["layers"]
     assert network._exclude == written["exclude"]
-    assert network._given_classes == 7
-    assert network._input == "pixels"
+    assert network._reading["num_classes"] == 7
+    assert network._reading["input"] == "pixels"
     assert network.labels._target == "labels"
     assert (network.reducer.kind, network.reducer.max_features) == ("subset", 256)
     assert probes.state_key == LinearProbeCallback(name="digit").state_key
-    assert network._layout == written["layout"]
-    assert network.recorder.calls == "mean"
+    assert network._reading["layout"] == written["layout"]
+    assert network.recorder._calls == "mean"
     assert network.labels._token_mask == "mask"
-    assert probes._new_session().optimum.room == Room(1000, 2_000_000, on_device=True)
+    assert probes._new_session().refit.room == Room(1000, 2_000_000, on_device=True)
     assert (probes._learning_rate, probes._schedule._every_n_epochs) == (0.01, 3)
     assert probes._is_strict is False
     assert probes._logs._metrics == ["error", "cross_entropy"]
+
+
+def of_network(probes: LinearProbeCallback, attribute: str) -> Any:
+    """What became of an argument."""
+    if attribute.startswith("_reading."):
+        return probes._network._reading[attribute.removeprefix("_reading.")]  # type: ignore[literal-required]
+    return attrgetter(attribute)(probes._network)
 
 
 @pytest.mark.parametrize(
@@ -167,12 +174,12 @@ def test_every_argument_can_be_written_in_yaml() -> None:
         ("layers: Linear", "_patterns", ["Linear"]),
         ("layers: null", "_patterns", None),
         ("exclude: Dropout", "_exclude", ["Dropout"]),
-        ("input: null", "_input", None),
-        ("input: 2", "_input", 2),
+        ("input: null", "_reading.input", None),
+        ("input: 2", "_reading.input", 2),
         ("target: 2", "labels._target", 2),
         ("target: -1", "labels._target", -1),
         ("target: operator.length_hint", "labels._target", __import__("operator").length_hint),
-        ("num_classes: null", "_given_classes", None),
+        ("num_classes: null", "_reading.num_classes", None),
         ("{}", "labels._token_mask", "attention_mask"),
         ("token_mask: null", "labels._token_mask", None),
         ("token_mask: 2", "labels._token_mask", 2),
@@ -180,7 +187,7 @@ def test_every_argument_can_be_written_in_yaml() -> None:
     ],
 )
 def test_argument_in_yaml_means_what_it_means_in_python(init_args: str, attribute: str, expected: Any) -> None:
-    assert attrgetter(attribute)(from_yaml(yaml.safe_load(init_args))._network) == expected
+    assert of_network(from_yaml(yaml.safe_load(init_args)), attribute) == expected
 
 
 @pytest.mark.parametrize(
@@ -212,13 +219,13 @@ def test_lists_and_mappings_of_omegaconf_are_accepted() -> None:
     for attribute in (
         "_patterns",
         "_exclude",
-        "_layout",
-        "_given_classes",
-        "_input",
+        "_reading.layout",
+        "_reading.num_classes",
+        "_reading.input",
         "labels._target",
         "labels._token_mask",
     ):
-        found, expected = map(attrgetter(attribute), (probes._network, plain._network))
+        found, expected = of_network(probes, attribute), of_network(plain, attribute)
         assert found == expected
         assert type(found) is type(expected)
     assert probes._logs._metrics == plain._logs._metrics

@@ -17,7 +17,7 @@ from networks import Classifier, convnet, loader, mlp
 from torch import nn
 
 from lightning_probes import LinearProbeCallback
-from lightning_probes.probes.online import ProbeBank
+from lightning_probes.probes.heads import StackedProbes
 
 TRAIN, HELD_OUT = 640, 400
 
@@ -113,7 +113,7 @@ def test_mixed_precision_is_that_of_the_network_and_not_of_the_probes(tmp_path: 
     check_gaps(found)
 
 
-def probes_of(bank: ProbeBank) -> dict[str, State]:
+def probes_of(bank: StackedProbes) -> dict[str, State]:
     """Weight, bias and statistics of each layer, in float64."""
     return {
         layer: {name: tensor[i].double() for name, tensor in stack["tensors"].items()}
@@ -132,12 +132,12 @@ def test_lag_is_the_online_error_minus_the_published_one_on_the_same_samples(pre
     trainer.fit(model, train, held_out)
     session = probes._session
     assert session is not None
-    assert session.online is not None
+    assert session.online.probes is not None
     lags = []
     for stage, batches in (("train", train), ("val", held_out)):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true"):
             features, labels = features_by_hand(model, model.state_dict(), batches)
-        for layer, probe in probes_of(session.online).items():
+        for layer, probe in probes_of(session.online.probes).items():
             scale = (probe["variance"] + 1e-6 * probe["variance"].mean()).rsqrt()
             z = torch.where(probe["variance"] > 0, (features[layer] - probe["mean"]) * scale, 0.0)
             wrong = (z @ probe["weight"].T + probe["bias"].T).argmax(dim=1) != labels

@@ -18,8 +18,8 @@ from networks import loader
 from torch import Tensor
 
 from lightning_probes import LinearProbeCallback
-from lightning_probes.probes.fit import fit_probes
-from lightning_probes.training import fitting
+from lightning_probes.probes import fit
+from lightning_probes.probes.fit import fit_probe
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_train_is_scored_on_the_samples_that_it_was_fitted_on(
 def test_many_classes_are_fitted_on_more_samples(classes: int, samples: int, tmp_path: Path) -> None:
     probes = LinearProbeCallback(num_classes=classes)
     make_trainer(tmp_path, probes, fast_dev_run=True).fit(small(), loader(32, classes=2))
-    assert probes._session.optimum.room.samples == samples
+    assert probes._session.refit.room.samples == samples
 
 
 def test_what_is_kept_on_the_device_gives_the_same_report(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_what_is_kept_is_on_the_device_if_asked(fit_on_device: bool, tmp_path: P
 
     class Listening(Callback):
         def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            kept = probes._session.optimum._fitter._kept.items()
+            kept = probes._session.refit._batches.kept()
             found.extend(leaf.device.type for batch in kept for call in batch.calls for leaf in call.args)
 
     probes = LinearProbeCallback(fit_on_device=fit_on_device)
@@ -103,7 +103,7 @@ def test_published_probes_that_are_off_say_online(tmp_path: Path) -> None:
 def test_probes_short_of_their_optimum_are_named_once_and_their_rows_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fitting, "fit_probes", partial(fit_probes, max_iterations=1, tolerance=1e-9))
+    monkeypatch.setattr(fit, "fit_probe", partial(fit_probe, max_iterations=1, tolerance=1e-9))
     probes = LinearProbeCallback("net.1")
     (warning,) = fit_and_listen(make_trainer(tmp_path, probes), small(), loader(96), loader(64, seed=1))
     assert "the probes of 'input', 'net.1' did not reach their optimum" in warning

@@ -7,8 +7,6 @@ import re
 from functools import cache
 from pathlib import Path
 
-import lightning_probes
-
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lightning_probes"
 CONTRIBUTING = " ".join((ROOT / ".github" / "CONTRIBUTING.md").read_text().split())
@@ -96,14 +94,44 @@ def test_contributing_lists_the_modules_that_import_lightning() -> None:
     importing = {module for module in MODULES if imported_by(module)[1] & {"lightning", "pytorch_lightning"}}
     sentence = re.search(r"[Oo]nly (.*?) import Lightning\.", CONTRIBUTING)
     assert sentence is not None
-    assert {name.replace("/", ".") for name in re.findall(r"`([\w/]+)\.py`", sentence[1])} == importing
+    assert modules_named(sentence[1]) == importing
 
 
-def test_at_most_a_dozen_files_stand_at_the_top() -> None:
-    assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 12
+def modules_named(text: str) -> set[str]:
+    return {name.replace("/", ".") for name in re.findall(r"`([\w/]+)\.py`", text)}
 
 
-def test_three_names_are_public() -> None:
-    names = {"LinearProbeCallback", "ProbeReport", "probe"}
-    assert set(lightning_probes.__all__) == names
-    assert {name for name in dir(lightning_probes) if not name.startswith("_")} == names
+def test_the_map_has_every_module_in_its_room() -> None:
+    table = (ROOT / ".github" / "CONTRIBUTING.md").read_text().split("## Architecture")[1].split("**The walk")[0]
+    found = set()
+    for line in table.splitlines():
+        if (room := re.match(r"\| `(\w+)/` \|", line)) is not None:
+            found |= {f"{room[1]}.{name}" for name in modules_named(line)}
+        elif line.startswith("| `"):
+            found |= modules_named(line.split("|")[1])
+    assert found == set(MODULES) - {"report.picture"}
+
+
+def test_the_walk_of_an_activation_is_short() -> None:
+    text = re.search(r"\*\*The walk of an activation\*\*(.*?)\*\*What is saved", CONTRIBUTING)
+    assert text is not None
+    at_a_point, between = text[1].split("Between points")
+    walk = modules_named(at_a_point)
+    assert at_a_point.count(" -> ") + 1 == len(walk) <= 7
+    assert len(walk - {"training.refit", "probes.fit"} | modules_named(between)) <= 7
+    # From the callback all of them can be reached by imports alone.
+    assert walk | modules_named(between) <= reached_from("callback")
+
+
+def test_tested_versions_are_those_of_the_constraints() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    table = text.split("[tool.lightning-probes.tested]")[1].split("\n\n")[0]
+    tested = {name: re.findall(r'"(.*?)"', minors) for name, minors in re.findall(r"^([\w-]+) = \[(.*)\]", table, re.M)}
+    needed = re.search(r"^dependencies = \[(.*)\]", text, re.M)
+    assert needed is not None
+    assert {re.split(r"\W", name)[0] for name in re.findall(r'"(.*?)"', needed[1])} <= tested.keys()
+    for name in ("", "-oldest"):
+        lines = (ROOT / "tests" / f"constraints{name}.txt").read_text().splitlines()
+        pinned = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+        for package, minors in tested.items():
+            assert ".".join(pinned[package].split(".")[:2]) in minors, package

@@ -23,7 +23,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_probes import LinearProbeCallback, probe
 from lightning_probes.cli import ProbeCLI
 from lightning_probes.network.batches import check_labels, find_num_classes, pick
-from lightning_probes.probes.tasks import never_seen
+from lightning_probes.probes.tasks import Classification
 
 ROOT = Path(__file__).parent.parent
 
@@ -219,7 +219,7 @@ LABELS: dict[str, tuple[Any, int, str]] = {
 def test_labels_that_are_not_offered_are_told_with_what_to_write_instead(case: str) -> None:
     labels, num_classes, message = LABELS[case]
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
-        check_labels(labels, num_classes)
+        check_labels(labels, Classification(num_classes))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_labels_that_are_not_offered_are_told_with_what_to_write_instead(case: s
     ],
 )
 def test_what_is_advised_gives_labels_that_can_be_used(labels: Any, num_classes: int, advice: Any) -> None:
-    check_labels(advice((None, labels)), num_classes)
+    check_labels(advice((None, labels)), Classification(num_classes))
 
 
 @dataclass
@@ -396,7 +396,7 @@ class SoftUnsaid(Unsaid):
 def test_many_classes_that_only_the_labels_tell_are_fitted_on_as_many_samples(sanity: int) -> None:
     probes, data = LinearProbeCallback("net.1"), rows(96, classes=100)
     make_trainer(probes, num_sanity_val_steps=sanity).fit(SoftUnsaid(mlp(depth=1, classes=100)), data, data)
-    assert probes._session.optimum.room.samples == 200 * 100
+    assert probes._session.refit.room.samples == 200 * 100
 
 
 def test_probe_takes_the_width_of_the_labels_too() -> None:
@@ -456,7 +456,7 @@ def test_more_classes_than_the_labels_show_are_told_of_once(run: str) -> None:
     ],
 )
 def test_classes_that_chance_may_have_left_out_are_not_told_of(classes: list[float], is_told: bool) -> None:
-    assert bool(never_seen(classes)) is is_told
+    assert bool(Classification(len(classes)).doubts(classes)) is is_told
 
 
 # The command line
@@ -561,6 +561,6 @@ def test_a_fault_before_the_first_step_of_a_run_that_goes_on_is_told_with_its_ep
         trainer, named = make_trainer(LinearProbeCallback(), max_epochs=2), {"ckpt_path": str(path)}
     else:
         trainer.fit_loop.max_epochs = 2
-    monkeypatch.setattr("lightning_probes.training.fitting.KeptBatches.wants", broken)
+    monkeypatch.setattr("lightning_probes.replay.reservoir.Reservoir.wants", broken)
     with pytest.warns(UserWarning, match="set aside at epoch 1, step 6, since recording it raised RuntimeError: inj"):
         trainer.fit(model, loader(), loader(32), **named)

@@ -13,9 +13,11 @@ from faults import Between
 from lightning.pytorch import Trainer, seed_everything
 from matplotlib.figure import Figure
 from networks import QUIET, Classifier, convnet, loader, mlp
+from planted import enter
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_probes import LinearProbeCallback, ProbeReport, probe
+from lightning_probes.report.curves import Scores
 
 TRAINED_ON = "on samples that the network was trained on"
 LAGS = "trained along, an upper bound that lags"
@@ -140,8 +142,8 @@ def reports_of_many_layers() -> dict[str, ProbeReport]:
                 for i, layer in enumerate(layers)
             }
             wrong = [math.nan if i == 5 else 500.0 - 10 * i for i in range(len(layers))]
-            scores = {"wrong": wrong, "loss": wrong, "total": [1000.0] * len(layers), "classes": [600.0, 400.0]}
-            report.add(about, scores, stage=stage, dataloader=0, epoch=epoch, step=100 * epoch)
+            scores = Scores([[w, w, 1000.0] for w in wrong], [600.0, 400.0])
+            enter(report, about, scores, stage, dataloader=0, epoch=epoch, step=100 * epoch)
     return found
 
 
@@ -237,8 +239,7 @@ def test_points_that_came_about_in_another_way_are_named() -> None:
     kinds = [{"data": "online", "samples": 100}] * 2 + [{"data": "train", "samples": 96}]
     for epoch, fitted_on in enumerate(kinds, start=1):
         about = {"net": {"depth": 1, "features": 2, "features_total": 2, "fitted_on": fitted_on, "converged": None}}
-        scores = {"wrong": [3.0], "loss": [1.0], "total": [10.0], "classes": [5.0, 5.0]}
-        report.add(about, scores, stage="val", dataloader=0, epoch=epoch, step=epoch)
+        enter(report, about, Scores([[3.0, 1.0, 10.0]], [5.0, 5.0]), "val", dataloader=0, epoch=epoch, step=epoch)
     table = " ".join(str(report).split())
     assert f"! at epoch 1, epoch 2: {LAGS} layer" in table
     assert "Probes fitted to their optimum on 96 samples of training, scored on 10 others." in table
@@ -249,8 +250,7 @@ def test_points_that_came_about_in_another_way_are_named() -> None:
 def test_report_without_any_value_is_shown(total: float) -> None:
     report = ProbeReport(notes=["scoring raised RuntimeError: $\\frac{ is no formula$"])
     about = {"net": {"depth": 1, "features": 2, "features_total": 2, "fitted_on": None, "converged": None}}
-    scores = {"wrong": [math.nan], "loss": [math.nan], "total": [total], "classes": [0.0, 0.0]}
-    report.add(about, scores, stage="val", dataloader=1, epoch=1, step=1)
+    enter(report, about, Scores([[math.nan, math.nan, total]], [0.0, 0.0]), "val", dataloader=1, epoch=1, step=1)
     words = words_of(report)
     assert all("is no formula$" in words[where] for where in ("table", "page", "figure", "notes"))
     assert "<img " in report._repr_html_()

@@ -10,20 +10,20 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from faults import EPOCHS, ONE, SETTINGS, Arming, Fault, Memory, Run, probes_of, run, undisturbed, without
-from torch import Tensor
 
 from lightning_probes import ProbeReport
 from lightning_probes.loggers import Logs
-from lightning_probes.network import labels
 from lightning_probes.network.hooks import ActivationRecorder
-from lightning_probes.probes.online import ProbeBank
-from lightning_probes.probes.tasks import ProbeScores
+from lightning_probes.probes import fit
+from lightning_probes.probes.dataset import LayerSamples
+from lightning_probes.probes.heads import StackedProbes
+from lightning_probes.probes.online import OnlineProbes
+from lightning_probes.probes.tasks import Classification
 from lightning_probes.replay.recorder import CallRecorder
 from lightning_probes.replay.replayer import Replay
-from lightning_probes.replay.reservoir import KeptBatches
-from lightning_probes.report.curves import Points
-from lightning_probes.training import crossfit, fitting, session
-from lightning_probes.training import refit as optimum
+from lightning_probes.replay.reservoir import Reservoir
+from lightning_probes.report.curves import Curves
+from lightning_probes.training.refit import Refit
 
 
 def is_one(recorder: Any, layer: str, *args: Any, **kwargs: Any) -> bool:
@@ -34,8 +34,16 @@ def is_input(recorder: Any, layer: str, *args: Any, **kwargs: Any) -> bool:
     return layer == "input"
 
 
-def is_fit_of_one(features: dict[str, Tensor], *args: Any, **kwargs: Any) -> bool:
-    return ONE in features
+def is_fit_of_one(task: Any, samples: LayerSamples, *args: Any, **kwargs: Any) -> bool:
+    return samples.layer == ONE
+
+
+def is_in_training(*args: Any, **kwargs: Any) -> bool:
+    return torch.is_grad_enabled()
+
+
+def is_in_validation(*args: Any, **kwargs: Any) -> bool:
+    return not torch.is_grad_enabled()
 
 
 EVERYWHERE = ["convolutions", "MLP without validation", "MLP, online", "convolutions without validation, online"]
@@ -57,26 +65,26 @@ class Case(NamedTuple):
 NAN = {
     "the activation of one": Case(ActivationRecorder, "record", [*EVERYWHERE, *CROSSED], BOTH, is_one, ONE),
     "the input": Case(ActivationRecorder, "record", EVERYWHERE, BOTH, is_input, "input"),
-    "the fit of one": Case(fitting, "fit_probes", CONVERGED, BOTH, is_fit_of_one, ONE),
-    "the cross-fit of one": Case(crossfit, "fit_probes", CROSSED, BOTH, is_fit_of_one, ONE),
+    "the fit of one": Case(fit, "fit_samples", CONVERGED, BOTH, is_fit_of_one, ONE),
+    "the cross-fit of one": Case(fit, "fit_samples", CROSSED, BOTH, is_fit_of_one, ONE),
     "all activations": Case(ActivationRecorder, "record", MIXED, ALWAYS),
-    "all fits": Case(fitting, "fit_probes", CONVERGED, ALWAYS),
-    "all cross-fits": Case(crossfit, "fit_probes", CROSSED, ALWAYS),
-    "features to cross-fit": Case(crossfit.CrossFitter, "add", CROSSED),
-    "the update": Case(ProbeBank, "update", EVERYWHERE),
-    "counting classes in training": Case(session, "count_classes", MIXED, ONCE),
-    "counting classes in validation": Case(optimum, "count_classes", ["convolutions"], ONCE),
-    "scoring": Case(ProbeBank, "score", [*CONVERGED, "MLP, online"]),
+    "all fits": Case(fit, "fit_samples", CONVERGED, ALWAYS),
+    "all cross-fits": Case(fit, "fit_samples", CROSSED, ALWAYS),
+    "features to cross-fit": Case(Refit, "_keep", CROSSED),
+    "the update": Case(OnlineProbes, "update", EVERYWHERE),
+    "counting classes in training": Case(Classification, "target_sums", MIXED, ONCE, is_in_training),
+    "counting classes in validation": Case(Classification, "target_sums", ["convolutions"], ONCE, is_in_validation),
+    "scoring": Case(StackedProbes, "score", [*CONVERGED, "MLP, online"]),
     "the end of recording": Case(CallRecorder, "stop", CONVERGED),
-    "choosing batches": Case(KeptBatches, "wants", CONVERGED, ONCE),
-    "keeping batches": Case(KeptBatches, "add", CONVERGED),
-    "adding scores": Case(Points, "add", MIXED, ONCE),
-    "summing up scores": Case(ProbeScores, "compute", EVERYWHERE),
+    "choosing batches": Case(Reservoir, "wants", CONVERGED, ONCE),
+    "keeping batches": Case(Reservoir, "add", CONVERGED),
+    "adding scores": Case(Curves, "add", MIXED, ONCE),
+    "summing up scores": Case(Curves, "_summed", EVERYWHERE),
 }
 WITHOUT_ROWS = {
-    "entering rows": Case(ProbeReport, "add", MIXED),
-    "publishing": Case(Points, "publish", MIXED),
-    "adding scores for good": Case(Points, "add", MIXED, ALWAYS),
+    "entering rows": Case(ProbeReport, "enter", MIXED),
+    "publishing": Case(Curves, "publish", MIXED),
+    "adding scores for good": Case(Curves, "add", MIXED, ALWAYS),
 }
 ANOTHER_WAY = {
     "running batches again": Case(Replay, "run", CONVERGED),
@@ -85,7 +93,7 @@ ANOTHER_WAY = {
 FEWER_BATCHES = {
     "the beginning of a call": Case(CallRecorder, "_enter", CONVERGED),
     "the end of a call": Case(CallRecorder, "_leave", CONVERGED),
-    "labels": Case(labels, "distributions", MIXED, ONCE),
+    "labels": Case(Classification, "encode", MIXED, ONCE),
 }
 LOGGING = {"logging": Case(Logs, "_write", MIXED)}
 
@@ -160,7 +168,7 @@ def test_fault_of_what_can_be_had_in_another_way_costs_no_value(
         told = [
             note for note in disturbed.report.notes if "labels cannot be used are passed over (the first: inj" in note
         ]
-        assert len(told) == (case.attribute == "distributions")
+        assert len(told) == (case.attribute == "encode")
         assert data == {row["fitted_on"]["data"] for row in undisturbed(name).report.rows}
     else:
         assert len(said) == 1

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from planted import enter
 from scipy.stats import binomtest
 
+from lightning_probes.report.curves import Scores
 from lightning_probes.report.report import ProbeReport, Row
 
 LAYERS = ["input", "backbone.layer1.0", "backbone.layer2.0", "head"]
@@ -30,10 +32,15 @@ def add(
 ) -> list[Row]:
     about = {layer: {"depth": i, "features": 64 + i, "features_total": 1024} for i, layer in enumerate(layers)}
     wrong = wrong or [100.0 - epoch - 10 * i for i in range(len(layers))]
-    loss = [w / 50 if nats is None else nats * total for w in wrong]
-    scores = {"wrong": wrong, "loss": loss, "total": [total] * len(layers), "classes": [150.0, 50.0]}
-    return report.add(
-        about, scores, stage=stage, dataloader=dataloader, epoch=epoch, step=10 * epoch if step is None else step
+    scores = Scores([[w, w / 50 if nats is None else nats * total, total] for w in wrong], [150.0, 50.0])
+    return enter(
+        report,
+        about,
+        scores,
+        stage,
+        dataloader=dataloader,
+        epoch=epoch,
+        step=10 * epoch if step is None else step,
     )
 
 

@@ -149,8 +149,8 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if not self.updates:
-            assert self.probes._session.online is not None
-            state = self.probes._session.online.state_dict()
+            assert self.probes._session.online.probes is not None
+            state = self.probes._session.online.probes.state_dict()
             for stack in state.values():
                 self.updates |= dict(zip(stack["layers"], stack["updates"], strict=True))
 

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from classified import solve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_probes.probes.dataset import FeatureStore
+from lightning_probes.distributed import Ranks
+from lightning_probes.probes.dataset import FeatureDataset, HalfPrecisionStore, LayerBatch
 from lightning_probes.probes.rows import Parts, Rows, statistics
-from lightning_probes.probes.solver import solve
+from lightning_probes.probes.tasks import Classification
 
 SCALES = st.sampled_from([1e-8, 1e-4, 1.0, 1e4, 1e8])
 
@@ -23,17 +25,21 @@ def labels_of(samples: int, classes: int = 3) -> Tensor:
     return torch.eye(classes)[torch.arange(samples) % classes]
 
 
-def add(store: FeatureStore, layer: str, x: Tensor, batch: int, views: int = 1) -> None:
+def held(max_bytes: int) -> tuple[HalfPrecisionStore, FeatureDataset]:
+    store = HalfPrecisionStore(max_bytes)
+    return store, FeatureDataset(Classification(3), store, has_all_places=True)
+
+
+def add(data: FeatureDataset, layer: str, x: Tensor, batch: int, views: int = 1) -> None:
     """Batch by batch; a batch has its samples once for each view."""
     for first in range(0, len(x) // views, batch):
         part = torch.cat([view[first : first + batch] for view in x.chunk(views)])
         samples = len(part) // views
-        positions = first + torch.arange(samples)
-        store.add({layer: part}, labels_of(len(x))[positions], positions)
+        data.add(LayerBatch({layer: part}, labels_of(len(x))[first + torch.arange(samples)]))
 
 
-def read(store: FeatureStore, layer: str) -> Tensor:
-    return torch.cat(list(store.read(layer)[0]))
+def read(store: HalfPrecisionStore, layer: str) -> Tensor:
+    return torch.cat(list(store.read(layer)))
 
 
 def in_batches(x: Tensor, batch: int, views: int) -> Tensor:
@@ -72,9 +78,9 @@ def test_features_are_read_as_they_were_to_half_precision_of_their_deviation(
         x[:, 1] = 3.0
     x[-1, 2] += outlier
     x *= scale
-    store = FeatureStore(max_bytes)
+    store, data = held(max_bytes)
     try:
-        add(store, "layer", x, batch, views)
+        add(data, "layer", x, batch, views)
         found, expected = read(store, "layer"), in_batches(x, batch, views)
         assert found.shape == expected.shape
         assert found.dtype == torch.float32
@@ -86,8 +92,8 @@ def test_features_are_read_as_they_were_to_half_precision_of_their_deviation(
         assert ((found - expected).abs() <= rounding).all()
         assert store.memory_bytes <= max_bytes
         assert store.memory_bytes + store.file_bytes >= 2 * x.numel()
-        assert store.values("layer") == x.numel()
-        assert store.samples == samples
+        assert store.is_read_whole("layer") == (4 * x.numel() <= max_bytes / 4)
+        assert data.samples == samples
     finally:
         store.close()
 
@@ -99,8 +105,8 @@ def test_features_are_read_as_they_were_to_half_precision_of_their_deviation(
 def test_what_half_precision_cannot_hold_is_kept_as_it_is(bad: float, where: int, max_bytes: int) -> None:
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     x[where, 1] = bad
-    store = FeatureStore(max_bytes)
-    add(store, "layer", x, 8)
+    store, data = held(max_bytes)
+    add(data, "layer", x, 8)
     found = read(store, "layer")
     batch = slice(8 * (where // 8), 8 * (where // 8) + 8)
     assert torch.equal(found[batch].nan_to_num(), x[batch].nan_to_num())
@@ -113,16 +119,16 @@ def test_what_half_precision_cannot_hold_is_kept_as_it_is(bad: float, where: int
 @pytest.mark.parametrize("max_bytes", [1, 10**6], ids=["on disk", "in memory"])
 def test_double_precision_stays(max_bytes: int) -> None:
     x = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e-12 + 1
-    store = FeatureStore(max_bytes)
-    add(store, "layer", x, 8)
+    store, data = held(max_bytes)
+    add(data, "layer", x, 8)
     assert torch.equal(read(store, "layer"), x)
     store.close()
 
 
 def test_a_layer_that_is_constant_at_first_and_tiny_later_does_not_vanish() -> None:
     x = torch.cat([torch.zeros(8, 3), 1e-8 * torch.randn(32, 3, generator=torch.Generator().manual_seed(0))])
-    store = FeatureStore(10**6)
-    add(store, "layer", x, 8)
+    store, data = held(10**6)
+    add(data, "layer", x, 8)
     torch.testing.assert_close(read(store, "layer"), x, rtol=2e-3, atol=1e-11)
     store.close()
 
@@ -132,11 +138,17 @@ def test_views_have_the_label_and_the_position_of_their_sample(max_bytes: int) -
     # Each feature says which sample it is of.
     samples = 5000
     x = torch.arange(samples).float().view(-1, 1).repeat(2, 1)
-    store = FeatureStore(max_bytes)
-    add(store, "two views", x, 64, views=2)
-    parts, y, positions = store.read("two views")
+    store, data = held(max_bytes)
+    add(data, "two views", x, 64, views=2)
+    ((layer, _, y, folds),) = data.by_layer(["never seen", "two views"], Ranks(), "cpu")
+    assert layer == "two views"
+    store, data = held(max_bytes)  # it was given out and is gone
+    add(data, "two views", x, 64, views=2)
+    parts = store.read("two views")
     found = torch.cat(list(parts))
-    assert torch.equal(positions, in_batches(torch.arange(samples).repeat(2), 64, 2))
+    positions = in_batches(torch.arange(samples).repeat(2), 64, 2)
+    drawn = torch.randperm(samples, generator=torch.Generator().manual_seed(0)) % 5
+    assert torch.equal(folds, drawn[positions])
     assert torch.equal(y, labels_of(samples)[positions])
     assert (found.flatten() - positions).abs().max() <= 0.5 * 5000 / 64
     # No more than so many at a time.
@@ -153,14 +165,14 @@ def test_files_are_there_while_they_are_needed_and_gone_afterwards(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     x = torch.randn(40, 3)
-    store = FeatureStore(100)
-    add(store, "one", x[:8], 8)
+    store, data = held(100)
+    add(data, "one", x[:8], 8)
     assert (store.memory_bytes, store.file_bytes) == (48, 0)
     assert list(tmp_path.iterdir()) == []
-    add(store, "two", x, 8)
+    add(data, "two", x, 8)
     assert (store.memory_bytes, store.file_bytes) == (96, 48 * 4)
     assert sum(file.stat().st_size for file in tmp_path.rglob("*.features")) == store.file_bytes
-    kept = store.read("two")[0]
+    kept = store.read("two")
     before = torch.cat(list(kept))
     store.close()
     assert list(tmp_path.iterdir()) == []
@@ -169,12 +181,13 @@ def test_files_are_there_while_they_are_needed_and_gone_afterwards(
 
 def test_soft_labels_are_kept_as_they_are() -> None:
     soft = torch.softmax(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), dim=1)
-    store = FeatureStore(100)
-    store.add({"layer": torch.randn(8, 2)}, soft, torch.arange(8))
-    store.add({"layer": torch.randn(4, 2)}, torch.eye(3)[torch.tensor([0, 0, 1, 2])], 8 + torch.arange(4))
-    assert torch.equal(store.read("layer")[1][:8], soft)
+    _, data = held(100)
+    data.add(LayerBatch({"layer": torch.randn(8, 2)}, soft))
+    data.add(LayerBatch({"layer": torch.randn(4, 2)}, torch.eye(3)[torch.tensor([0, 0, 1, 2])]))
+    ((_, _, targets, _),) = data.by_layer(["layer"], Ranks(), "cpu")
+    assert torch.equal(targets[:8], soft)
     assert torch.equal(
-        store.classes,
+        data.target_sums,
         torch.bincount(soft.argmax(dim=1), minlength=3).double() + torch.tensor([2.0, 1.0, 1.0]).double(),
     )
 
@@ -200,7 +213,6 @@ def test_products_of_parts_are_those_of_the_whole(drawn: tuple[int, list[int]]) 
     parts = Rows(Parts(lengths, lambda i: pieces[i]), 4, torch.float64)
     weights = torch.rand(2, samples, generator=generator, dtype=torch.float64)
     v = torch.randn(2, 4, generator=generator, dtype=torch.float64)
-    offset = torch.randn(2, samples, generator=generator, dtype=torch.float64)
     mask = torch.rand(samples, generator=generator) < 0.5
     for rows, there, its in (
         (parts, ones, slice(None)),
@@ -210,12 +222,11 @@ def test_products_of_parts_are_those_of_the_whole(drawn: tuple[int, list[int]]) 
         (Rows.of(x).where(mask), ones[mask], mask),
         (parts.to(torch.float32), ones.float(), slice(None)),
     ):
-        w, u, o = (part.to(there) for part in (weights[:, its], v, offset[:, its]))
+        w, u = (part.to(there) for part in (weights[:, its], v))
         off = 1e-4 if there.dtype == torch.float32 else 1e-9
         assert rows.samples == len(there)
         assert rows.width == 4
         torch.testing.assert_close(rows.scores(u), u @ there.T, rtol=off, atol=off)
-        torch.testing.assert_close(rows.scores(u, o), o + u @ there.T, rtol=off, atol=off)
         torch.testing.assert_close(rows.weighted(w), w @ there, rtol=off, atol=off)
         torch.testing.assert_close(rows.gram(w[0]), there.T @ torch.diag(w[0]) @ there, rtol=off, atol=off)
 
@@ -242,5 +253,5 @@ def test_a_solver_finds_the_same_in_parts_as_in_the_whole() -> None:
     whole = solve(Rows.of(x), y, 1e-3)
     parted = solve(Rows(Parts(lengths, lambda i: pieces[i]), 6, torch.float32), y, 1e-3)
     torch.testing.assert_close(parted.weight, whole.weight, rtol=1e-2, atol=1e-3)
-    assert parted.sums[2] == whole.sums[2] == 200
-    assert abs(parted.sums[0] - whole.sums[0]) <= 1
+    assert parted.tally[2] == whole.tally[2] == 200
+    assert abs(parted.tally[0] - whole.tally[0]) <= 1

@@ -13,9 +13,21 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lightning_probes.network.batches import Where, check_labels, distributions, find_num_classes, pick, repeat_views
+from lightning_probes.network import batches
+from lightning_probes.network.batches import find_num_classes, pick
+from lightning_probes.options import Where
+from lightning_probes.probes.dataset import LayerBatch
+from lightning_probes.probes.tasks import Classification
 
 X, Y = torch.zeros(4, 3), torch.tensor([0, 1, 2, 1])
+
+
+def check_labels(labels: Any, num_classes: int) -> None:
+    batches.check_labels(labels, Classification(num_classes))
+
+
+def distributions(labels: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return Classification(num_classes).encode(labels, dtype)
 
 
 @dataclass
@@ -274,4 +286,4 @@ def test_metrics_that_disagree_are_an_error_listing_their_numbers() -> None:
 @pytest.mark.parametrize("views", [1, 2, 3])
 def test_views_are_repeated_one_after_another(views: int) -> None:
     targets = torch.eye(3)
-    assert torch.equal(repeat_views(targets, 3 * views), torch.cat([targets] * views))
+    assert torch.equal(LayerBatch({}, targets).targets_of(3 * views), torch.cat([targets] * views))

@@ -410,10 +410,10 @@ def test_precision_is_that_of_the_network_and_probes_have_at_least_float32(
     assert_same(fit(small, plain(), tmp_path, probes, **options), without)
     assert set(without["modes"]) == {IN_STEPS[precision]}
     assert {modes for *_, modes in without["on the way"]} == {(False, torch.float32)}
-    online, optimum = probes._session.online, probes._session.optimum.fitted
+    online, fitted = probes._session.online.probes, probes._session.refit.fitted
     assert online is not None
-    assert optimum is not None
-    for bank in (online, optimum.bank):
+    assert fitted is not None
+    for bank in (online, fitted.probes):
         tensors = [tensor for stack in bank.state_dict().values() for tensor in stack["tensors"].values()]
         # Beside the numbers there is a flag for each layer.
         assert {x.dtype for x in tensors} == {torch.bool, torch.float64 if precision == "64-true" else torch.float32}

@@ -85,10 +85,9 @@ def test_a_figure_is_shown_once(pyplot: str, tmp_path: Path) -> None:
 
     make = (
         "from lightning_probes import ProbeReport\n"
-        "report = ProbeReport()\n"
-        "about = {'net': {'depth': 1, 'features': 2, 'features_total': 2}}\n"
-        "scores = {'wrong': [1.0], 'loss': [1.0], 'total': [4.0], 'classes': [2.0, 2.0]}\n"
-        "report.add(about, scores, stage='val', dataloader=0, epoch=1, step=1)\n"
+        "row = {'layer': 'net', 'depth': 1, 'features': 2, 'features_total': 2, 'stage': 'val', 'dataloader': 0}\n"
+        "row |= {'epoch': 1, 'step': 1, 'samples': 4.0, 'metric': 'error', 'value': 0.25, 'low': 0.0, 'high': 0.7}\n"
+        "report = ProbeReport(rows=[row])\n"
     )
     cells = [nbformat.v4.new_code_cell(text) for text in (f"{pyplot}\n{make}None", "report.plot()", "report")]
     notebook = nbformat.v4.new_notebook(cells=cells)

@@ -1,39 +1,63 @@
-"""A batch -> its input and its labels, the labels as one distribution over the classes per sample."""
+"""Finds input, labels and mask in a batch, and reads the labels of one batch after another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 from torchmetrics import Metric
 
-from lightning_probes.probes.hints import hint_of_floats, hint_of_rows, hint_of_shape, is_distribution
+from lightning_probes.network.torch_internals import tree_leaves
+from lightning_probes.options import ATTENTION_MASK, Where
+from lightning_probes.probes.tasks import Classification, Task, UnknownOutputsError
 
-Where = int | Callable[[Any], Any] | str
-"""Where in a batch something is: an index, a key (one level of nesting is searched) or a function of the batch."""
+_LABEL_NAMES = ("label", "labels", "target", "targets", "y", "class", "classes", "category")
 
-IGNORED = -100
-"""The label of samples to leave out, as in :func:`torch.nn.functional.cross_entropy`."""
+
+def parts_of(value: Any) -> dict[Any, Any]:
+    """Return what a container holds, by index, key or name; empty for all that is no container.
+
+    Containers are mappings, named tuples, lists, tuples and dataclasses.
+    """
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return dict(value._asdict())
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return {}
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested containers, in an order that is the same each time."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        else:  # a container that nobody registered
+            for part in parts_of(leaf).values():
+                yield from tensors_in(part)
 
 
 def pick(batch: Any, where: Where, argument: str) -> Any:
-    """What ``where`` names in ``batch``.
+    """Return what ``where`` names in ``batch``.
 
     Args:
         batch: a tuple, list, mapping, dataclass or named tuple; mappings and dataclasses inside it are searched too.
-        where: index, key or callable.
-        argument: the name of the argument that ``where`` was given as, for the message.
+        where: an index, a key or a function of the batch.
+        argument: name of the argument that ``where`` was given as, for the message.
 
     Raises:
         LookupError: ``batch`` has no such index or key; the message lists what it has.
     """
     if callable(where):
         return where(batch)
-    for part in (batch, *_parts(batch).values()):
-        parts = _parts(part)
+    for part in (batch, *parts_of(batch).values()):
+        parts = parts_of(part)
         if where in parts:
             return parts[where]
         if isinstance(where, int) and part is batch and is_dataclass(batch) and -len(parts) <= where < len(parts):
@@ -49,83 +73,37 @@ def pick(batch: Any, where: Where, argument: str) -> Any:
 
 
 def describe(batch: Any, depth: int = 2) -> str:
-    """A batch in words: its keys or indices with types and shapes."""
+    """Describe a batch in words: its keys or indices with types and shapes."""
     if isinstance(batch, Tensor):
         if batch.is_nested:
             return "a nested tensor"
         return f"{str(batch.dtype).removeprefix('torch.')}{list(batch.shape)}"
-    parts = _parts(batch)
+    parts = parts_of(batch)
     if not parts or not depth:
         return type(batch).__name__
     inside = ", ".join(f"{key!r}: {describe(part, depth - 1)}" for key, part in parts.items())
     return f"{type(batch).__name__} {{{inside}}}"
 
 
-def distributions(labels: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Labels as rows of class probabilities.
-
-    Args:
-        labels: integers ``(samples,)`` or ``(samples, 1)``, or one-hot or soft ``(samples, num_classes)``.
-        num_classes: K >= 1.
-        dtype: of the result.
-
-    Returns:
-        ``(samples, num_classes)``. A row is a distribution, or zero for a sample to leave out: labelled ``-100``, or
-        (never an error, which would end a long run) outside ``[0, K)`` or no distribution. Nothing is synchronised
-        with the host.
+def check_labels(labels: Any, task: Task) -> Tensor:
+    """Return ``labels`` if they are a tensor that the task understands; look at the values, which waits for a device.
 
     Raises:
-        ValueError: another shape.
+        TypeError, ValueError: they are not; the message says what to write instead.
     """
-    _check_shape(labels, num_classes)
-    labels = labels.detach()
-    if labels.dim() == 2 and labels.shape[1] == num_classes and (num_classes > 1 or labels.is_floating_point()):
-        rows = labels.to(dtype)
-        return torch.where(is_distribution(rows).unsqueeze(1), rows, 0.0)
-    classes = torch.arange(num_classes, device=labels.device)
-    return (labels.reshape(-1, 1) == classes).to(dtype)
+    task.check(as_tensor(labels))
+    return as_tensor(labels)
 
 
-def check_labels(labels: Any, num_classes: int) -> None:
-    """Raise if ``labels`` are nothing that :func:`distributions` understands; looks at the values (host sync).
+def as_tensor(labels: Any) -> Tensor:
+    """Return ``labels`` if they are a tensor.
 
     Raises:
-        TypeError: no tensor, or no integers where classes are expected.
-        ValueError: a shape other than those, a label outside ``[0, num_classes)``, rows that are no distribution.
+        TypeError: they are not; the message says what to write instead.
     """
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"target: expected a tensor of labels, found {type(labels).__name__}{_hint_of_kind(labels)}")
-    shape = tuple(labels.shape)
-    try:
-        _check_shape(labels, num_classes)
-    except ValueError as error:
-        raise ValueError(f"{error}{hint_of_shape(labels)}") from None
-    if labels.dim() == 2 and labels.shape[1] == num_classes and (num_classes > 1 or labels.is_floating_point()):
-        bad = (~is_distribution(labels.double())).nonzero()
-        if len(bad):
-            row = labels[int(bad[0])].tolist()
-            raise ValueError(
-                f"target: row {int(bad[0])} of the labels {list(shape)} is no distribution: {row[:8]}"
-                f"{hint_of_rows(labels)}"
-            )
-        return
-    if labels.is_floating_point() or labels.is_complex():
-        raise TypeError(
-            f"target: labels of shape {shape} are {labels.dtype}; expected integers, or rows of probabilities"
-            f"{hint_of_floats(labels)}"
-        )
-    labels = labels.long()  # int8 cannot be compared with 200, nor uint8 with -100
-    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= num_classes))]
-    if len(wrong):
-        raise ValueError(f"target: label {int(wrong.flatten()[0])} is outside [0, num_classes={num_classes})")
-
-
-def _check_shape(labels: Tensor, num_classes: int) -> None:
-    shape, known = tuple(labels.shape), f"={num_classes}" if num_classes else ""
-    if not shape or not shape[0] or shape[1:] not in ((), (1,), (num_classes,)):
-        raise ValueError(
-            f"target: labels have shape {shape}; expected (batch,), (batch, 1) or (batch, num_classes{known})"
-        )
+    if isinstance(labels, Tensor):
+        return labels
+    raise TypeError(f"target: expected a tensor of labels, found {type(labels).__name__}{_hint_of_kind(labels)}")
 
 
 def _hint_of_kind(labels: Any) -> str:
@@ -133,13 +111,10 @@ def _hint_of_kind(labels: Any) -> str:
         return f" of str (the first: {labels[0]!r}); number the classes in the dataset: 0, 1, ..."
     if isinstance(labels, (list, tuple)) and labels and isinstance(labels[0], (int, float)):
         return "; a function makes one of it: target=lambda batch: torch.tensor(batch[1])"
-    if _parts(labels) and not isinstance(labels, (list, tuple)):
+    if parts_of(labels) and not isinstance(labels, (list, tuple)):
         near = _label_places(labels)
         return f": {describe(labels)}" + (f"; the labels could be its {near[0]}" if near else "")
     return ""
-
-
-_LABEL_NAMES = ("label", "labels", "target", "targets", "y", "class", "classes", "category")
 
 
 def _label_places(batch: Any) -> list[str]:
@@ -147,7 +122,7 @@ def _label_places(batch: Any) -> list[str]:
     found: list[tuple[bool, bool, str]] = []
 
     def visit(part: Any, path: tuple[Any, ...], written: str) -> None:
-        for key, inner in _parts(part).items() if len(path) < 3 else ():
+        for key, inner in parts_of(part).items() if len(path) < 3 else ():
             below = f"{written}[{key!r}]" if isinstance(part, (Mapping, list, tuple)) else f"{written}.{key}"
             below = f"{written}.{key}" if hasattr(part, "_asdict") else below
             if not isinstance(inner, Tensor):
@@ -173,11 +148,11 @@ def _is_picked(batch: Any, where: Any, value: Tensor) -> bool:
 
 
 def pick_mask(batch: Any, where: Where, samples: int) -> Tensor:
-    """Which tokens of each sample count: ``(samples, tokens)``, true where the mask in ``batch`` is not 0; a copy.
+    """Return which tokens of each sample count: ``(samples, tokens)``, true where the mask in ``batch`` is not 0.
 
     Raises:
-        LookupError: there is none.
-        TypeError, ValueError: it is no tensor, or has another shape.
+        LookupError: the batch has no mask there.
+        TypeError, ValueError: the mask is no tensor, or has another shape.
     """
     mask = pick(batch, where, "token_mask")
     if not isinstance(mask, Tensor):
@@ -189,47 +164,50 @@ def pick_mask(batch: Any, where: Where, samples: int) -> Tensor:
     return mask.detach() != 0
 
 
-def repeat_views(targets: Tensor, samples: int) -> Tensor:
-    """``targets`` of a batch for activations of ``samples`` = k times the batch, view by view."""
-    return targets if len(targets) == samples else targets.repeat(samples // len(targets), 1)
+def unrepeated(loaders: Any, dataloader: int, batch_idx: int) -> int | None:
+    """Return how many samples of a batch count, where a sampler repeats some so that all processes have equally many.
 
+    Args:
+        loaders: a DataLoader, whose samples come in the order of its sampler, or a collection of loaders.
+        dataloader: index of the loader among them.
+        batch_idx: index of the batch in this process.
 
-def _classes_of(holder: Any) -> Any:
-    return holder.get("num_classes") if isinstance(holder, Mapping) else getattr(holder, "num_classes", None)
-
-
-def _labels_of(module: nn.Module) -> int | None:
-    found = getattr(getattr(module, "config", None), "num_labels", None)
-    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+    Returns:
+        The number; ``None`` where all samples count.
+    """
+    loader = tree_leaves(loaders)[dataloader]
+    sampler = getattr(loader, "sampler", None)
+    batch_size = getattr(loader, "batch_size", None) or getattr(
+        getattr(loader, "batch_sampler", None), "batch_size", None
+    )
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last or not isinstance(batch_size, int):
         return None
-    # Networks without a head have a configuration too, with the number of another task; heads have one of their own.
-    return found if getattr(module, "num_labels", None) == found else None
+    samples = len(sampler.dataset)  # type: ignore[arg-type]
+    own = len(range(sampler.rank, samples, sampler.num_replicas))
+    return max(own - batch_idx * batch_size, 0)
 
 
-def _parts(batch: Any) -> dict[Any, Any]:
-    if isinstance(batch, Mapping):
-        return dict(batch)
-    if isinstance(batch, tuple) and hasattr(batch, "_asdict"):
-        return dict(batch._asdict())
-    if isinstance(batch, (list, tuple)):
-        return dict(enumerate(batch))
-    if is_dataclass(batch) and not isinstance(batch, type):
-        return {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return {}
+def find_task(num_classes: int | None, *owners: Any) -> Task:
+    """Return the task of a run: classification among as many classes as are given or found.
 
-
-class UnknownClassesError(ValueError):
-    """Nobody knows the number of classes."""
+    Args:
+        num_classes: number of classes that the user gave; ``None`` to look for it.
+        owners: a datamodule, a module: see :func:`find_num_classes`.
+    """
+    try:
+        return Classification(num_classes or find_num_classes(*owners))
+    except UnknownOutputsError as error:
+        return Classification(0, str(error))
 
 
 def find_num_classes(*owners: Any) -> int:
-    """The number of classes of the first owner that knows it.
+    """Return the number of classes of the first owner that knows it.
 
     Looks for an integer ``num_classes`` on each owner (a datamodule, a module), in its ``hparams``, then in the
     torchmetrics metrics among its submodules, then for ``config.num_labels``, as Hugging Face has it.
 
     Raises:
-        UnknownClassesError: nobody knows.
+        UnknownOutputsError: no owner knows it.
     """
     for owner in owners:
         for holder in (owner, getattr(owner, "hparams", None)):
@@ -246,7 +224,109 @@ def find_num_classes(*owners: Any) -> int:
     names = ", ".join(dict.fromkeys(type(owner).__name__ for owner in owners if owner is not None))
     several = f" (its metrics disagree: {sorted(in_metrics)})" if in_metrics else ""
     several = several or (f" (its `config.num_labels` disagree: {sorted(in_configs)})" if in_configs else "")
-    raise UnknownClassesError(
+    raise UnknownOutputsError(
         f"num_classes is not given and {names} has no `num_classes`, as attribute, hyperparameter or in a metric"
         f"{several}; pass num_classes=..."
     )
+
+
+def _classes_of(holder: Any) -> Any:
+    return holder.get("num_classes") if isinstance(holder, Mapping) else getattr(holder, "num_classes", None)
+
+
+def _labels_of(module: nn.Module) -> int | None:
+    found = getattr(getattr(module, "config", None), "num_labels", None)
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        return None
+    # Networks without a head have a configuration too, with the number of another task; heads have one of their own.
+    return found if getattr(module, "num_labels", None) == found else None
+
+
+class LabelReader:
+    """Reads labels strictly from the first batch, so that a mistake shows before training; later ones end no run.
+
+    Args:
+        target: where in a batch the labels are.
+        token_mask: where in a batch the mask of tokens is; ``None``: nowhere.
+
+    Attributes:
+        task: knows what labels mean; it learns from the first labels what nobody told it.
+        is_checked: whether a first batch has been read to its end.
+        absent_in_training: whether the batches of training have no labels while those of validation have.
+        present_in_validation: whether those of validation are known to have some, so that training needs none.
+        notes: what a reader of the report should know.
+    """
+
+    def __init__(self, target: Where, token_mask: Where | None) -> None:
+        self._target = target
+        self._token_mask = token_mask
+        self.begin(Classification(), is_checked=False)
+
+    def begin(self, task: Task, *, is_checked: bool) -> None:
+        """Begin a run.
+
+        Args:
+            task: what probes are asked.
+            is_checked: whether the batches of the run are known from an earlier one.
+        """
+        self.task = task
+        self.is_checked = is_checked
+        self.absent_in_training = False
+        self.present_in_validation = False
+        self.notes: list[str] = []
+        self._has_passed_over = False
+        self._previewed: UnknownOutputsError | None = None
+
+    def preview(self, batch: Any) -> None:
+        """Look at a batch of validation before training: if it has usable labels, those of training need none."""
+        try:
+            check_labels(self._learn(pick(batch, self._target, "target")), self.task)
+            self.present_in_validation = True
+        except UnknownOutputsError as error:
+            self._previewed = error
+        except Exception:  # whatever a user's function raises; a mistake will show in training
+            pass
+
+    def read(self, batch: Any) -> Tensor | None:
+        """Return targets ``(batch, outputs)``; ``None`` where there are none that can be used.
+
+        Raises:
+            LookupError, TypeError, ValueError: the first batch has no usable labels, and none that was previewed; or
+                they do not tell the number of outputs that nobody knows.
+        """
+        try:
+            labels = as_tensor(pick(batch, self._target, "target"))
+            if not self.is_checked:
+                check_labels(self._learn(labels), self.task)
+            return self.task.encode(labels)
+        except Exception as error:  # whatever a user's function raises
+            if not self.is_checked and not self.absent_in_training:
+                if not self.present_in_validation:
+                    if self._previewed is not None:  # there are labels, and a number of outputs is all they lack
+                        raise self._previewed from error
+                    raise
+                self.absent_in_training = True
+                self.notes.append(f"batches of training have no usable labels ({error})")
+            elif self.is_checked and not self._has_passed_over:
+                self._has_passed_over = True
+                self.notes.append(f"batches whose labels cannot be used are passed over (the first: {error})")
+            return None
+
+    def _learn(self, labels: Any) -> Tensor:
+        """Let the task learn what nobody told it, and return the labels."""
+        self.task, note = self.task.learn(as_tensor(labels))
+        self.notes += [note] * bool(note)
+        return as_tensor(labels)
+
+    def read_mask(self, batch: Any, samples: int) -> Tensor | None:
+        """Return ``(batch, tokens)``: which tokens count; ``None`` where the batch does not say.
+
+        Raises:
+            LookupError, TypeError, ValueError: the first batch has no usable mask where the user said.
+        """
+        try:
+            return None if self._token_mask is None else pick_mask(batch, self._token_mask, samples)
+        except Exception:  # whatever a user's function raises
+            if not self.is_checked and self._token_mask != ATTENTION_MASK:
+                raise
+            return None

@@ -1,102 +1,134 @@
-"""Forward hooks: a layer's output -> detached float features ``(samples, features)``, reduced inside the hook."""
+"""Hooks layers: what a layer puts out becomes detached float features, reduced inside the hook."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import fields, is_dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_probes.network.batches import describe
+from lightning_probes.network.batches import describe, parts_of
 from lightning_probes.network.pooling import OtherSizeError, Reducer
-from lightning_probes.network.torch_internals import leave, listen, never_compiled, part_of_a_graph, tell
+from lightning_probes.network.torch_internals import (
+    is_in_backward,
+    leave,
+    listen,
+    never_compiled,
+    part_of_a_graph,
+    tell,
+)
 from lightning_probes.options import Calls
+
+HEARD_BY = "_lightning_probes_heard_by"
+"""Names the attribute of the modules of a network that is run outside of all steps: the only recorder to listen."""
 
 _LENGTH_MODULES = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d)
 _NOT_HEARD = "it never ran, or in code that was compiled before the probes came: call torch.compiler.reset() before fit"
 
 
 def first_float_tensor(output: Any) -> Tensor | None:
-    """The first floating-point tensor with a batch dimension in a tensor, sequence, mapping or dataclass."""
+    """Return the first floating-point tensor with a batch dimension in nested containers; ``None`` if there is none."""
     if isinstance(output, Tensor):
         # Padded batches can come as nested tensors, which have no shape.
         is_dense = not output.is_nested and output.layout == torch.strided
         return output if is_dense and output.is_floating_point() and output.dim() else None
-    if isinstance(output, Mapping):
-        parts = list(output.values())
-    elif isinstance(output, (list, tuple)):
-        parts = list(output)
-    elif is_dataclass(output) and not isinstance(output, type):
-        parts = [getattr(output, field.name) for field in fields(output)]
-    else:
-        return None
-    return next((found for part in parts if (found := first_float_tensor(part)) is not None), None)
+    for part in parts_of(output).values():
+        if (found := first_float_tensor(part)) is not None:
+            return found
+    return None
 
 
-def is_channels_first(module: nn.Module, siblings: Mapping[nn.Module, nn.Module]) -> bool:
-    """Whether three dimensions out of ``module`` mean ``(batch, channels, length)`` and not ``(batch, tokens, width)``.
+def is_channels_first(module: nn.Module, parents: Mapping[nn.Module, nn.Module]) -> bool:
+    """Return whether three dimensions out of ``module`` mean ``(batch, channels, length)``, not tokens and width.
 
     They do if the module is or holds a Conv1d or BatchNorm1d, or is an element without parameters (an activation, a
-    pooling) directly beside one. ``siblings`` maps a module to its parent.
+    pooling) directly beside one.
+
+    Args:
+        module: a module of a network.
+        parents: the parent of each of its modules.
     """
     if any(isinstance(below, _LENGTH_MODULES) for below in module.modules()):
         return True
-    parent = siblings.get(module)
+    parent = parents.get(module)
     is_element = next(module.parameters(), None) is None
     return is_element and parent is not None and any(isinstance(child, _LENGTH_MODULES) for child in parent.children())
 
 
-class ActivationRecorder:
-    """Hooks on the selected layers that, while recording, keep each layer's reduced features of one step.
+@dataclass
+class Recording:
+    """Holds what the layers put out in one step.
 
     Attributes:
-        features: ``{layer: (samples, features)}`` of the step being recorded, in the order of the calls.
+        samples: number of labels of the batch.
+        only: layers to record; ``None`` for all.
+        mask: which tokens of each sample count, ``(batch, tokens)``; ``None`` for all.
+        features: ``{layer: (rows, features)}`` in the order of the calls.
+        misfits: ``{layer: what was wrong}`` of the calls that could not be used.
+        faults: ``{layer: what was raised}`` by hooks.
+        counts: ``{layer: number of calls}`` that were used.
+    """
+
+    samples: int
+    only: Container[str] | None = None
+    mask: Tensor | None = None
+    features: dict[str, Tensor] = field(default_factory=dict)
+    misfits: dict[str, str] = field(default_factory=dict)
+    faults: dict[str, Exception] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class ActivationRecorder:
+    """Hooks layers and, while it records a step, keeps the reduced features of each.
+
+    Args:
         reducer: makes features of activations.
         calls: which of several calls of a layer counts, of those whose first dimension is a multiple of the batch: the
-            last, the first, or the mean of all that have as many samples as the first.
-        misfits: ``{layer: what was wrong}`` of the calls that could not be used, in the step being recorded.
-        faults: ``{layer: what was raised}`` by hooks since somebody asked.
+            last, the first, or the mean of all that have as many rows as the first.
+
+    Attributes:
+        recording: what was recorded in the step that is under way, or in the last one.
         widths: ``{layer: features}`` of every layer seen so far.
         totals: ``{layer: values per sample before reduction}`` of every layer seen so far.
         memory: ``{layer: (samples, features)}``, lent by whoever uses the features: where to put those that fit.
-        compiled: the layers inside of compiled code: if it is older than their hooks it does not call them.
-        alone: the one for which a network is run at present outside of all steps; the others do not listen.
+        compiled: layers in compiled code: code that is older than their hooks does not call them.
     """
 
-    alone: ClassVar[ActivationRecorder | None] = None
-
     def __init__(self, reducer: Reducer, calls: Calls = "last") -> None:
-        self.reducer = reducer
-        self.calls = calls
-        self.features: dict[str, Tensor] = {}
-        self.misfits: dict[str, str] = {}
-        self.faults: dict[str, Exception] = {}
+        self.recording = Recording(0)
+        self.widths: dict[str, int] = {}
         self.totals: dict[str, int] = {}
         self.memory: dict[str, Tensor] = {}
         self.compiled: set[str] = set()
-        self._samples: int | None = None
-        self._mask: Tensor | None = None
-        self._counts: dict[str, int] = {}
+        self._reducer = reducer
+        self._calls = calls
+        self._is_on = False
         self._places: dict[str, int] = {}
-        self._only: Container[str] | None = None
         self._unhookable: dict[str, str] = {}
-        self.widths: dict[str, int] = {}
         self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Why layers may have no features, as far as is known: :attr:`misfits`, and what may be of compiled code."""
-        return dict.fromkeys(self.compiled, _NOT_HEARD) | self.misfits
+        """Say why layers may have no features, as far as is known from the last step and from compiled code."""
+        return dict.fromkeys(self.compiled, _NOT_HEARD) | self.recording.misfits
 
     def attach(
         self, layers: Mapping[str, nn.Module], channels_first: Mapping[str, bool], compiled: Container[int] = ()
     ) -> None:
-        """Register one hook a layer; the modules stay as they are but for it. ``compiled``: ids of such modules."""
+        """Register one hook a layer; leave the modules as they are but for it.
+
+        Args:
+            layers: the modules by layer.
+            channels_first: whether three dimensions out of them mean ``(batch, channels, length)``.
+            compiled: ids of modules in compiled code.
+        """
         self.detach()
         self.compiled = {layer for layer, module in layers.items() if id(module) in compiled}
-        self.widths, self.totals, self._unhookable = {}, {}, {}
+        self.widths = {}
+        self.totals = {}
+        self._unhookable = {}
         for layer, module in layers.items():
             if isinstance(module, torch.jit.ScriptModule):
                 self._unhookable[layer] = "it is a TorchScript module, which takes no hooks"
@@ -109,74 +141,77 @@ class ActivationRecorder:
             if name in self._hooks:
                 self._hooks.pop(name).remove()
                 leave(self._places.pop(name))
-            self.features.pop(name, None)
-            self.misfits.pop(name, None)
+            self.recording.features.pop(name, None)
+            self.recording.misfits.pop(name, None)
             self.memory.pop(name, None)
         if layer is None:
-            self._samples = self._mask = None
+            self._is_on = False
             # The raw input has memory too, but no hook.
             self.memory = {}
 
     def start(self, samples: int, only: Container[str] | None = None, mask: Tensor | None = None) -> None:
-        """Record from now on, ``only`` some layers or all.
+        """Record a step from now on; the arguments are those of :class:`Recording`."""
+        self.recording = Recording(samples, only, mask, misfits=dict(self._unhookable))
+        self._is_on = True
 
-        ``samples`` is the number of labels of the batch, ``mask`` says which of its tokens count.
-        """
-        self.features, self.misfits, self._samples, self._only = {}, dict(self._unhookable), samples, only
-        self._mask, self._counts = mask, {}
-
-    def stop(self) -> dict[str, Tensor]:
-        """End the step; returns its features and lets go of them."""
-        features, self.features, self._samples, self._mask = self.features, {}, None, None
-        return features
+    def stop(self) -> Recording:
+        """End the step; return what was recorded, and keep only why layers were not."""
+        found = self.recording
+        self._is_on = False
+        self.recording = Recording(0, misfits=dict(found.misfits))
+        return found
 
     def take(self, layer: str, output: Any, *, channels_first: bool = False) -> None:
-        """As :meth:`record`, in the midst of training: what that raises goes to ``faults``."""
+        """Record as :meth:`record`, in the midst of training: keep what is raised with the recording."""
         try:
             self.record(layer, output, channels_first=channels_first)
         except Exception as error:
-            self.misfits[layer] = f"{type(error).__name__}: {error}"
-            self.faults[layer] = error.with_traceback(None)  # whose frames hold the activation
+            self.recording.misfits[layer] = f"{type(error).__name__}: {error}"
+            self.recording.faults[layer] = error.with_traceback(None)  # its frames would hold the activation
 
     def record(self, layer: str, output: Any, *, channels_first: bool = False) -> None:
-        """Reduce and keep one output of a layer; what does not fit the batch is noted in ``misfits``."""
-        if self._samples is None or (self._only is not None and layer not in self._only):
+        """Reduce and keep one output of a layer; note in ``misfits`` what does not fit the batch."""
+        if not self._is_asked_for(layer):
             return
-        activation = first_float_tensor(output)
+        found, activation = self.recording, first_float_tensor(output)
         if activation is None:
-            self.misfits[layer] = f"its output holds no floating-point tensor but {describe(output)}"
-        elif not len(activation) or not activation.numel() or len(activation) % self._samples:
-            self.misfits[layer] = (
+            found.misfits[layer] = f"its output holds no floating-point tensor but {describe(output)}"
+        elif not len(activation) or not activation.numel() or len(activation) % found.samples:
+            found.misfits[layer] = (
                 f"its activation has shape {tuple(activation.shape)}, whose first dimension is no multiple "
-                f"of the {self._samples} labels of the batch"
+                f"of the {found.samples} labels of the batch"
             )
-        elif self.calls != "first" or layer not in self.features:
+        elif self._calls != "first" or layer not in found.features:
             self._add(layer, activation, channels_first)
 
+    def _is_asked_for(self, layer: str) -> bool:
+        return self._is_on and (self.recording.only is None or layer in self.recording.only)
+
     def _add(self, layer: str, activation: Tensor, channels_first: bool) -> None:
-        so_far = self.features.get(layer) if self.calls == "mean" else None
+        found = self.recording
+        so_far = found.features.get(layer) if self._calls == "mean" else None
         if so_far is not None and len(so_far) != len(activation):
-            self.misfits[layer] = f"its calls have {len(so_far)} and {len(activation)} samples, which have no mean"
+            found.misfits[layer] = f"its calls have {len(so_far)} and {len(activation)} samples, which have no mean"
             return
-        # The memory that is lent is where the mean of the earlier calls is.
+        # The mean of earlier calls lies in the memory that is lent.
         memory = self.memory.get(layer) if so_far is None else None
         try:
-            features = self.reducer(layer, activation, channels_first=channels_first, out=memory, mask=self._mask)
+            features = self._reducer(layer, activation, channels_first=channels_first, out=memory, mask=found.mask)
         except OtherSizeError as error:
-            self.misfits[layer] = str(error)
+            found.misfits[layer] = str(error)
             return
         width = self.widths.setdefault(layer, features.shape[1])
         if features.shape[1] != width:
-            self.misfits[layer] = f"it has {features.shape[1]} features where it had {width} before"
+            found.misfits[layer] = f"it has {features.shape[1]} features where it had {width} before"
             return
         self.totals[layer] = activation.numel() // len(activation)
-        self._counts[layer] = self._counts.get(layer, 0) + 1
-        self.features[layer] = features if so_far is None else so_far.add_((features - so_far) / self._counts[layer])
+        found.counts[layer] = found.counts.get(layer, 0) + 1
+        found.features[layer] = features if so_far is None else so_far.add_((features - so_far) / found.counts[layer])
 
     def _hook(self, layer: str, module: nn.Module, channels_first: bool) -> Any:
         def heard(output: Any) -> None:
             # Activation checkpointing runs a layer again inside backward: the same samples a second time.
-            if torch._C._current_graph_task_id() == -1 and ActivationRecorder.alone in (None, self):
+            if vars(module).get(HEARD_BY, self) is self and not is_in_backward():
                 self.take(layer, output, channels_first=channels_first)
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -185,7 +220,7 @@ class ActivationRecorder:
                 found = first_float_tensor(output)
                 tell(None if found is None else found.detach(), place)
             # Of many layers most are not asked for in a step: they leave here.
-            elif self._samples is not None and (self._only is None or layer in self._only):
+            elif self._is_asked_for(layer):
                 take(output)
 
         # Nor is what happens here compiled on its own, where a compiler leaves a module to python.

@@ -1,4 +1,4 @@
-"""Which layers: patterns over a network's module tree -> ``{path: module}``, in tree order."""
+"""Select the layers to probe from a network's module tree, by patterns or by a default rule."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_probes.network.torch_internals import DROPOUTS, LOSSES
+
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""Path segments that a wrapper adds and that no user ever wrote."""
+"""Name the path segments that compilation, FSDP and activation checkpointing insert and that no user wrote."""
 
 MAX_DEFAULT_LAYERS = 40
+"""Limit how many layers are probed when the user names none."""
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _SILENT = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _LEFT_OUT = (
-    nn.modules.loss._Loss,
+    *LOSSES,
     Metric,
     MetricCollection,
-    nn.modules.dropout._DropoutNd,
+    *DROPOUTS,
     nn.Identity,
     nn.Flatten,
     nn.Unflatten,
@@ -31,7 +34,7 @@ _LEFT_OUT = (
 
 
 def clean(path: str) -> str:
-    """``path`` without the segments that compilation, FSDP and checkpointing insert."""
+    """Return ``path`` without the segments that wrappers insert."""
     return ".".join(part for part in path.split(".") if part not in WRAPPERS)
 
 
@@ -40,19 +43,21 @@ def select_layers(
     layers: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
 ) -> tuple[dict[str, nn.Module], str]:
-    """The layers to probe and a note on how they were chosen (empty when they were named).
+    """Select the layers to probe, and say in a note if a default selection was thinned.
 
     Args:
-        model: the network; itself never a layer.
-        layers: globs over ``named_modules()`` paths (``*`` within a segment, ``**`` across) or, where a pattern
-            matches no path, over class names. ``None``: :func:`default_layers`, at most 40 of them.
-        exclude: the same, taken away with everything below.
+        model: the network, which is never a layer itself.
+        layers: globs over ``named_modules()`` paths (``*`` within a segment, ``**`` across segments). A pattern that
+            matches no path is matched against class names. ``None`` selects :func:`default_layers`, thinned evenly to
+            at most 40.
+        exclude: globs as for ``layers``; the modules they match are left out, with all modules below them.
 
     Returns:
-        ``{path: module}`` in tree order, every module once, under its first path; and the note.
+        The layers as ``{path: module}`` in tree order, each module once, under its first path; and the note, which is
+        empty unless the default layers were thinned.
 
     Raises:
-        ValueError: a pattern matches nothing (the nearest paths are named), or nothing is left.
+        ValueError: a pattern matches nothing (the message names the nearest paths), or no layer is left.
     """
     names = _paths(model)
     first = {module: path for path, module in reversed(names.items())}
@@ -77,13 +82,19 @@ def select_layers(
 
 
 def default_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """A sensible few, by one rule over the module tree.
+    """Select a sensible few layers by one rule over the module tree.
 
-    A *block* is a module with children whose class stands in the tree at least twice; only the outermost blocks
-    count, and a module that lines such blocks up in a container is looked into, not probed. Where there are blocks,
-    they are the layers, and between them the last module of each run of other modules (the stem before the first, the
-    head after the last). Where there are none, every element without children is a layer. Losses, metrics, dropout
-    and modules that only reshape are left out.
+    A *block* is a module with children whose class occurs at least twice in the tree. Only the outermost blocks count,
+    and a module that holds several blocks of one class in a container is searched for layers instead of being one. In
+    a network with blocks, the layers are the blocks and the last module of each run of other modules before, between
+    and after them (such as the stem and the head). In a network without blocks, every module without children is a
+    layer. Losses, metrics, dropout and modules that only reshape are left out.
+
+    Args:
+        model: the network, which is never a layer itself.
+
+    Returns:
+        The layers as ``{path: module}`` in tree order, each module once, under its first path.
     """
     repeated = _blocks(model)
     found: dict[str, nn.Module] = {}
@@ -110,11 +121,11 @@ def default_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _opens(module: nn.Module, repeated: set[type[nn.Module]]) -> bool:
-    """Whether the default rule looks into ``module`` rather than probing it."""
+    """Return whether the default rule searches ``module`` for layers instead of probing it."""
     if _is_leaf(module) or not repeated:
         return not _is_leaf(module)
     if isinstance(module, _CONTAINERS):
-        # A Sequential of plain elements beside blocks is a stem or a head: one layer.
+        # In a network with blocks, a Sequential of modules without children is a stem or a head, which is one layer.
         return not isinstance(module, nn.Sequential) or not all(map(_is_leaf, module))
     holders = [below for below in module.modules() if isinstance(below, _CONTAINERS)]
     if any(_repeats(holder.children(), repeated) for holder in holders):
@@ -124,7 +135,11 @@ def _opens(module: nn.Module, repeated: set[type[nn.Module]]) -> bool:
 
 
 def _blocks(model: nn.Module) -> set[type[nn.Module]]:
-    """The classes of composite modules that stand in ``model`` twice; of those with several weights, if there are."""
+    """Return the classes of composite modules that occur at least twice in ``model``.
+
+    Classes whose modules hold several weights (parameters with at least two dimensions) take precedence: where there
+    are any, only they are returned, so that a convolution with its normalisation does not pass for a block.
+    """
     modules = [module for module in model.modules() if _is_composite(module)]
     repeated = {kind for kind, count in Counter(map(type, modules)).items() if count > 1}
     large = {type(module) for module in modules if sum(p.dim() > 1 for p in module.parameters()) > 1}
@@ -132,12 +147,12 @@ def _blocks(model: nn.Module) -> set[type[nn.Module]]:
 
 
 def _repeats(modules: Iterable[nn.Module], blocks: set[type[nn.Module]]) -> bool:
-    """Whether two of ``modules`` are blocks of one class."""
+    """Return whether at least two of ``modules`` are of one class in ``blocks``."""
     return max(Counter(type(module) for module in modules if type(module) in blocks).values(), default=0) > 1
 
 
 def _paths(model: nn.Module) -> dict[str, nn.Module]:
-    """Every path to every module that can be called, aliases included, the model itself left out."""
+    """Return ``{path: module}`` for all callable modules below ``model``, with every path of a shared module."""
     return {
         clean(path): module
         for path, module in model.named_modules(remove_duplicate=False)
@@ -146,7 +161,15 @@ def _paths(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def match_layers(model: nn.Module, patterns: str | Sequence[str], argument: str) -> dict[str, nn.Module]:
-    """Every path of ``model`` that a pattern names, aliases included.
+    """Return the modules that at least one pattern matches, with every path of a shared module.
+
+    Args:
+        model: the network, which is never matched itself.
+        patterns: globs as for ``layers`` of :func:`select_layers`.
+        argument: name of the user's argument that the patterns come from, for the error message.
+
+    Returns:
+        The matched modules as ``{path: module}``.
 
     Raises:
         ValueError: a pattern matches nothing; the message names ``argument`` and the nearest paths.

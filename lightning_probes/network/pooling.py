@@ -1,4 +1,4 @@
-"""A layer's activation -> features ``(samples, features)``: pooled, a fixed random subset, or a fixed projection."""
+"""Reduce a layer's activation to features ``(samples, features)`` by pooling, a random subset or a projection."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ _POOLS: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3:
 
 
 class OtherSizeError(ValueError):
-    """A layer has another number of values than its draw was made for."""
+    """Signal that a layer has another number of values than when its subset or projection was drawn."""
 
 
 class Reducer:
-    """Reduces the activations of each layer in the same way every time.
+    """Reduce the activations of each layer to features, in the same way in every step.
 
-    ``pool``: a map with more values than ``max_features`` is average-pooled over space to the largest grid (``s`` per
-    spatial dimension, never more than its size) with at most this many values, at least ``s = 1``; vectors keep their
-    width. ``subset``: of maps and vectors with more values that many remain, drawn at random once. ``projection``: the
-    values of maps and vectors with more are dealt out at random, once, to that many sums, each with a random sign (a
-    count sketch, Charikar et al. 2002, with sums of equally many values): on average inner products stay as they were.
+    - ``pool`` averages a map with more than ``max_features`` values over space, to the largest grid (``s`` cells per
+      spatial dimension, never more than its size, at least 1) with at most this many values. Vectors keep their width.
+    - ``subset`` keeps ``max_features`` values of a larger map or vector. They are drawn at random once per layer.
+    - ``projection`` adds up the values of a larger map or vector in ``max_features`` sums. Which sum a value belongs
+      to, and its sign, are drawn at random once per layer (a count sketch, Charikar et al. 2002, with equally many
+      values in each sum). Inner products of samples are preserved in expectation.
 
-    Draws come from a generator of their own that is seeded by the layer's name.
+    Each layer's draw comes from a generator of its own, seeded by the layer's name, so that it is the same in every run
+    and leaves the global random state alone.
 
     Args:
-        kind: one of these.
-        max_features: as told.
+        kind: ``pool``, ``subset`` or ``projection``.
+        max_features: greatest number of features of a map, and with ``subset`` and ``projection`` also of a vector.
 
     Attributes:
-        kind: as given.
-        max_features: as given.
+        kind: how activations are reduced, as given.
+        max_features: greatest number of features, as given.
     """
 
     def __init__(self, kind: Reduction = "pool", max_features: int = 1024) -> None:
@@ -54,7 +56,17 @@ class Reducer:
         out: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """As :func:`reduce`.
+        """Reduce the activation of a layer to features of each sample.
+
+        Args:
+            layer: name of the layer, which determines its subset or projection.
+            activation: ``(samples, ...)``, as for :func:`reduce`.
+            channels_first: whether three dimensions are ``(samples, channels, length)``, as for :func:`reduce`.
+            out: memory to write the features to, as for :func:`reduce`.
+            mask: ``(batch, tokens)``, true for the tokens that count, as for :func:`reduce`.
+
+        Returns:
+            Features ``(samples, features)``, detached, in float32, or in float64 if the activation is.
 
         Raises:
             OtherSizeError: ``layer`` had another number of values when its subset or projection was drawn.
@@ -75,7 +87,7 @@ class Reducer:
         return _into(out, flat)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was drawn: tensors and plain types."""
+        """Return the subsets and projections that were drawn, as tensors on the host and plain types."""
         draws = {
             layer: {"values": values, "places": places.cpu(), "signs": signs.cpu()}
             for layer, (values, places, signs) in self._draws.items()
@@ -83,7 +95,7 @@ class Reducer:
         return {"kind": self.kind, "draws": draws}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave, for the layers that it has."""
+        """Restore the subsets and projections of the layers in ``state``, which comes from :meth:`state_dict`."""
         for layer, draw in state["draws"].items():
             self._draws[layer] = draw["values"], draw["places"], draw["signs"]
 
@@ -95,7 +107,7 @@ class Reducer:
             if self.kind == "subset":
                 order = order[: self.max_features].sort().values
             else:
-                # Sums of equally many values; some places are dealt out twice, with the sign 0.
+                # All sums need equally many values to be taken at once: values repeated with the sign 0 fill them up.
                 size = math.ceil(values / self.max_features) * self.max_features
                 signs = 2 * torch.randint(2, (size,), generator=generator, dtype=torch.int8) - 1
                 signs[values:] = 0
@@ -118,19 +130,21 @@ def reduce(
     out: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """A layer's activation as features of each sample, in float32 (float64 stays), in memory of its own.
+    """Reduce a layer's activation to features of each sample by averaging, in memory of their own.
 
     Args:
-        activation: ``(samples, ...)``, any floating type. ``(samples,)`` and ``(samples, width)`` keep their width.
-            ``(samples, tokens, width)`` is averaged over tokens.
-        max_features: a map with more values is average-pooled over space to the largest grid (``s`` per spatial
-            dimension, never more than its size) with at most this many values, at least ``s = 1``.
-        channels_first: three dimensions are ``(samples, channels, length)``, a map as in two and three dimensions.
-        out: memory that may be written over and returned, if it fits; its type is kept.
-        mask: ``(batch, tokens)``, true for the tokens that count; the others do not, where there are as many tokens.
+        activation: ``(samples, ...)``, of any floating type. ``(samples,)`` becomes one feature, ``(samples, width)``
+            keeps its width, ``(samples, tokens, width)`` is averaged over tokens.
+        max_features: greatest number of features of a map ``(samples, channels, ...)`` with one to three spatial
+            dimensions. A larger map is average-pooled over space to the largest grid (``s`` cells per spatial
+            dimension, never more than its size, at least 1) with at most this many values.
+        channels_first: whether three dimensions are a map ``(samples, channels, length)`` instead of tokens.
+        out: memory to overwrite and return if its shape fits; its type is kept.
+        mask: ``(batch, tokens)``, true for the tokens to average over. It is ignored unless the activation has as many
+            tokens and a multiple of ``batch`` samples.
 
     Returns:
-        ``(samples, features)``, detached.
+        Features ``(samples, features)``, detached, in float32, or in float64 if the activation is.
     """
     activation = activation.detach()
     dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
@@ -144,15 +158,15 @@ def reduce(
         if grid != size:
             pooled: Tensor = _POOLS[len(size)](activation, grid)
             return _into(out, pooled.flatten(1).to(dtype))
-    # A later in-place operation of the network must not reach what was taken here.
+    # A copy is taken because a later in-place operation of the network would change the features.
     flat = activation.flatten(1) if activation.dim() > 1 else activation.unsqueeze(1)
     return out.copy_(flat) if out is not None and out.shape == flat.shape else flat.to(dtype, copy=True)
 
 
 def _masked_mean(activation: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Over the tokens that count; zeros where none does. Several views of a batch have its mask one by one."""
+    """Average over the tokens that count, to zeros where none does; repeat the mask for further views of the batch."""
     keep = mask.to(activation.device).repeat(len(activation) // len(mask), 1)
-    # Not a product: what stands at the other tokens may be NaN.
+    # A product with the mask would keep the NaN that the other tokens may hold.
     sums = activation.masked_fill(~keep.unsqueeze(2), 0).sum(dim=1, dtype=dtype)
     return sums / keep.sum(dim=1, keepdim=True).clamp(min=1)
 
@@ -162,7 +176,7 @@ def _into(out: Tensor | None, features: Tensor) -> Tensor:
 
 
 def _grid(channels: int, size: tuple[int, ...], max_features: int) -> tuple[int, ...]:
-    """The largest ``(min(s, size), ...)`` with at most ``max_features`` values over all channels; at least ones."""
+    """Return the largest grid ``(min(s, size), ...)``, ``s >= 1``, with at most ``max_features`` values in total."""
     side = 1
     while side < max(size) and channels * math.prod(min(side + 1, n) for n in size) <= max_features:
         side += 1

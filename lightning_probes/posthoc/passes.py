@@ -1,4 +1,4 @@
-"""A stand-in for a model that is not trained, in Lightning's prediction loop: what its layers say to each batch."""
+"""Run batches through a model in Lightning's prediction loop and hand on the features of its layers."""
 
 from __future__ import annotations
 
@@ -11,38 +11,40 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
-from torch.utils._pytree import tree_map
 from torch.utils.data import BatchSampler, DataLoader
 
-from lightning_probes.network.batches import Where, describe, pick
-from lightning_probes.network.extractor import ProbedNetwork
-from lightning_probes.training.fitting import Seen
+from lightning_probes.network.batches import describe, pick
+from lightning_probes.network.extractor import LayerExtractor
+from lightning_probes.network.torch_internals import tree_map
+from lightning_probes.options import Where
+from lightning_probes.probes.dataset import LayerBatch
 
-Take = Callable[[int, int, Seen], None]
-"""What is done with a batch: index of the loader, samples of the pass before it (of this process), what it showed."""
+Take = Callable[[int, LayerBatch], None]
+"""Receives the index of a batch's loader, and what the layers said to the batch."""
 
 
 class Pass(LightningModule):
-    """Stands in for a model in Lightning's prediction loop, whose batches no sample is repeated or left out of.
+    """Stand in for a model in Lightning's prediction loop, which neither repeats nor leaves out a sample.
 
-    A batch is given to the model's own ``validation_step``; a model without one is called on the batch's input.
+    Each batch is given to the model's own ``validation_step``; a model without one is called on the batch's input.
 
     Args:
-        model: a LightningModule or any module.
-        network: probes it; hooked while a pass runs.
-        input: where in a batch the model's input is.
-        loaders: ``{"train", "val"}``; ``None`` for those of the datamodule or of the model.
-        datamodule: whose loaders and hooks for batches are used, if given.
+        model: a LightningModule or any other module.
+        network: the layers to take features from; they have hooks while a pass runs.
+        input: where in a batch the model's input is; ``None`` if it is nowhere.
+        loaders: the loaders of the stages ``train`` and ``val``; ``None`` for a stage takes those of the datamodule,
+            else those of the model.
+        datamodule: its loaders and its hooks for batches are used, if given.
 
     Raises:
-        TypeError: there is no way to run the model.
-        ValueError: nobody has a loader.
+        TypeError: the model has neither a ``validation_step`` nor a ``forward``.
+        ValueError: a stage has no loader, neither given nor from the datamodule or the model.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        network: ProbedNetwork,
+        network: LayerExtractor,
         input: Where | None,
         loaders: Mapping[str, Any],
         datamodule: LightningDataModule | None,
@@ -56,7 +58,6 @@ class Pass(LightningModule):
         self._input = input
         self._owners = [owner for owner in (datamodule, model) if owner is not None]
         self._is_ready = False
-        self._samples = 0
         self._step = _step_of(model)
         self._restore: list[Callable[[], Any]] = []
         for stage, loader in loaders.items():
@@ -67,14 +68,14 @@ class Pass(LightningModule):
                 )
 
     def begin(self, stage: str, take: Take) -> None:
-        """The next pass is over the data of ``stage``, and ``take`` gets what its batches show."""
-        self._stage, self._take, self._samples = stage, take, 0
+        """Prepare a pass over the ``train`` or ``val`` data that gives every labelled batch to ``take``."""
+        self._stage = stage
+        self._take = take
 
     def end(self) -> None:
-        """The pass is over, however it ended: no hooks, and the loaders' generators as they were."""
+        """Remove the hooks and restore the loaders' generators and the datamodule's trainer, however the pass ended."""
         self._take = _leave
         self._network.detach()
-        self._network.recorder.faults = {}
         for restore in self._restore:
             restore()
         self._restore = []
@@ -101,20 +102,20 @@ class Pass(LightningModule):
         for holder in (loader, getattr(loader, "sampler", None)):
             if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
                 self._restore.append(partial(generator.set_state, generator.get_state()))
-        # For predictions Lightning makes batch samplers anew, which those of a user's own kind do not survive.
+        # Lightning rebuilds the batch sampler for predictions, which fails for a class of the user's own.
         is_own = isinstance(loader, DataLoader) and type(loader.batch_sampler) not in (BatchSampler, type(None))
         return _AsItIs(loader) if is_own and self.trainer.world_size == 1 else loader
 
     def _to_set_up(self, name: str) -> Iterator[Any]:
         if any(loader is None for loader in self._loaders.values()):
-            # What the model sets up in itself is gone after each pass, like all that a pass changes in it.
+            # The model is restored after each pass, its own setup included, so only a datamodule's setup lasts.
             yield from (owner for owner in self._with(name) if owner is self.model or not self._is_ready)
 
     def on_predict_start(self) -> None:
         order = self._network.layers or None
         self._network.attach(self.model, *self._owners, order=order)
         for name in ("on_validation_start", "on_validation_epoch_start"):
-            # A validation_step counts on what they set up.
+            # The model's validation_step may rely on what these hooks set up.
             if self._step is not None and is_overridden(name, self.model):
                 getattr(self.model, name)()
 
@@ -124,19 +125,18 @@ class Pass(LightningModule):
             self._step(batch, batch_idx, dataloader_idx)
         else:
             self.model(self._input_of(batch))
-        # Lightning runs in inference mode; what is kept will be used outside of it. Nor are probes in mixed precision.
+        # Lightning predicts in inference mode, perhaps in mixed precision; probes use the features outside of both.
         with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
             seen = self._network.close()
-            for layer, error in self._network.recorder.faults.items():
-                raise RuntimeError(
-                    f"layers: taking the activation of {layer!r} raised {type(error).__name__}: {error}"
-                ) from error
             if seen is not None:
-                features, targets = seen
-                seen = {layer: x.clone() for layer, x in features.items()}, targets.clone()
-                before, self._samples = self._samples, self._samples + len(targets)
-                self._take(dataloader_idx, before, seen)
-        return batch_idx  # of no use, but Lightning warns of a step that returns nothing
+                for layer, error in seen.faults.items():
+                    raise RuntimeError(
+                        f"layers: taking the activation of {layer!r} raised {type(error).__name__}: {error}"
+                    ) from error
+                features = {layer: x.clone() for layer, x in seen.features.items()}
+                self._take(dataloader_idx, LayerBatch(features, seen.targets.clone()))
+        # Lightning warns of a step that returns nothing.
+        return batch_idx
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return self._hook("on_before_batch_transfer")(batch, dataloader_idx)
@@ -167,7 +167,7 @@ class Pass(LightningModule):
 
 
 class _AsItIs:
-    """The batches of a loader, and no more of it."""
+    """Give Lightning the batches of a loader and hide its samplers, so that Lightning does not rebuild them."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = loader
@@ -180,10 +180,10 @@ class _AsItIs:
 
 
 def _step_of(model: nn.Module) -> Callable[[Any, int, int], Any] | None:
-    """The model's own ``validation_step``, called with as many arguments as it takes; ``None`` if it has none.
+    """Return the model's ``validation_step``, called with as many arguments as it takes; ``None`` if it has none.
 
     Raises:
-        TypeError: nor has it a ``forward``.
+        TypeError: the model has no ``forward`` either.
     """
     if isinstance(model, LightningModule) and is_overridden("validation_step", model):
         step = model.validation_step
@@ -198,4 +198,4 @@ def _step_of(model: nn.Module) -> Callable[[Any, int, int], Any] | None:
     return None
 
 
-def _leave(dataloader: int, before: int, seen: Seen) -> None: ...
+def _leave(dataloader: int, seen: LayerBatch) -> None: ...

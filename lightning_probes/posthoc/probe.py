@@ -1,4 +1,4 @@
-"""``probe()``: the probes of networks that are trained already, or not at all, and of checkpoints."""
+"""Defines ``probe()``: the probes of networks that are trained already, or not at all, and of checkpoints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -17,21 +17,22 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
 from lightning_probes.checkpoints import CheckpointError
-from lightning_probes.network.extractor import ProbedNetwork
-from lightning_probes.options import Calls, Layout, Reduction, first_of, whole
+from lightning_probes.network.extractor import LayerExtractor
+from lightning_probes.network.torch_internals import original_of
+from lightning_probes.options import Reading, checked, first_of, takes_reading, whole
+from lightning_probes.posthoc.networks import AS_GIVEN, Network, copied, series
 from lightning_probes.posthoc.passes import Pass
 from lightning_probes.posthoc.runner import Runner
-from lightning_probes.posthoc.series import AS_GIVEN, Network, copied, series
-from lightning_probes.probes.dataset import FeatureStore
-from lightning_probes.probes.fit import Folds, fit_probes
-from lightning_probes.probes.solver import Solution
-from lightning_probes.probes.tasks import count_classes, never_seen
-from lightning_probes.report.curves import Points
-from lightning_probes.report.report import ProbeReport, Row
-from lightning_probes.training.fitted import Fitted, fitted
-from lightning_probes.training.fitting import Seen
+from lightning_probes.probes.dataset import FeatureDataset, HalfPrecisionStore, LayerBatch
+from lightning_probes.probes.fit import FittedProbes, fit_layers
+from lightning_probes.report.curves import Curves, Kind, LayerFacts
+from lightning_probes.report.report import ProbeReport
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@takes_reading
 def probe(
     model: nn.Module,
     train_dataloaders: Any = None,
@@ -42,19 +43,12 @@ def probe(
     untrained: bool = False,
     layers: str | list[str] | None = None,
     exclude: str | list[str] | None = None,
-    num_classes: int | None = None,
-    input: int | Callable[[Any], Any] | str | None = 0,
-    target: int | Callable[[Any], Any] | str = 1,
-    max_features: int = 1024,
-    reduction: Reduction = "pool",
-    layout: dict[str, Layout] | None = None,
-    calls: Calls = "last",
-    token_mask: int | Callable[[Any], Any] | str | None = "attention_mask",
     max_bytes: int = 4 * 2**30,
     weights_only: bool = True,
     trainer: Trainer | None = None,
+    **reading: Unpack[Reading],
 ) -> ProbeReport:
-    """What each layer of a network that is not being trained knows: its probe, fitted on all training data.
+    """Say what each layer of a network that is not being trained knows: its probe, fitted on all training data.
 
     One pass over the training data in eval mode keeps the reduced features, the probes are brought to their optimum,
     and one pass over the validation data scores them. The model is given batches by its own ``validation_step``; a
@@ -70,16 +64,9 @@ def probe(
         ckpt_path: checkpoints whose weights are probed in the place of the model's own: a path, a glob, or a list.
             One that cannot be probed is told of in ``report.notes``; the others go on.
         untrained: also a copy with its parameters initialised anew, as epoch 0, step 0.
-        layers: as for :class:`~lightning_probes.LinearProbeCallback`, like the arguments up to ``token_mask``.
-        exclude: layers to take away.
-        num_classes: number of classes.
-        input: where in the batch the network's input is.
-        target: where the labels are.
-        max_features: most features of a map.
-        reduction: ``pool``, ``subset`` or ``projection``.
-        layout: what three dimensions mean, by layer pattern.
-        calls: of several calls of a layer in one step, which counts: ``last``, ``first`` or the ``mean`` of all.
-        token_mask: where in the batch the mask of tokens is, for the mean over tokens.
+        layers: which layers, as for :class:`~lightning_probes.LinearProbeCallback`.
+        exclude: layers to take away, the same way, with everything below them.
+        {reading}
         max_bytes: of features in memory; more go to temporary files (in the folder that TMPDIR names).
         weights_only: read nothing but tensors and plain types from checkpoints; without it one can run any code.
         trainer: the Lightning Trainer that runs the model: device, precision, strategy. Its callbacks and loggers are
@@ -96,15 +83,14 @@ def probe(
             or no checkpoint can be probed.
         TypeError: the model can be called in no way, or an argument is none of what it may be: the message says which.
         LookupError: the batches have no labels where ``target`` says.
-        OSError: no space for features.
+        OSError: there is no space for features.
         Exception: whatever else the model raises. Once something is done this and all of the above become notes.
-        KeyboardInterrupt: before anything was done.
+        KeyboardInterrupt: the user pressed Ctrl-C before anything was done.
     """
     _check_kinds(model, {"train": train_dataloaders, "val": val_dataloaders}, datamodule, trainer)
-    reading: dict[str, Any] = {"input": input, "target": target, "calls": calls, "token_mask": token_mask}
-    reduced: dict[str, Any] = {"max_features": max_features, "reduction": reduction, "layout": layout}
-    network = ProbedNetwork(layers, exclude, num_classes=num_classes, **reading, **reduced)
-    model = getattr(model, "_orig_mod", model)  # compiled code has no hooks
+    read = checked(reading, "probe()")
+    network = LayerExtractor(layers, exclude, read)
+    model = original_of(model) or model  # compiled code has no hooks
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise ValueError("model: it has parameters without a shape; run a batch through it first")
     networks = list(series(model, ckpt_path, untrained, weights_only))
@@ -115,7 +101,7 @@ def probe(
 
     @cache
     def stand_in(is_given: bool) -> Pass:
-        return Pass(model if is_given else own, network, input, loaders, datamodule)
+        return Pass(model if is_given else own, network, read["input"], loaders, datamodule)
 
     return _Posthoc(network, Runner(trainer), whole("max_bytes", max_bytes)).probe_all(networks, stand_in)
 
@@ -161,18 +147,19 @@ def _hint(value: Any) -> str:
 class _Posthoc:
     """Fits and scores the probes of one network after the other."""
 
-    def __init__(self, network: ProbedNetwork, runner: Runner, max_bytes: int) -> None:
+    def __init__(self, network: LayerExtractor, runner: Runner, max_bytes: int) -> None:
         self.report = ProbeReport(cost={"seconds": 0.0, "share": 0.0, "kept_bytes": 0, "weights_bytes": 0})
         self._network = network
+        self._facts = LayerFacts(network)
         self._runner = runner
         self._max_bytes = max_bytes
         self._begun = time.perf_counter()
         self._done: dict[tuple[int, int], str] = {}
 
     def probe_all(self, networks: Sequence[Network], stand_in: Callable[[bool], Pass]) -> ProbeReport:
-        """Probe one after the other; what goes wrong once something is done becomes a note.
+        """Probe one network after the other; make notes of what goes wrong once something is done.
 
-        Not where it may go wrong in one process only, and the others would wait for it.
+        Where it may go wrong in one process only it is raised, since the others would wait for it.
         """
         for number, one in enumerate(networks):
             if len(networks) > 1:
@@ -205,88 +192,84 @@ class _Posthoc:
             self._tell(note)
         if one.point in self._done:
             raise CheckpointError(f"{one.name} is of the same epoch and step as {self._done[one.point]}: left out")
-        store = FeatureStore(self._max_bytes)
+        store = HalfPrecisionStore(self._max_bytes)
         try:
             found = self._fit(model, store)
         finally:
             store.close()
-        assert found is not None
-        assert found.sums is not None
-        assert found.classes is not None
-        points = Points(self._runner.ranks)
-        points.add("published", "train", 0, found.sums, found.classes)
+        assert found.tally is not None
+        assert found.target_sums is not None
+        task, ranks = self._network.task, self._runner.ranks
+        curves = Curves(self._network, ranks)
+        curves.add(Kind.PUBLISHED, ("train", 0), found.tally, found.target_sums)
         labelled = torch.zeros((), dtype=torch.long)
 
-        def score(dataloader: int, before: int, seen: Seen) -> None:
-            classes = count_classes(seen[1])
-            labelled.add_(int(classes.sum()))
-            points.add("published", "val", dataloader, found.bank.score(*seen), classes)
+        def score(dataloader: int, batch: LayerBatch) -> None:
+            labelled.add_(int(task.is_counted(batch.targets).sum()))
+            tally = found.probes.score(batch)
+            curves.add(Kind.PUBLISHED, ("val", dataloader), tally, task.target_sums(batch.targets))
 
         self._runner.run(model, "val", score)
-        if not self._runner.ranks.total(labelled):
+        if not ranks.total(labelled):
             raise ValueError("val_dataloaders: no batch with labels came out of it; there is nothing to score on")
-        points.agree(len(self._network.layers), self._network.num_classes)
-        points.publish("published", self.report, self._about(found, one), point=one.point)
+        curves.agree(len(self._facts.layers))
+        self._facts.agree(ranks)
+        known = {layer: {**row, "network": one.name} for layer, row in found.known.items()}
+        about = self._facts.about(known, found.probes.widths)
+        curves.publish(Kind.PUBLISHED, self.report, about, point=one.point)
         scored = self.report.select(stage="val", metric="error", network=one.name)
         if lost := [row["layer"] for row in scored if math.isnan(row["value"])]:
             self._tell(f"no values of {first_of(lost)} in {one.name}: NaN or Inf in what they put out")
         share = self.report.cost["seconds"] / (time.perf_counter() - self._begun)
         self.report.cost |= {"share": share}
-        self._note(store, found.classes.tolist())
+        where = f"{store.memory_bytes / 2**20:,.0f} MiB of features in memory"
+        where += f", {store.file_bytes / 2**20:,.0f} MiB in temporary files" * (store.file_bytes > 0)
+        notes = [*self._network.labels.notes, task.doubts(found.target_sums.tolist()), where]
+        self.report.notes = list(dict.fromkeys(filter(None, [*self.report.notes, *notes])))
         self._done[one.point] = one.name
 
-    def _fit(self, model: Pass, store: FeatureStore) -> Fitted | None:
-        def keep(dataloader: int, before: int, seen: Seen) -> None:
-            ranks = self._runner.ranks
-            store.add(*seen, (before + torch.arange(len(seen[1]))) * ranks.number + ranks.rank)
+    def _fit(self, model: Pass, store: HalfPrecisionStore) -> FittedProbes:
+        dataset: FeatureDataset | None = None
+
+        def keep(dataloader: int, batch: LayerBatch) -> None:
+            nonlocal dataset
+            if dataset is None:  # the first labels may have told what the task has to know
+                dataset = FeatureDataset(self._network.task, store, has_all_places=True)
+            dataset.add(batch)
 
         self._runner.run(model, "train", keep)
         ranks, begun = self._runner.ranks, time.perf_counter()
         self._network.agree(ranks.gather)
-        seen = [store.samples, store.labelled, *(layer in store.layers for layer in self._network.layers)]
-        samples, labelled, *ran = ranks.total(torch.tensor(seen)).tolist()
-        self._check(labelled, [x for x, n in zip(self._network.layers, ran, strict=True) if n < ranks.number])
-        folds = Folds().next(samples)
-        solutions: dict[str, Solution] = {}
-        layers, progress = self._network.layers, self._runner.progress
+        dataset = dataset or FeatureDataset(self._network.task, store, has_all_places=True)
+        layers = self._network.layers
+        seen = [dataset.labelled, *(layer in dataset.layers for layer in layers)]
+        labelled, *ran = ranks.total(torch.tensor(seen)).tolist()
+        self._check(labelled, [layer for layer, n in zip(layers, ran, strict=True) if n < ranks.number])
+        progress = self._runner.progress
         with progress.during("Fitting probes"):
-            for layer in progress.track("layer", layers, len(layers)):
-                parts, y, positions = store.read(layer, self._runner.device)
-                x = parts if 4 * store.values(layer) > self._max_bytes / 4 else torch.cat(list(parts))
-                solutions |= fit_probes({layer: x}, y, folds=folds[positions % samples], total=ranks.total)
+            found = fit_layers(
+                self._network.task,
+                dataset,
+                layers,
+                "train",
+                ranks=ranks,
+                device=self._runner.device,
+                track=progress.track,
+            )
+        assert found is not None
+        for error in found.faults.values():
+            raise error
         self.report.cost["seconds"] += time.perf_counter() - begun
         self.report.cost["kept_bytes"] = max(self.report.cost["kept_bytes"], store.memory_bytes + store.file_bytes)
         self.report.notes = list(dict.fromkeys([*self.report.notes, *self._network.notes, *self._network.labels.notes]))
-        return fitted(self._network, ranks, solutions, "train", store.classes.to(self._runner.device))
+        return found
 
     def _check(self, samples: int, silent: list[str]) -> None:
         if not samples:
             raise ValueError("train_dataloaders: no batch with labels came out of it; there is nothing to fit on")
-        if samples < self._network.num_classes:
-            raise ValueError(
-                f"train_dataloaders: {samples} samples are too few to tell {self._network.num_classes} classes apart"
-            )
+        if objection := self._network.task.objection(samples):
+            raise ValueError(f"train_dataloaders: {objection}")
         if silent:
             raise ValueError(
                 f"layers: {', '.join(map(repr, silent))} never ran on the training data, or had no features"
             )
-
-    def _about(self, found: Fitted, one: Network) -> dict[str, Row]:
-        recorder = self._network.recorder
-        first = 0 if self._network.has_input else 1
-        return {
-            layer: {
-                "depth": first + i,
-                "features": found.bank.widths[layer],
-                "features_total": recorder.totals.get(layer, 0),
-                "network": one.name,
-                **found.about[layer],
-            }
-            for i, layer in enumerate(self._network.layers)
-        }
-
-    def _note(self, store: FeatureStore, classes: list[float]) -> None:
-        where = f"{store.memory_bytes / 2**20:,.0f} MiB of features in memory"
-        where += f", {store.file_bytes / 2**20:,.0f} MiB in temporary files" * (store.file_bytes > 0)
-        notes = [*self.report.notes, *self._network.labels.notes, never_seen(classes), where]
-        self.report.notes = list(dict.fromkeys(filter(None, notes)))

@@ -1,4 +1,4 @@
-"""Passes of data through a model, run by a Trainer and leaving no trace in either."""
+"""Runs passes of data through a model by a Trainer, and leaves no trace in either."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 
 from lightning_probes.distributed import Ranks
+from lightning_probes.network.torch_internals import starts_processes
 from lightning_probes.posthoc.passes import Pass, Take
 from lightning_probes.progress import Progress
 from lightning_probes.replay.frozen import frozen
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class _Bar(TQDMProgressBar):
-    """Says what the pass is for."""
+    """Says in the bar of a prediction loop what the pass is for."""
 
     doing = ""
 
@@ -36,18 +36,19 @@ class Runner:
     """Runs passes with one Trainer, which keeps nothing of them.
 
     Args:
-        trainer: the user's, whose callbacks (but for progress bars) and loggers are set aside meanwhile; default: one
-            device of what there is.
+        trainer: the user's Trainer, whose callbacks (but for progress bars) and loggers are set aside meanwhile;
+            ``None`` for one on one device of what there is.
 
     Attributes:
-        progress: shows in the trainer's bar how far is what is done between passes.
+        progress: shows in the Trainer's bar how far the work between passes is.
 
     Raises:
-        ValueError: its strategy starts processes of its own.
+        ValueError: the Trainer's strategy starts processes of its own.
     """
 
     def __init__(self, trainer: Trainer | None) -> None:
-        self._bar, self.progress = _Bar(), Progress()
+        self.progress = Progress()
+        self._bar = _Bar()
         self._ranks: Ranks | None = None
         self._trainer = trainer or Trainer(
             logger=False,
@@ -56,7 +57,7 @@ class Runner:
             enable_checkpointing=False,
             enable_model_summary=False,
         )
-        if isinstance(self._trainer.strategy.launcher, _MultiProcessingLauncher):
+        if starts_processes(self._trainer):
             raise ValueError(
                 "trainer: its strategy runs the model in processes that keep what they find to themselves; expected "
                 "strategy='ddp', or a launcher like torchrun"
@@ -64,45 +65,49 @@ class Runner:
 
     @property
     def device(self) -> torch.device:
-        """Where models run."""
+        """Return the device on which models run."""
         return self._trainer.strategy.root_device
 
     @property
     def ranks(self) -> Ranks:
-        """The processes that run; known once a pass has begun."""
+        """Return the processes that run, which are known once a pass has begun."""
         if self._ranks is None:
             self._ranks = Ranks().meet(self._trainer)
         return self._ranks
 
     def run(self, model: Pass, stage: str, take: Take) -> None:
-        """Give every batch of a stage to ``model``, and what it shows to ``take``.
+        """Give every batch of a stage to ``model``, and what the layers say to ``take``.
 
         Raises:
-            KeyboardInterrupt: by Ctrl-C.
+            KeyboardInterrupt: the user pressed Ctrl-C.
             Exception: whatever loaders, model or ``take`` raise.
         """
         self._bar.doing = "features to fit on" if stage == "train" else "features to score"
         model.begin(stage, take)
         trainer: Any = self._trainer
         handler = signal.getsignal(signal.SIGINT)
-        set_aside, connected = (trainer.callbacks, trainer.loggers), trainer.lightning_module
+        set_aside = trainer.callbacks, trainer.loggers
+        connected = trainer.lightning_module
         trainer.callbacks = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
         trainer.loggers = []
         try:
             if self.device.type == "cuda":
-                torch.cuda.init()  # type: ignore[no-untyped-call]  # its random states can be put back only if there are some
+                # Only random states that there are can be put back.
+                torch.cuda.init()  # type: ignore[no-untyped-call]
             with warnings.catch_warnings(), _unchanged(model.model):
-                # Of a loader that shuffles: an order is nothing to a probe.
+                # Lightning warns of a loader that shuffles, but the order of samples is nothing to a probe.
                 warnings.filterwarnings("ignore", ".*sampler has shuffling enabled.*")
                 trainer.predict(model, return_predictions=False)
-        except SystemExit as error:  # what Lightning makes of Ctrl-C, for good: it would be deaf from now on
+        except SystemExit as error:  # which Lightning makes of Ctrl-C
             raise KeyboardInterrupt from error
         finally:
-            if signal.getsignal(signal.SIGINT) is not handler:  # which only the main thread may set
+            # Lightning leaves its own handler there, deaf to Ctrl-C from now on. Only the main thread may set one.
+            if signal.getsignal(signal.SIGINT) is not handler:
                 signal.signal(signal.SIGINT, handler)
             trainer.callbacks, trainer.loggers = set_aside
             self.progress.meet(trainer)
-            trainer.strategy.connect(connected)  # whose weights the trainer's next checkpoint has
+            # The Trainer's next checkpoint has the weights of the module that it is connected to.
+            trainer.strategy.connect(connected)
             model.end()
 
 
@@ -115,16 +120,18 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     try:
         with frozen(model):
-            # The same shuffling and augmentation in each pass and in all processes.
+            # Shuffling and augmentation are the same in each pass and in all processes.
             torch.default_generator.manual_seed(0)
             if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 torch.cuda.manual_seed_all(0)
             yield
     finally:
         for parameter, data, content in saved:
-            parameter.grad, parameter.data = None, data.copy_(content)
+            parameter.grad = None
+            parameter.data = data.copy_(content)
         for parameter, grad, data in grads:
-            grad.data, parameter.grad = data, grad
+            grad.data = data
+            parameter.grad = grad
         for module, flag in flags:
-            if module.training != flag:  # of TorchScript, which has it elsewhere
+            if module.training != flag:  # TorchScript has its flag elsewhere
                 module.training = flag

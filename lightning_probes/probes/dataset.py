@@ -1,132 +1,308 @@
-"""The features of every sample of a pass: in half their bytes, in memory up to a budget, after that on disk."""
+"""Holds the features of all layers and samples, in memory or on disk, until probes are fitted on them."""
 
 from __future__ import annotations
 
-import mmap
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_probes.network.batches import repeat_views
+from lightning_probes.distributed import Ranks
 from lightning_probes.probes.rows import Parts
-from lightning_probes.probes.tasks import count_classes
+from lightning_probes.probes.tasks import Task
+
+FOLDS = 5
+"""Counts the parts of the samples, one of which is held out to choose a strength."""
 
 _BLOCK = 2048
-"""Samples that are read at a time."""
+"""Bounds the samples that are read from a store at a time."""
 
 _LARGEST = 3e4
-"""In deviations of a layer's first batch; float16 ends at 65 504."""
+"""Bounds what is kept in half precision, in deviations of a layer's first batch; float16 ends at 65 504."""
+
+
+@dataclass
+class LayerBatch:
+    """Holds what the layers of a network put out for the samples of one batch.
+
+    Attributes:
+        features: ``{layer: (rows, features)}``. A layer has one row a sample, or several views of the whole batch one
+            after the other: rows ``i``, ``i + batch``, ``i + 2 batch`` ... are of sample ``i``.
+        targets: ``(batch, outputs)``, as the task encodes them.
+        faults: ``{layer: what was raised}`` where taking a layer's features failed.
+    """
+
+    features: dict[str, Tensor]
+    targets: Tensor
+    faults: dict[str, Exception] = field(default_factory=dict)
+
+    def targets_of(self, rows: int) -> Tensor:
+        """Return the target of each of so many rows of a layer."""
+        return self.targets if len(self.targets) == rows else self.targets.repeat(rows // len(self.targets), 1)
+
+    def only(self, layers: Sequence[str] | set[str]) -> LayerBatch:
+        """Return the same with the features of some layers only."""
+        return LayerBatch({x: part for x, part in self.features.items() if x in layers}, self.targets, self.faults)
+
+
+def draw_folds(samples: int) -> Tensor:
+    """Draw ``(samples,)`` of ``0 .. FOLDS - 1`` on the host, parts as even as can be.
+
+    A generator of its own draws them: an order in the data must not become a part.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randperm(samples, generator=generator, device="cpu").remainder(FOLDS)
+
+
+class LayerSamples(NamedTuple):
+    """Holds one layer's features of all samples of this process."""
+
+    layer: str
+    features: Tensor | Parts
+    """``(rows, features)``, or parts that are read again for each product."""
+    targets: Tensor
+    """``(rows, outputs)``."""
+    folds: Tensor
+    """``(rows,)``, ``0 .. FOLDS - 1``; views of one sample are in one fold."""
+
+
+class Store(Protocol):
+    """Keeps features of layers, part by part."""
+
+    def put(self, layer: str, x: Tensor) -> None:
+        """Keep ``(rows, features)`` of a layer, after what was kept of it before."""
+
+    def read(self, layer: str) -> Parts:
+        """Return all that is kept of a layer, in the order in which it came."""
+
+    def is_read_whole(self, layer: str) -> bool:
+        """Return whether all features of a layer are to be in memory at once while its probe is fitted."""
+
+    def drop(self, layer: str) -> None:
+        """Let go of a layer."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+class FeatureDataset:
+    """Holds features, targets and the place of each sample of this process; gives them out one layer after the other.
+
+    Args:
+        task: knows which targets count.
+        store: keeps the features.
+        has_all_places: whether samples that are left out have a place among the others: in a whole pass over a dataset
+            they do, in training a sampler may have added them.
+
+    Attributes:
+        samples: number of samples so far.
+        labelled: number of those that count.
+        layers: layers that have been seen, in that order.
+    """
+
+    def __init__(self, task: Task, store: Store, *, has_all_places: bool = False) -> None:
+        self.samples = 0
+        self.labelled = 0
+        self._task = task
+        self._store = store
+        self._has_all_places = has_all_places
+        self._targets: list[Tensor] = []
+        self._places: list[Tensor] = []
+        self._batches: dict[str, list[tuple[int, int]]] = {}
+        self._shapes: dict[str, tuple[int, torch.dtype]] = {}
+
+    @property
+    def layers(self) -> list[str]:
+        """Return the layers that have been seen."""
+        return list(self._batches)
+
+    @property
+    def target_sums(self) -> Tensor:
+        """Return the task's sums over the targets of this process, on the host."""
+        sums = self._task.target_sums(torch.zeros(0, self._task.outputs))
+        for targets in self._targets:
+            sums = sums + self._task.target_sums(targets.float())
+        return sums
+
+    def add(self, batch: LayerBatch) -> None:
+        """Keep what a batch showed.
+
+        Raises:
+            OSError: a store on disk has no space left.
+        """
+        targets = batch.targets
+        counted = self._task.is_counted(targets).cpu()
+        if self._has_all_places:
+            self._places.append(self.samples + torch.arange(len(targets)))
+        else:
+            self._places.append((self.labelled - 1 + counted.cumsum(dim=0)).clamp(min=0))
+        is_binary = bool(((targets == 0) | (targets == 1)).all())
+        self._targets.append((targets.bool() if is_binary else targets.clone()).cpu())
+        self.samples += len(targets)
+        self.labelled += int(counted.sum())
+        for layer, x in batch.features.items():
+            self._shapes.setdefault(layer, (x.shape[1], x.dtype))
+            self._batches.setdefault(layer, []).append((len(self._targets) - 1, len(x)))
+            self._store.put(layer, x)
+
+    def by_layer(self, layers: Sequence[str], ranks: Ranks, device: torch.device | str) -> Iterator[LayerSamples]:
+        """Give out the layers that any process has, in the given order, and let go of each afterwards.
+
+        The same samples are in the same folds, however many processes share them.
+
+        Args:
+            layers: their order.
+            ranks: the processes that share the samples.
+            device: where tensors are put.
+
+        Yields:
+            What this process has of a layer, which may be nothing. Of several widths that of the first process counts.
+        """
+        shapes = ranks.union(self._shapes)
+        # If no sample counts, all rows are in one fold.
+        samples = max(int(ranks.total(torch.tensor(self.samples if self._has_all_places else self.labelled))), 1)
+        folds = draw_folds(samples)
+        for layer in layers:
+            if layer not in shapes:
+                continue
+            if self._shapes.get(layer) != shapes[layer]:
+                width, dtype = shapes[layer]
+                none = torch.zeros(0, width, dtype=dtype, device=device)
+                yield LayerSamples(layer, none, none.new_zeros(0, self._task.outputs).float(), folds[:0].to(device))
+                continue
+            parts = self._store.read(layer)
+            whole = torch.cat(list(parts)).to(device) if self._store.is_read_whole(layer) else None
+            if whole is not None:
+                self._store.drop(layer)
+            read = Parts(parts.lengths, lambda i, parts=parts: parts[i].to(device))  # type: ignore[misc]
+            batches = self._batches[layer]
+            each = [LayerBatch({}, self._targets[i].float()).targets_of(rows) for i, rows in batches]
+            place = torch.cat([self._places[i].repeat(rows // len(self._places[i])) for i, rows in batches])
+            fold = folds[(place * ranks.number + ranks.rank) % samples]
+            yield LayerSamples(layer, read if whole is None else whole, torch.cat(each).to(device), fold.to(device))
+            del whole, read, parts
+            self._store.drop(layer)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._store.close()
+
+
+class MemoryStore:
+    """Keeps features as they are.
+
+    Args:
+        copy: makes a copy that may be kept, if features may not stay where they are.
+    """
+
+    def __init__(self, copy: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+        self._copy = copy
+        self._kept: dict[str, list[Tensor]] = {}
+
+    def put(self, layer: str, x: Tensor) -> None:
+        """Keep a part of a layer."""
+        self._kept.setdefault(layer, []).append(self._copy(x))
+
+    def read(self, layer: str) -> Parts:
+        """Return the parts of a layer."""
+        kept = self._kept[layer]
+        return Parts([len(part) for part in kept], lambda i: kept[i])
+
+    def is_read_whole(self, layer: str) -> bool:
+        """Return true: features are in memory already."""
+        return True
+
+    def drop(self, layer: str) -> None:
+        """Let go of a layer."""
+        self._kept.pop(layer, None)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._kept = {}
 
 
 @dataclass(frozen=True)
 class _Filed:
-    """Where in a layer's file some samples are."""
+    """Says where in a layer's file of one precision some rows are."""
 
-    offset: int
+    path: Path
+    first: int
     samples: int
     dtype: torch.dtype
 
 
-class FeatureStore:
-    """Keeps features batch by batch; read again as often as a solver wants, a block at a time.
+class HalfPrecisionStore:
+    """Keeps features in half their bytes, in memory up to a budget and after that in temporary files.
 
     float32 is kept as float16, in deviations from the mean of the layer's first batch that has some: the relative
     rounding of 2^-11 is far below what a probe can tell. What would overflow there, and float64, is kept as it is.
 
     Args:
-        max_bytes: of features in memory; what comes after goes to a temporary file a layer.
+        max_bytes: greatest number of bytes of features in memory; files, one a layer and precision, take the rest. A
+            layer larger than a quarter of it is read part by part while its probe is fitted.
 
     Attributes:
-        memory_bytes: of features in memory.
-        file_bytes: of features in files.
-        samples: batches' samples so far; a layer with several views of each has a multiple.
-        labelled: those of them that are not left out.
+        memory_bytes: bytes of features in memory.
+        file_bytes: bytes of features in files.
     """
 
     def __init__(self, max_bytes: int) -> None:
+        self.memory_bytes = 0
+        self.file_bytes = 0
         self._max_bytes = max_bytes
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._files: dict[str, IO[bytes]] = {}
+        self._files: dict[tuple[str, torch.dtype], IO[bytes]] = {}
         self._kept: dict[str, list[Tensor | _Filed]] = {}
-        self._batches: dict[str, list[tuple[int, int]]] = {}
         self._shift: dict[str, tuple[Tensor, Tensor]] = {}
         self._widths: dict[str, int] = {}
-        self._targets: list[Tensor] = []
-        self._positions: list[Tensor] = []
-        self.memory_bytes = self.file_bytes = self.samples = self.labelled = 0
 
-    @property
-    def layers(self) -> list[str]:
-        """Those that have been seen."""
-        return list(self._kept)
-
-    @property
-    def classes(self) -> Tensor:
-        """``(classes,)``: how often each occurs in this process."""
-        return torch.stack([count_classes(targets.float()) for targets in self._targets]).sum(dim=0)
-
-    def values(self, layer: str) -> int:
-        """Numbers that are kept of a layer."""
-        return self._widths[layer] * sum(samples for _, samples in self._batches[layer])
-
-    def add(self, features: Mapping[str, Tensor], targets: Tensor, positions: Tensor) -> None:
-        """Keep what a batch showed.
-
-        Args:
-            features: ``{layer: (samples, features)}``, samples a multiple of the targets'.
-            targets: ``(batch, classes)``, distributions.
-            positions: ``(batch,)``, of its samples in the whole pass.
+    def put(self, layer: str, x: Tensor) -> None:
+        """Keep a part of a layer.
 
         Raises:
-            OSError: no space for a file; all files are gone.
+            OSError: there is no space for a file; all files are gone.
         """
-        is_hard = bool(((targets == 0) | (targets == 1)).all())
-        self._targets.append((targets.bool() if is_hard else targets).cpu())
-        self._positions.append(positions)
-        self.samples += len(targets)
-        self.labelled += int((targets.sum(dim=1) > 0).sum())
-        for layer, x in features.items():
-            part = self._encode(layer, x)
-            size = part.numel() * part.element_size()
-            self._widths[layer] = x.shape[1]
-            self._batches.setdefault(layer, []).append((len(self._targets) - 1, len(x)))
-            if self.memory_bytes + size <= self._max_bytes:
-                self.memory_bytes += size
-                self._kept.setdefault(layer, []).append(part)
-            else:
-                self._kept.setdefault(layer, []).append(self._write(layer, part))
-                self.file_bytes += size
+        part = self._encode(layer, x)
+        size = part.numel() * part.element_size()
+        self._widths[layer] = x.shape[1]
+        if self.memory_bytes + size <= self._max_bytes:
+            self.memory_bytes += size
+            self._kept.setdefault(layer, []).append(part)
+        else:
+            self._kept.setdefault(layer, []).append(self._write(layer, part))
+            self.file_bytes += size
 
-    def read(self, layer: str, device: torch.device | str = "cpu") -> tuple[Parts, Tensor, Tensor]:
-        """The features of a layer, in the order of the pass, as they were to half precision.
-
-        Returns:
-            Parts of ``(samples, features)``, made anew whenever they are asked for; targets ``(samples, classes)``;
-            positions ``(samples,)``. Views of one sample have its target and its position.
-        """
+    def read(self, layer: str) -> Parts:
+        """Return a layer in blocks of about 2 048 rows, made anew whenever one is asked for."""
         blocks = self._blocks(layer)
-        lengths = [sum(_samples(part) for part in block) for block in blocks]
 
         def block(i: int) -> Tensor:
-            return torch.cat([self._decode(layer, part) for part in blocks[i]]).to(device)
+            return torch.cat([self._decode(layer, part) for part in blocks[i]])
 
-        batches = self._batches[layer]
-        y = torch.cat([repeat_views(self._targets[i].float(), samples) for i, samples in batches])
-        where = [self._positions[i].repeat(samples // len(self._positions[i])) for i, samples in batches]
-        return Parts(lengths, block), y.to(device), torch.cat(where)
+        return Parts([sum(_samples(part) for part in block) for block in blocks], block)
+
+    def is_read_whole(self, layer: str) -> bool:
+        """Return whether a layer in float32 takes at most a quarter of the budget."""
+        values = self._widths[layer] * sum(_samples(part) for part in self._kept[layer])
+        return 4 * values <= self._max_bytes / 4
+
+    def drop(self, layer: str) -> None:
+        """Let go of what is in memory of a layer; its files stay until :meth:`close`."""
+        self._kept.pop(layer, None)
 
     def close(self) -> None:
-        """Let go of everything; the files are gone."""
+        """Let go of everything, files too."""
         for file in self._files.values():
             file.close()
         if self._folder is not None:
             self._folder.cleanup()
-        self._files, self._folder, self._kept = {}, None, {}
+        self._files = {}
+        self._folder = None
+        self._kept = {}
 
     def _encode(self, layer: str, x: Tensor) -> Tensor:
         if x.dtype == torch.float64:
@@ -150,14 +326,14 @@ class FeatureStore:
         return x.float().mul_(scale).add_(mean)
 
     def _blocks(self, layer: str) -> list[list[Tensor | _Filed]]:
-        """Parts side by side, those that follow one another in the file as one."""
+        """Join parts into blocks, and those that follow one another in a file into one."""
         blocks: list[list[Tensor | _Filed]] = []
         for part in self._kept[layer]:
             last = blocks[-1] if blocks else []
             if last and sum(map(_samples, last)) + _samples(part) <= _BLOCK:
                 before = last[-1]
-                if isinstance(part, _Filed) and isinstance(before, _Filed) and part.dtype == before.dtype:
-                    last[-1] = _Filed(before.offset, before.samples + part.samples, part.dtype)
+                if isinstance(part, _Filed) and isinstance(before, _Filed) and part.path == before.path:
+                    last[-1] = _Filed(before.path, before.first, before.samples + part.samples, part.dtype)
                 else:
                     last.append(part)
             else:
@@ -168,11 +344,12 @@ class FeatureStore:
         try:
             if self._folder is None:
                 self._folder = tempfile.TemporaryDirectory(prefix="lightning-probes-")
-            if layer not in self._files:
-                path = Path(self._folder.name) / f"{len(self._files)}.features"
-                self._files[layer] = path.open("w+b", buffering=0)
-            file = self._files[layer]
-            offset, data = file.tell(), memoryview(part.contiguous().numpy().tobytes())
+            if (layer, part.dtype) not in self._files:
+                new = Path(self._folder.name) / f"{len(self._files)}.features"
+                self._files[layer, part.dtype] = new.open("w+b", buffering=0)
+            file = self._files[layer, part.dtype]
+            first = file.tell() // (part.shape[1] * part.element_size())
+            data = memoryview(part.contiguous().numpy().tobytes())
             while data:
                 data = data[file.write(data) :]
         except OSError as error:
@@ -183,17 +360,13 @@ class FeatureStore:
                 f"features cannot be written to {folder} after {size / 2**20:,.0f} MiB ({error.strerror}); nothing of "
                 "them is left there. Allow more memory (max_bytes), probe fewer layers, or set TMPDIR to a larger disk",
             ) from error
-        return _Filed(offset, len(part), part.dtype)
+        return _Filed(Path(file.name), first, len(part), part.dtype)
 
     def _map(self, layer: str, filed: _Filed) -> Tensor:
-        width = self._widths[layer]
-        first = filed.offset - filed.offset % mmap.ALLOCATIONGRANULARITY
-        count = filed.samples * width
-        size = filed.offset - first + count * filed.dtype.itemsize
-        # Mapped for as long as the tensor lives: pages that were read do not add up.
-        pages = mmap.mmap(self._files[layer].fileno(), size, access=mmap.ACCESS_COPY, offset=first)
-        flat = torch.frombuffer(pages, dtype=filed.dtype, count=count, offset=filed.offset - first)
-        return flat.view(filed.samples, width)
+        # Mapped for as long as the tensor lives, so that pages that were read do not add up.
+        width, end = self._widths[layer], filed.first + filed.samples
+        rows = torch.from_file(str(filed.path), shared=False, size=end * width, dtype=filed.dtype).view(end, width)
+        return rows[filed.first :]
 
 
 def _samples(part: Tensor | _Filed) -> int:

@@ -1,118 +1,220 @@
-"""Many small convex problems to their optimum: the probe of every layer, its strength of L2 chosen."""
+"""Fits the probe of every layer of a dataset to its optimum, and chooses its strength of L2."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_probes.probes.rows import Parts, Rows, Total, alone, statistics
-from lightning_probes.probes.solver import TOLERANCE, Solution, solve, sums_of
-from lightning_probes.probes.standardise import inverse_deviation, standardise_
+from lightning_probes.distributed import Ranks, Total, alone
+from lightning_probes.probes.dataset import FOLDS, FeatureDataset, LayerSamples, draw_folds
+from lightning_probes.probes.heads import StackedProbes
+from lightning_probes.probes.rows import Parts, Rows, statistics
+from lightning_probes.probes.solver import TOLERANCE, Solution, solve, tally_of
+from lightning_probes.probes.standardise import standardise_
+from lightning_probes.probes.tasks import Task
+
+STRENGTHS = (1e-2, 1e-3, 1e-4)
+"""Lists the strengths of L2 among which that of a probe is chosen."""
 
 _FEWEST = 20
-"""Samples below which a fifth of them says nothing about a strength."""
+"""Counts the samples below which a fifth of them says nothing about a strength."""
 
 _ROUGHLY = 10
-"""Times the tolerance at which strengths are tried; the one that is chosen must be the best at the tolerance itself."""
+"""Multiplies the tolerance at which strengths are tried; the chosen one must be the best at the tolerance itself."""
 
 _CLEARLY = 1.01
-"""A held-out loss that is higher than the best by this factor has passed its minimum."""
-
-FOLDS = 5
-"""Parts of the samples; one is held out to choose a strength."""
+"""Bounds a held-out loss relative to the best one; a higher one has passed its minimum."""
 
 
-class Folds:
-    """Parts that samples belong to, drawn by a generator of its own: an order in the data must not become a part."""
+@dataclass(frozen=True)
+class FittedProbes:
+    """Holds the probes of a network at their optimum, and what is known of them.
 
-    def __init__(self, seed: int = 0) -> None:
-        self._generator = torch.Generator("cpu").manual_seed(seed)
+    Attributes:
+        probes: scores with them.
+        known: ``{layer: {"fitted_on": {"data", "samples"}, "converged"}}``, as rows of a report have it.
+        tally: ``(statistics, layers)`` on the samples fitted on, in one process for all; ``None`` for restored probes.
+        held_out: likewise of samples in folds, each scored by a probe of the other folds, if there were folds to score.
+        target_sums: sums over the targets of the samples that this process fitted on.
+        faults: ``{layer: what was raised}`` of the layers that have no probe.
+    """
 
-    def next(self, samples: int) -> Tensor:
-        """``(samples,)`` of ``0 .. FOLDS - 1``, on the host, parts as even as can be."""
-        return torch.randperm(samples, generator=self._generator, device="cpu").remainder(FOLDS)
+    probes: StackedProbes
+    known: dict[str, dict[str, Any]]
+    tally: Tensor | None = None
+    held_out: Tensor | None = None
+    target_sums: Tensor | None = None
+    faults: dict[str, Exception] = field(default_factory=dict)
+
+
+class Track(Protocol):
+    """Shows how far a loop is: gives back its items."""
+
+    def __call__(self, name: str, items: Iterable[LayerSamples], total: int) -> Iterable[LayerSamples]:
+        """Yield ``items``, of which there are ``total``."""
+
+
+def fit_layers(
+    task: Task,
+    dataset: FeatureDataset,
+    layers: Sequence[str],
+    data: str,
+    *,
+    ranks: Ranks,
+    device: torch.device,
+    track: Track,
+    is_crossed: bool = False,
+) -> FittedProbes | None:
+    """Fit the probe of every layer on a dataset, which is used up.
+
+    What is raised while one layer is fitted is the fault of that layer alone, unless other processes wait for what
+    would have been summed.
+
+    Args:
+        task: what the probes are asked.
+        dataset: the samples of this process.
+        layers: order of the layers.
+        data: what the rows of a report say that probes were fitted on.
+        ranks: the processes that share the samples; probes are those of all.
+        device: where probes are fitted.
+        track: shows how far the fit is.
+        is_crossed: whether each fold is scored by probes of the other folds as well.
+
+    Returns:
+        The probes; ``None`` where no process has a sample.
+
+    Raises:
+        Exception: what kept all layers from having a probe, or one where other processes wait.
+    """
+    solutions: dict[str, Solution] = {}
+    crossed: dict[str, Tensor] = {}
+    faults: dict[str, Exception] = {}
+    for samples in track("layer", dataset.by_layer(layers, ranks, device), len(layers)):
+        try:
+            solutions[samples.layer] = fit_samples(task, samples, ranks.total)
+            if is_crossed:
+                crossed[samples.layer] = _cross_scored(task, samples, ranks.total)
+        except Exception as error:
+            if ranks.number > 1:
+                raise
+            faults[samples.layer] = error.with_traceback(None)  # its frames would hold the layer's features
+    if not solutions and faults:
+        raise next(iter(faults.values()))
+    if not solutions:
+        return None
+    known = {
+        layer: {
+            "fitted_on": {"data": data, "samples": int(found.tally[-1].nan_to_num())},
+            "converged": found.converged,
+        }
+        for layer, found in solutions.items()
+    }
+    # A solver's tallies are those of all processes, and will be summed over processes once more.
+    own = {layer: found.tally for layer, found in solutions.items() if ranks.rank == 0}
+    tally = _side_by_side(task, layers, own, device)
+    held_out = _side_by_side(task, layers, crossed, device) if is_crossed else None
+    sums = dataset.target_sums.to(device)
+    return FittedProbes(StackedProbes.of(layers, task, solutions), known, tally, held_out, sums, faults)
+
+
+def fit_samples(task: Task, samples: LayerSamples, total: Total) -> Solution:
+    """Fit the probe of a layer as :func:`fit_probe`."""
+    return fit_probe(task, samples.features, samples.targets, folds=samples.folds, total=total)
 
 
 @torch.no_grad()
-def fit_probes(
-    features: Mapping[str, Tensor | Parts],
+def fit_probe(
+    task: Task,
+    features: Tensor | Parts,
     targets: Tensor,
     *,
-    total: Total = alone,
-    strengths: Sequence[float] = (1e-2, 1e-3, 1e-4),
-    priors: Mapping[str, Tensor] | None = None,
     folds: Tensor | None = None,
+    total: Total = alone,
+    strengths: Sequence[float] = STRENGTHS,
     tolerance: float = TOLERANCE,
     max_iterations: int = 500,
-) -> dict[str, Solution]:
-    """The probe of every layer, at the strength whose cross-entropy on a held-out fifth of the samples is lowest.
+) -> Solution:
+    """Fit the probe of a layer at the strength whose loss on a held-out fifth of the samples is lowest.
 
-    Features are standardised by the statistics of all samples given, in a copy of one layer at a time. Strengths are
-    tried from the largest to the smallest, each from the solution before; the best is fitted again on all samples. With
-    fewer than 20 samples nothing is chosen: the largest is taken.
+    Features are standardised by the statistics of all samples given, in a copy. Strengths are tried from the largest to
+    the smallest, each from the solution before; the best is fitted again on all samples. With fewer than 20 samples
+    nothing is chosen: the largest is taken.
 
     Args:
-        features: ``{layer: (samples, features)}``; parts are read again for each product and never all there. A layer
-            with a value or variance that is not finite gets NaN.
-        targets: ``(samples, classes)``, distributions; zero rows are left out.
+        task: defines the loss.
+        features: ``(samples, features)``; parts are read again for each product and never all there. A value or
+            variance that is not finite makes the probe NaN.
+        targets: ``(samples, outputs)``; rows that do not count are left out.
+        folds: ``(samples,)``: the fold of each sample; views of one sample are in one. Of those that occur the last one
+            is held out. By default they are drawn for each sample.
         total: sums over the processes among which the samples are shared out; each calls this with its own.
-        strengths: of the L2 penalty.
-        priors: ``{layer: (classes, features)}`` on the features as they are: weights that the penalty pulls towards.
-        folds: ``(samples,)``, which of :class:`Folds` each belongs to; views of one sample to the same. Of those that
-            occur the last one is held out. Default: drawn for each sample.
-        tolerance: see :func:`~lightning_probes.probes.solver.solve`; of the strength that is chosen, too.
-        max_iterations: likewise, for each fit.
+        strengths: strengths of the L2 penalty, each at least 0.
+        tolerance: bound on the gradient, see :func:`~lightning_probes.probes.solver.solve`.
+        max_iterations: bound on the iterations of each fit.
 
     Raises:
-        ValueError: on data never; where there is no strength, or as in :func:`solve`.
+        ValueError: there is no strength, or as in :func:`~lightning_probes.probes.solver.solve`; never on data.
     """
     if not strengths:
         raise ValueError("strengths is empty")
-    found: dict[str, Solution] = {}
-    counted = targets.sum(dim=1) > 0
+    parts = features if isinstance(features, Parts) else Parts([len(features)], lambda _: features)
+    if sum(parts.lengths) != len(targets):
+        raise ValueError(f"{sum(parts.lengths)} samples, {len(targets)} targets")
+    counted = task.is_counted(targets)
     y = targets[counted]
-    for layer, values in features.items():
-        parts = values if isinstance(values, Parts) else Parts([len(values)], lambda _, x=values: x)  # type: ignore[misc]
-        if sum(parts.lengths) != len(targets):
-            raise ValueError(f"{layer}: {sum(parts.lengths)} samples, {len(targets)} targets")
-        parts = parts if counted.all() else parts.where(counted)
-        mean, variance = statistics(parts, total)
-        if not (mean.isfinite().all() and variance.isfinite().all()):
-            found[layer] = _nothing(mean, y, max(strengths))
-            continue
-        rows = Rows.standardised(parts, mean, variance, total)
-        rows = rows if isinstance(values, Parts) else rows.kept()
-        prior = (priors or {}).get(layer)
-        if prior is not None:
-            scale = inverse_deviation(mean, variance)
-            prior = torch.where(scale > 0, prior.to(mean) / scale, 0.0)
-        part = Folds().next(len(y)).to(y.device) if folds is None else folds.to(y.device)[counted]
-        solver = partial(solve, prior=prior, gram=_mean_gram(rows), max_iterations=max_iterations)
-        l2, start = _choose(rows, y, part, sorted(strengths, reverse=True), solver, tolerance)
-        best = solver(rows, y, l2, start=start, tolerance=tolerance)
-        found[layer] = replace(best, mean=mean, variance=variance)
-    return found
+    parts = parts if counted.all() else parts.where(counted)
+    mean, variance = statistics(parts, total)
+    if not (mean.isfinite().all() and variance.isfinite().all()):
+        return _nothing(task, mean, y, max(strengths))
+    rows = Rows.standardised(parts, mean, variance, total)
+    rows = rows if isinstance(features, Parts) else rows.kept()
+    part = (draw_folds(len(y)) if folds is None else folds[counted.to(folds.device)]).to(y.device)
+    solver = partial(solve, task, gram=_mean_gram(rows), max_iterations=max_iterations)
+    l2, start = _choose(task, rows, y, part, sorted(strengths, reverse=True), solver, tolerance)
+    best = solver(rows, y, l2, start=start, tolerance=tolerance)
+    return replace(best, mean=mean, variance=variance)
 
 
-def score(solution: Solution, features: Tensor, targets: Tensor) -> Tensor:
-    """The ``(3,)`` sums of :func:`~lightning_probes.probes.tasks.tally` on other samples of the same layer.
+def score(task: Task, solution: Solution, features: Tensor, targets: Tensor) -> Tensor:
+    """Return the tally ``(statistics,)`` of a probe on other samples of its layer.
 
     Args:
-        solution: from :func:`fit_probes`.
+        task: what the probe is asked.
+        solution: from :func:`fit_probe`.
         features: ``(samples, features)``, as they are.
-        targets: ``(samples, classes)``, distributions; zero rows are left out.
+        targets: ``(samples, outputs)``; rows that do not count are left out.
     """
     x = features.to(solution.weight.dtype, copy=True)
     x = standardise_(x[None], solution.mean[None, None], solution.variance[None, None])[0]
-    return sums_of(Rows.of(x), targets, solution.weight, solution.bias)
+    return tally_of(task, Rows.of(x), targets, solution.weight, solution.bias)
+
+
+def _cross_scored(task: Task, samples: LayerSamples, total: Total) -> Tensor:
+    """Return the tally of all samples, each scored by a probe fitted on the folds that it is not in."""
+    layer, x, y, folds = samples
+    assert isinstance(x, Tensor)
+    tally = task.no_tally(1, x.device)[:, 0]
+    for i in range(FOLDS):
+        others = folds != i
+        found = fit_samples(task, LayerSamples(layer, x[others], y[others], folds[others]), total)
+        tally = tally + score(task, found, x[~others], y[~others])
+    return tally
+
+
+def _side_by_side(task: Task, layers: Sequence[str], tallies: dict[str, Tensor], device: torch.device | str) -> Tensor:
+    none = task.no_tally(1, device)[:, 0]
+    if not layers:
+        return task.no_tally(0, device)
+    return torch.stack([tallies[x].to(device) if x in tallies else none for x in layers], dim=1)
 
 
 def _mean_gram(x: Rows) -> Tensor | None:
-    """Of the features; ``None`` where no solution will need it, and it may not fit into memory."""
+    """Return the Gram matrix over the number of samples, unless no solution will need it and it may not fit."""
     if x.is_wide:
         return None
     own = x.gram()
@@ -120,22 +222,28 @@ def _mean_gram(x: Rows) -> Tensor | None:
 
 
 def _choose(
-    x: Rows, y: Tensor, part: Tensor, strengths: Sequence[float], solver: Callable[..., Solution], tolerance: float
+    task: Task,
+    x: Rows,
+    y: Tensor,
+    part: Tensor,
+    strengths: Sequence[float],
+    solver: Callable[..., Solution],
+    tolerance: float,
 ) -> tuple[float, tuple[Tensor, Tensor] | None]:
-    """The strength with the lowest held-out cross-entropy, and the probe that had it."""
+    """Return the strength with the lowest held-out loss, and the weight and bias that had it."""
     if x.total(y.new_tensor(float(len(y)))) < _FEWEST or len(strengths) == 1:
         return strengths[0], None
     held = part == part.max() if len(part) else part > 0
-    fit, fit_y, rest, rest_y = x.where(~held), y[~held], x.where(held), y[held]
+    fit, rest = x.where(~held), x.where(held)
     # Never from a probe that has seen the held-out part: short of its optimum it would remember it.
     starts: dict[float, tuple[Tensor, Tensor]] = {}
     losses: dict[float, float] = {}
     start: tuple[Tensor, Tensor] | None = None
 
     def attempt(l2: float, start: tuple[Tensor, Tensor] | None, tolerance: float) -> None:
-        tried = solver(fit, fit_y, l2, start=start, tolerance=tolerance)
+        tried = solver(fit, y[~held], l2, start=start, tolerance=tolerance)
         starts[l2] = tried.weight, tried.bias
-        losses[l2] = float(sums_of(rest, rest_y, *starts[l2])[1])
+        losses[l2] = float(tally_of(task, rest, y[held], *starts[l2])[-2])
 
     for l2 in strengths:
         attempt(l2, start, _ROUGHLY * tolerance)
@@ -150,8 +258,9 @@ def _choose(
     return best, starts[best]
 
 
-def _nothing(mean: Tensor, targets: Tensor, l2: float) -> Solution:
+def _nothing(task: Task, mean: Tensor, targets: Tensor, l2: float) -> Solution:
+    """Return a probe of NaN, for features that are not finite."""
     width = torch.full_like(mean, float("nan"))
     weight = width.expand(targets.shape[1], -1).clone()
-    sums = torch.full_like(sums_of(Rows.of(weight[:0]), targets[:0], weight, weight[:, 0]), float("nan"))
-    return Solution(weight, weight[:, 0].clone(), width, width, l2, False, 0, float("nan"), sums)
+    tally = torch.full_like(task.no_tally(1, mean.device)[:, 0], float("nan"))
+    return Solution(weight, weight[:, 0].clone(), width, width, l2, False, 0, float("nan"), tally)

@@ -1,4 +1,7 @@
-"""Say what to write instead of labels that probes do not take, or not yet."""
+"""Say what to write instead of labels that probes do not take.
+
+Each hint is the end of an error message; it is empty where there is nothing to suggest.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,24 @@ from torch import Tensor
 
 
 def is_distribution(rows: Tensor) -> Tensor:
-    """Return ``(samples,)``: which of ``rows`` are probabilities that sum to 1."""
+    """Return for each row of ``(samples, classes)`` whether it holds probabilities that sum to 1, within .01."""
     return (rows >= 0).all(dim=1) & ((rows.sum(dim=1) - 1).abs() < 1e-2)
 
 
 def is_rows(labels: Tensor) -> bool:
-    """Return whether ``labels`` are written as one row a sample, one value a class: one-hot, soft or several ones."""
+    """Return whether ``labels`` may be rows ``(samples, classes)``: one-hot, probabilities, or several ones a row."""
     if labels.dim() != 2 or labels.shape[1] < 2 or labels.is_complex():
         return False
     return labels.is_floating_point() or is_zeros_and_ones(labels)
 
 
 def is_zeros_and_ones(labels: Tensor) -> bool:
-    """Return whether ``labels`` hold nothing but zeros and ones."""
+    """Return whether all values of ``labels`` are 0 or 1."""
     return bool(((labels == 0) | (labels == 1)).all())
 
 
 def hint_of_shape(labels: Tensor) -> str:
-    """Say what to write instead of several labels for a sample."""
+    """Say what to write instead of several labels for each sample, ``(samples, ...)``."""
     if labels.dim() < 2 or not labels.numel():
         return ""
     if is_rows(labels):
@@ -41,7 +44,7 @@ def hint_of_shape(labels: Tensor) -> str:
 
 
 def hint_of_rows(labels: Tensor) -> str:
-    """Say what to write instead of rows that are no distributions over the classes."""
+    """Say what to write instead of rows ``(samples, classes)`` that are no distributions over the classes."""
     if missing := _hint_of_nan(labels):
         return missing
     ones = labels.sum(dim=1)
@@ -59,7 +62,7 @@ def hint_of_rows(labels: Tensor) -> str:
 
 
 def hint_of_floats(labels: Tensor) -> str:
-    """Say what to write instead of floats that stand for classes."""
+    """Say what to write instead of floats ``(samples,)`` that stand for classes."""
     if labels.is_complex():
         return ""
     if missing := _hint_of_nan(labels):

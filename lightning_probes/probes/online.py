@@ -1,115 +1,71 @@
-"""All probes of a model as stacked tensors, one update for all of them, the gradient written out."""
+"""Trains the probes of all layers along with the network: one update for all of them, the gradient written out."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from lightning_probes.distributed import Ranks
-from lightning_probes.probes.solver import Solution
-from lightning_probes.probes.stacks import Run, Stack, adam_step
-from lightning_probes.probes.standardise import standardise_
-from lightning_probes.probes.tasks import BatchLabels, no_tally, tally
+from lightning_probes.probes.dataset import LayerBatch
+from lightning_probes.probes.heads import BatchLabels, Run, Stack, StackedProbes
+from lightning_probes.probes.standardise import moved_statistics, standardise_, without_rounding
+from lightning_probes.probes.tasks import Task
 
-_CHUNKS = 4
+_SHORTEST_MEMORY = 0.01
+"""Weighs a batch in the running mean and variance once the first hundred have been averaged evenly."""
 
 
-class ProbeBank:
-    """A softmax regression on the standardised features of each layer.
+class OnlineProbes(StackedProbes):
+    """Updates a linear classifier on the standardised features of each layer, one step on each batch.
 
-    The features are standardised by a running mean and variance without an affine part, so that a probe stays linear.
-    A layer joins with its first features; its width is that of those. Layers of one width are stacked.
+    Features are standardised by a running mean and variance without an affine part, so that a probe stays linear. A
+    layer joins with its first features, whose width is that of its probe.
 
     Args:
-        layers: the names of all layers; their order is that of every vector over layers.
-        num_classes: K.
-        learning_rate: of Adam (Kingma and Ba 2015, with its usual moments .9 and .999).
+        layers: names of all layers; their order is that of every vector over layers.
+        task: what the probes are asked.
+        learning_rate: step size of Adam (Kingma and Ba 2015), whose moments are the usual .9 and .999.
     """
 
-    def __init__(self, layers: Sequence[str], num_classes: int, learning_rate: float = 3e-3) -> None:
-        self.layers = list(layers)
-        self.num_classes = num_classes
+    def __init__(self, layers: Sequence[str], task: Task, learning_rate: float = 3e-3) -> None:
+        super().__init__(layers, task)
         self.learning_rate = learning_rate
-        self._index = {layer: i for i, layer in enumerate(self.layers)}
-        self._stacks: dict[int, Stack] = {}
-        self._width: dict[str, int] = {}
-        # Where the sums of layers in the order of the stacks belong; kept, since making one waits for the device.
-        self._places: dict[tuple[str, ...], Tensor] = {}
-
-    @classmethod
-    def of(cls, layers: Sequence[str], num_classes: int, solutions: Mapping[str, Solution]) -> ProbeBank:
-        """A bank to score with, of probes that were found elsewhere; it has no optimiser and cannot be updated."""
-        state: dict[str, Any] = {}
-        for layer, found in solutions.items():
-            new = {
-                "weight": found.weight,
-                "bias": found.bias[:, None],
-                "mean": found.mean[None],
-                "variance": found.variance[None],
-                "alive": found.variance.isfinite().all().view(1, 1),
-            }
-            stack = state.setdefault(str(len(found.mean)), {"layers": [], "updates": [], "tensors": {}})
-            stack["layers"].append(layer)
-            stack["updates"].append(0)
-            for name, tensor in new.items():
-                stack["tensors"].setdefault(name, []).append(tensor)
-        for stack in state.values():
-            stack["tensors"] = {name: torch.stack(parts) for name, parts in stack["tensors"].items()}
-        bank = cls(layers, num_classes)
-        bank.load_state_dict(state)
-        return bank
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """``{layer: features}`` of the layers that have been seen."""
-        return dict(self._width)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the probes, their statistics and their optimiser state."""
-        return sum(t.numel() * t.element_size() for s in self._stacks.values() for t in s.tensors.values())
 
     @torch.no_grad()
-    def update(self, features: Mapping[str, Tensor], targets: Tensor) -> Tensor:
-        """One Adam step on the mean cross-entropy of every layer in ``features``; the other probes stay untouched.
+    def update(self, batch: LayerBatch) -> Tensor:
+        """Make one step of Adam on the mean loss of every layer in ``batch``; leave the other probes untouched.
 
-        With standardised features ``x``, probabilities ``p`` and targets ``y`` of ``n`` samples the gradient is
-        ``(p - y)^T x / n``. A layer whose features are not finite is never updated again.
+        With standardised features ``x`` of ``n`` samples and the derivative ``r`` of their mean loss by the scores the
+        gradient is ``r x``. A layer whose features are not finite is never updated again.
 
         Args:
-            features: ``{layer: (samples, width)}``, samples a multiple of the targets' (several views); not to be used
-                again.
-            targets: ``(batch, num_classes)``, distributions; zero rows are left out.
+            batch: features and targets; the features may be written over.
 
         Returns:
-            The ``(3, layers)`` sums of :func:`~lightning_probes.probes.tasks.tally` *before* the step.
+            The tally ``(statistics, layers)`` *before* the step.
         """
         parts: dict[tuple[str, ...], Tensor] = {}
-        batch = BatchLabels(targets)
-        self._admit(features)
-        for run in self._runs(self._fitting(features)):
-            labels = batch.of(len(run.features[0]), run["weight"].dtype)
-            x = run.track(run.features_to_consume())
-            log_p = run.log_probabilities(x)
-            parts[run.names] = tally(log_p, labels)
-            # A sample that is left out has no gradient.
-            residual = log_p.exp_().mul_(labels.counted).sub_(labels.rows.T).div_(labels.total.clamp(min=1))
+        labels = BatchLabels(self.task, batch)
+        self._admit(batch.features)
+        for run in self._runs(self._fitting(batch.features)):
+            x = _track(run, _features_to_consume(run))
+            own = labels.of(len(run.features[0]), run["weight"].dtype)
+            parts[run.layers], residual = self.task.tally_and_residual(run.scores(x), own)
             gradients = [torch.bmm(residual, x), residual.sum(dim=2, keepdim=True)]
             # Without a gradient Adam would still coast on its momentum.
             for moment in ("weight_mean_gradient", "bias_mean_gradient"):
                 run[moment].mul_(run["alive"])
-            adam_step(run, [torch.where(run["alive"], g, 0.0) for g in gradients], self.learning_rate)
-        return self._gather(parts, targets.device)
+            _adam_step(run, [torch.where(run["alive"], g, 0.0) for g in gradients], self.learning_rate)
+        return self._gathered(parts, batch.targets.device)
 
     def lend(self, samples: int) -> dict[str, Tensor]:
-        """Memory ``{layer: (samples, width)}`` in which :meth:`update` finds the layers side by side and need not copy.
+        """Return memory ``{layer: (samples, width)}`` in which :meth:`update` finds features side by side.
 
-        Features that are put there are written over by the update.
+        Features that lie there need not be copied, and are written over by the update.
         """
         memory: dict[str, Tensor] = {}
         for width, stack in self._stacks.items():
@@ -124,19 +80,8 @@ class ProbeBank:
             stack.lent = None
 
     @torch.no_grad()
-    def score(self, features: Mapping[str, Tensor], targets: Tensor) -> Tensor:
-        """The ``(3, layers)`` sums of :func:`~lightning_probes.probes.tasks.tally`; nothing is updated."""
-        parts: dict[tuple[str, ...], Tensor] = {}
-        batch = BatchLabels(targets)
-        for run in self._runs(self._fitting(features)):
-            x = torch.stack(run.features).to(run["weight"].dtype)
-            x = standardise_(x, run["mean"], run["variance"])
-            parts[run.names] = tally(run.log_probabilities(x), batch.of(x.shape[1], x.dtype))
-        return self._gather(parts, targets.device)
-
-    @torch.no_grad()
     def merge(self, ranks: Ranks) -> None:
-        """Make the probes of all processes the same: means over the samples that each was trained on.
+        """Make the probes of all processes the same: means, weighted by the updates of each process.
 
         A layer that a process has not seen counts there for nothing. Means and variances become those of all samples;
         a layer that was not finite in one process is not finite.
@@ -154,36 +99,12 @@ class ProbeBank:
                 updates[layer] = max(updates.get(layer, 0), n)
         self._width = widths
         for width, dtype in sorted(kinds.items()):
-            stack = self._stacks.setdefault(
-                width, Stack(self.num_classes, width, torch.empty(0, dtype=dtype, device=ranks.device))
-            )
-            stack.arrange([layer for layer in self.layers if widths.get(layer) == width])
+            same = [layer for layer in self.layers if widths.get(layer) == width]
+            stack = self._stacks.get(width) or self._new_stack(width, torch.empty(0, dtype=dtype, device=ranks.device))
+            stack.add([layer for layer in same if layer not in stack.layers])
+            stack = self._stacks[width] = stack.take(same)
             stack.merge(ranks.total)
             stack.updates = [updates[layer] for layer in stack.layers]
-
-    def finite(self) -> dict[str, bool]:
-        """Whether all features that a layer was updated on were finite (host sync)."""
-        return {
-            layer: ok
-            for stack in self._stacks.values()
-            for layer, ok in zip(stack.layers, stack.tensors["alive"].flatten().tolist(), strict=True)
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Probes, statistics and optimiser state: tensors and plain types only."""
-        return {
-            str(width): {"layers": list(s.layers), "updates": list(s.updates), "tensors": dict(s.tensors)}
-            for width, s in self._stacks.items()
-        }
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], device: torch.device | str | None = None) -> None:
-        """Take over what :meth:`state_dict` gave, on ``device`` or where it is."""
-        self._stacks, self._width = {}, {}
-        for width, saved in state.items():
-            tensors: dict[str, Tensor] = {name: t.to(device, copy=True) for name, t in saved["tensors"].items()}
-            stack = self._stacks[int(width)] = Stack(self.num_classes, int(width), tensors["weight"])
-            stack.layers, stack.updates, stack.tensors = list(saved["layers"]), list(saved["updates"]), tensors
-            self._width.update(dict.fromkeys(stack.layers, int(width)))
 
     def _admit(self, features: Mapping[str, Tensor]) -> None:
         new: dict[int, list[str]] = {}
@@ -193,40 +114,58 @@ class ProbeBank:
                 new.setdefault(x.shape[1], []).append(layer)
         for width, layers in new.items():
             if width not in self._stacks:
-                self._stacks[width] = Stack(self.num_classes, width, features[layers[0]])
+                self._stacks[width] = self._new_stack(width, features[layers[0]])
             self._stacks[width].add(layers)
 
-    def _fitting(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {layer: x for layer, x in features.items() if self._width.get(layer) == x.shape[1]}
+    def _new_stack(self, width: int, like: Tensor) -> Stack:
+        weight = like.new_zeros(0, self.task.outputs, width)
+        bias = like.new_zeros(0, self.task.outputs, 1)
+        tensors = {"weight": weight, "bias": bias}
+        tensors["mean"] = tensors["variance"] = like.new_zeros(0, 1, width)
+        tensors["alive"] = torch.ones(0, 1, 1, dtype=torch.bool, device=like.device)
+        for moment in ("mean_gradient", "mean_square"):
+            tensors |= {f"weight_{moment}": weight, f"bias_{moment}": bias}
+        return Stack([], [], tensors)
 
-    def _runs(self, features: Mapping[str, Tensor]) -> Iterator[Run]:
-        """The layers in ``features`` as slices of their stacks.
 
-        On the host a quarter of the layers at a time, so that copies stay small beside the features themselves and in
-        the cache; elsewhere all at once, since there each further kernel costs more than memory does.
-        """
-        present = len(features)
-        for stack in self._stacks.values():
-            longest = math.ceil(present / _CHUNKS) if stack.tensors["weight"].device.type == "cpu" else present
-            start = 0
-            while start < len(stack.layers):
-                stop = start
-                while (
-                    stop < len(stack.layers)
-                    and stop - start < longest
-                    and (x := features.get(stack.layers[stop])) is not None
-                    and len(x) == len(features[stack.layers[start]])
-                    and stack.updates[stop] == stack.updates[start]
-                ):
-                    stop += 1
-                if stop > start:
-                    yield Run(stack, slice(start, stop), [features[layer] for layer in stack.layers[start:stop]])
-                start = max(stop, start + 1)
+def _features_to_consume(run: Run) -> Tensor:
+    """Return ``(layers, samples, width)`` that may be written over, without a copy if they lie in lent memory."""
+    if run.stack.lent is not None:
+        whole, places = run.stack.lent
+        if all(x is place for x, place in zip(run.features, places[run.rows], strict=True)):
+            return whole[run.rows]
+    return torch.stack(run.features).to(run["weight"].dtype)
 
-    def _gather(self, parts: Mapping[tuple[str, ...], Tensor], device: torch.device) -> Tensor:
-        """``(3, layers)`` out of the sums of the runs, zero for the layers in none."""
-        order = tuple(layer for run in parts for layer in run)
-        if order not in self._places:
-            self._places[order] = torch.tensor([self._index[layer] for layer in order], dtype=torch.long, device=device)
-        found = torch.cat([*parts.values()], dim=1) if parts else no_tally(device)
-        return found.new_zeros(3, len(self.layers)).index_copy_(1, self._places[order], found)
+
+def _track(run: Run, x: Tensor) -> Tensor:
+    """Move the running statistics by a batch ``(layers, samples, width)``, and standardise it in place by them."""
+    weight = max(1 / (run.stack.updates[run.rows.start] + 1), _SHORTEST_MEMORY)
+    mean, variance = moved_statistics(x, run["mean"], run["variance"], weight)
+    alive = run["alive"].logical_and_(torch.isfinite(variance).all(dim=2, keepdim=True))
+    run["mean"].copy_(torch.where(alive, mean, run["mean"]))
+    run["variance"].copy_(torch.where(alive, without_rounding(mean, variance), run["variance"]))
+    return standardise_(x, run["mean"], run["variance"])
+
+
+def _adam_step(run: Run, gradients: list[Tensor], learning_rate: float) -> None:
+    """Make one fused step of Adam (Kingma and Ba 2015) with the gradients of weight and bias."""
+    done = run.stack.updates[run.rows.start]
+    # Filled on the device: a tensor made from a number on the host would wait for the copy.
+    steps = [torch.full((), float(done), device=g.device) for g in gradients]
+    adam(
+        [run["weight"], run["bias"]],
+        gradients,
+        [run["weight_mean_gradient"], run["bias_mean_gradient"]],
+        [run["weight_mean_square"], run["bias_mean_square"]],
+        [],
+        steps,
+        fused=True,
+        amsgrad=False,
+        beta1=0.9,
+        beta2=0.999,
+        lr=learning_rate,
+        weight_decay=0.0,
+        eps=1e-8,
+        maximize=False,
+    )
+    run.stack.updates[run.rows] = [done + 1] * len(run.features)

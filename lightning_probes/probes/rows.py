@@ -1,4 +1,4 @@
-"""The samples of a layer as a solver reads them: rows of standardised features that end in a 1, part by part."""
+"""Give a solver the samples of a layer, part by part, as rows of standardised features that end in a 1."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from lightning_probes.probes.standardise import moved_statistics, standardise_
-
-Total = Callable[[Tensor], Tensor]
-"""The sum of a tensor over the processes that each hold some of the samples."""
-
-
-def alone(tensor: Tensor) -> Tensor:
-    """The sum over one process."""
-    return tensor
+from lightning_probes.distributed import Total, alone
+from lightning_probes.probes.standardise import merged_statistics, moved_statistics, standardise_
 
 
 def floating(x: Tensor) -> Tensor:
-    """``x`` in at least float32."""
+    """Return ``x`` in float32, unless it is in float64 already."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 class Parts(Sequence[Tensor]):
-    """Tensors of so many samples each, made anew whenever one is asked for: one need be there at a time."""
+    """Read a layer's samples as a sequence of tensors, each made anew on access, so that one fits into memory.
+
+    Args:
+        lengths: number of samples of each part.
+        read: returns the part with a given index, ``(samples, ...)``.
+
+    Attributes:
+        lengths: number of samples of each part.
+    """
 
     def __init__(self, lengths: Sequence[int], read: Callable[[int], Tensor]) -> None:
         self.lengths = tuple(lengths)
@@ -48,7 +49,7 @@ class Parts(Sequence[Tensor]):
         return self._read(i % len(self))
 
     def where(self, mask: Tensor) -> Parts:
-        """The samples of ``mask``, ``(samples,)``."""
+        """Return only the samples for which ``mask``, ``(samples,)``, is true, in as many parts."""
         masks = mask.split(list(self.lengths)) if self.lengths else ()  # type: ignore[no-untyped-call]
 
         def read(i: int) -> Tensor:
@@ -60,26 +61,38 @@ class Parts(Sequence[Tensor]):
 
 @dataclass(frozen=True)
 class Rows:
-    """``(samples, features + 1)``, the last of each row a 1; sums over samples are summed over processes as well."""
+    """Hold the samples of a layer as a matrix ``x``, ``(samples, features + 1)``, whose last column is 1.
+
+    Each process may hold some of the samples; sums over samples are sums over those of all processes.
+    """
 
     parts: Parts
-    """Their concatenation, read as often as there are products."""
+    """Hold the samples of this process; each product with the matrix reads all parts."""
     width: int
-    """Features and the 1."""
+    """Hold the number of columns: the features and the 1."""
     dtype: torch.dtype
+    """Hold the precision of the values."""
     total: Total = alone
+    """Sum a tensor over all processes."""
     whole: Tensor | None = None
-    """The only part, if it stays there."""
+    """Hold the whole matrix of this process if it stays in memory, as the only part."""
 
     @classmethod
     def of(cls, x: Tensor, total: Total = alone) -> Rows:
-        """Features ``(samples, features)`` that are there as one tensor."""
+        """Return the rows of ``x``, features ``(samples, features)`` in memory, as they are."""
         whole = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
         return cls(Parts([len(x)], lambda _: whole), whole.shape[1], x.dtype, total, whole)
 
     @classmethod
     def standardised(cls, parts: Parts, mean: Tensor, variance: Tensor, total: Total = alone) -> Rows:
-        """Features that are read part by part, in the precision of the statistics."""
+        """Return rows that standardise features whenever a part is read.
+
+        Args:
+            parts: the features as they are, ``(samples, features)`` in each part.
+            mean: mean of each feature, ``(features,)``; its precision and device are those of the rows.
+            variance: variance of each feature, ``(features,)``.
+            total: sums a tensor over the processes.
+        """
 
         def read(i: int) -> Tensor:
             x = parts[i].to(mean, copy=True)
@@ -89,46 +102,53 @@ class Rows:
 
     @property
     def samples(self) -> int:
-        """Of this process."""
+        """Return the number of samples of this process."""
         return sum(self.parts.lengths)
 
     @property
     def is_wide(self) -> bool:
-        """Whether the samples span so little of the features that a problem is better posed in their span."""
+        """Return whether there are so few samples, under half the features, that a solver should work in their span."""
         return self.whole is not None and self.total is alone and 2 * self.samples < self.width - 1
 
     def kept(self) -> Rows:
-        """The same, read once."""
+        """Return the same rows as one part in memory."""
         whole = torch.cat(list(self.parts)) if len(self.parts) != 1 else self.parts[0]
         return replace(self, parts=Parts([len(whole)], lambda _: whole), whole=whole)
 
     def where(self, mask: Tensor) -> Rows:
-        """The samples of ``mask``, ``(samples,)``."""
+        """Return only the rows for which ``mask``, ``(samples,)``, is true."""
         rows = replace(self, parts=self.parts.where(mask), whole=None)
         return rows if self.whole is None else rows.kept()
 
     def to(self, dtype: torch.dtype) -> Rows:
-        """The same in another precision."""
+        """Return the same rows in another precision."""
         parts = Parts(self.parts.lengths, lambda i: self.parts[i].to(dtype))
         rows = replace(self, parts=parts, dtype=dtype, whole=None)
         return rows if self.whole is None else rows.kept()
 
-    def scores(self, v: Tensor, offset: Tensor | None = None) -> Tensor:
-        """``offset + v x^T``, ``(classes, samples)``; those of this process."""
+    def scores(self, v: Tensor) -> Tensor:
+        """Return ``v x^T``, ``(outputs, samples)`` of this process, for ``v``, ``(outputs, features + 1)``."""
         if self.whole is not None:
-            return v @ self.whole.T if offset is None else torch.addmm(offset, v, self.whole.T)
-        scores = torch.cat([v @ part.T for part in self.parts], dim=1) if self.parts else v[:, :0]
-        return scores if offset is None else scores + offset
+            return v @ self.whole.T
+        return torch.cat([v @ part.T for part in self.parts], dim=1) if self.parts else v[:, :0]
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """``weights x``, ``(classes, features + 1)``, of ``(classes, samples)``; of all processes."""
+        """Return ``weights x``, ``(outputs, features + 1)``, summed over all processes.
+
+        Args:
+            weights: ``(outputs, samples)``, for the samples of this process.
+        """
         found = weights.new_zeros(len(weights), self.width)
         for part, (first, end) in zip(self.parts, self._places(), strict=True):
             found = found.addmm_(weights[:, first:end], part)
         return self.total(found)
 
     def gram(self, weights: Tensor | None = None) -> Tensor:
-        """``x^T diag(weights) x``, ``(features + 1, features + 1)``; of all processes."""
+        """Return ``x^T diag(weights) x``, ``(features + 1, features + 1)``, summed over all processes.
+
+        Args:
+            weights: ``(samples,)``, at least 0, for the samples of this process; ``None`` stands for ones.
+        """
         found: Tensor | None = None
         for part, (first, end) in zip(self.parts, self._places(), strict=True):
             rows = part if weights is None else part * weights[first:end, None].sqrt()
@@ -141,10 +161,17 @@ class Rows:
 
 
 def statistics(parts: Parts, total: Total = alone) -> tuple[Tensor, Tensor]:
-    """Mean and variance ``(features,)`` of all samples of all processes, of the population; zeros without any.
+    """Return the mean and variance of each feature over the samples of all processes.
 
-    Taken around a sample: a constant has no variance, and what differs in its last places has the right one.
-    ``parts`` has at least one, which may be empty.
+    Both are computed on differences from a sample, so that a constant feature has a variance of exactly 0 and a feature
+    that varies only in its last digits has the right one.
+
+    Args:
+        parts: features ``(samples, features)``, in at least one part, which may be empty.
+        total: sums a tensor over the processes.
+
+    Returns:
+        Mean and population variance (divided by n), each ``(features,)``; zeros if there are no samples.
     """
     first = floating(parts[next((i for i, samples in enumerate(parts.lengths) if samples), 0)])[:1]
     around = total(first.sum(dim=0)) / total(first.new_tensor(float(len(first)))).clamp(min=1)
@@ -156,8 +183,5 @@ def statistics(parts: Parts, total: Total = alone) -> tuple[Tensor, Tensor]:
             mean, variance = moved_statistics(floating(part)[None] - around, mean, variance, len(part) / samples)
     if total is not alone:
         own = mean.new_tensor([float(samples)])
-        share = own / total(own).clamp(min=1)
-        middle = total(share * mean)
-        # As in `moved_statistics`: never is one large square subtracted from another.
-        mean, variance = middle, total(share * (variance + (mean - middle).square()))
+        mean, variance = merged_statistics(mean, variance, own / total(own).clamp(min=1), total)
     return around + mean.flatten(), variance.flatten()

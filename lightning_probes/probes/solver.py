@@ -1,36 +1,48 @@
-"""A softmax regression to its optimum: solved and not trained."""
+"""Solves one convex problem to its optimum: L-BFGS that starts from the Gram matrix of the features.
+
+The first Hessian of L-BFGS is that matrix, scaled or weighted by the current curvature of each sample's loss, plus the
+penalty: conditioning is what costs here, and the Cholesky factor takes most of it away. For a softmax at zero weights
+it is the exact Hessian but for a mixing of the classes. Scores are linear in the probe, so a line search needs no
+further product with the features. Nothing is drawn, and autograd differentiates nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_probes.probes.descent import Problem, minimise
 from lightning_probes.probes.rows import Rows, floating
-from lightning_probes.probes.tasks import Labels, tally
+from lightning_probes.probes.tasks import Task
 
 TOLERANCE = 5e-4
-"""Of the gradient. At twice that a layer's held-out error was up to .14 points off scikit-learn's (solver.py)."""
+"""Bounds the gradient. At twice that a layer's held-out error was up to .14 points off scikit-learn's
+(``tests/benchmarks/solver.py``)."""
+
+_MEMORY = 30
+"""Counts the pairs of steps and changes of gradient that L-BFGS keeps."""
+
+_REFRESH = 50
+"""Counts iterations between factors of the Gram matrix: one costs about six iterations at 512 features."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A probe at its optimum.
+    """Holds a probe at its optimum.
 
     Attributes:
-        weight: ``(classes, features)``, on features standardised by ``mean`` and ``variance``.
-        bias: ``(classes,)``.
-        mean: ``(features,)`` of the fitting samples; 0 from :func:`solve`, whose features are standardised already.
-        variance: likewise, of the population; 1 from :func:`solve`.
+        weight: ``(outputs, features)``, on features standardised by ``mean`` and ``variance``.
+        bias: ``(outputs,)``.
+        mean: ``(features,)`` of the samples fitted on; 0 from :func:`solve`, whose features are standardised already.
+        variance: variance of the population, ``(features,)``; 1 from :func:`solve`.
         l2: strength of the penalty.
         converged: whether the gradient at ``weight`` and ``bias``, computed afresh, is within the tolerance.
-        iterations: of the last fit (those of the choice of a strength are not counted).
-        gradient_norm: at ``weight`` and ``bias``, relative to the scale that :func:`solve` documents.
-        sums: ``(3,)`` on the fitting samples: wrong answers, cross-entropy in nats, samples.
+        iterations: number of iterations of the last fit; those of the choice of a strength are not counted.
+        gradient_norm: norm of that gradient, relative to the scale that :func:`solve` documents.
+        tally: ``(statistics,)`` on the samples fitted on; see :class:`~lightning_probes.probes.tasks.Task`.
     """
 
     weight: Tensor
@@ -41,59 +53,63 @@ class Solution:
     converged: bool
     iterations: int
     gradient_norm: float
-    sums: Tensor
+    tally: Tensor
 
 
 @torch.no_grad()
 def solve(
+    task: Task,
     x: Tensor | Rows,
     targets: Tensor,
     l2: float,
     *,
     start: tuple[Tensor, Tensor] | None = None,
-    prior: Tensor | None = None,
     gram: Tensor | None = None,
     tolerance: float = TOLERANCE,
     max_iterations: int = 500,
 ) -> Solution:
-    """The softmax regression that minimises mean cross-entropy + ``l2/2 |weight - prior|^2``; the bias is free.
+    """Minimise the mean loss + ``l2/2 |weight|^2``; the bias is not penalised.
 
-    The criterion is the norm of the gradient over weights and bias, relative to a scale: that of the cross-entropy's
-    gradient at zero weights and the classes' log frequencies, at least 1e-3. What float32 cannot reach is finished in
-    float64. There is an answer for all finite data: a class that never occurs has a very negative bias, a lone class is
-    certain, separable data without a penalty stop at the tolerance, and without samples the answer is the prior.
+    The criterion is the norm of the gradient over weights and bias, relative to a scale: the norm of the loss's
+    gradient at the best constant probe, at least 1e-3. What float32 cannot reach is finished in float64. There is an
+    answer for
+    all finite data: a class that never occurs has a very negative bias, a lone class is certain, separable data without
+    a penalty stop at the tolerance, and without samples the answer is zero.
 
     Args:
-        x: ``(samples, features)``, standardised, finite; computed in its own dtype, at least float32. Rows may be read
-            part by part, and may be shared out among processes, each of which calls this with its own.
-        targets: ``(samples, classes)``, distributions; zero rows are left out.
-        l2: at least 0.
+        task: defines the loss.
+        x: ``(samples, features)``, standardised, finite; computed in its own precision, at least float32. Rows may be
+            read part by part, and may be shared out among processes, each of which calls this with its own.
+        targets: ``(samples, outputs)``; rows that do not count are left out.
+        l2: strength of the penalty, at least 0.
         start: ``(weight, bias)`` to begin from, unless zero weights are better.
-        prior: ``(classes, features)``; default 0. One that is not finite counts as none.
         gram: ``(features + 1, features + 1)``, if it is known: the mean of ``x x^T`` over these samples or more of the
             kind, of rows that end in a 1.
-        tolerance: of the criterion.
-        max_iterations: a bound; ``converged`` says whether it was enough.
+        tolerance: greatest value of the criterion.
+        max_iterations: bound on the iterations; ``converged`` says whether it was enough.
 
     Raises:
-        ValueError: on data never; where ``x`` and ``targets`` differ in length, or ``l2`` or ``tolerance`` is negative.
+        ValueError: ``x`` and ``targets`` differ in length, or ``l2`` or ``tolerance`` is negative; never on data.
     """
     rows = x if isinstance(x, Rows) else Rows.of(floating(x))
     if rows.samples != len(targets) or l2 < 0 or tolerance < 0:
         raise ValueError(f"{rows.samples} samples, {len(targets)} targets, l2={l2}, tolerance={tolerance}")
     with torch.autocast(targets.device.type, enabled=False), _in_full_precision():
-        counted = targets.sum(dim=1) > 0
+        counted = task.is_counted(targets)
         if not counted.all():
             rows = rows.where(counted)
-        y = targets[counted].to(rows.dtype)
-        if prior is None or not prior.isfinite().all():
-            prior = y.new_zeros(y.shape[1], rows.width - 1)
-        return _solve(rows, y, l2, start, prior.to(y), gram, tolerance, max_iterations)
+        return _solve(task, rows, targets[counted].to(rows.dtype), l2, start, gram, tolerance, max_iterations)
+
+
+def tally_of(task: Task, x: Rows, targets: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return the tally ``(statistics,)`` of a probe on some samples, summed over all processes."""
+    scores = x.scores(_joined(weight, bias))[None]
+    return x.total(task.tally(scores, task.prepare(targets.to(scores)))[:, 0])
 
 
 @contextmanager
 def _in_full_precision() -> Iterator[None]:
-    """A user may have allowed products in less than float32: training bears them, a checked gradient does not."""
+    """Compute products in full precision, since a checked gradient does not bear what a user allowed for training."""
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -103,28 +119,32 @@ def _in_full_precision() -> Iterator[None]:
 
 
 def _solve(
+    task: Task,
     x: Rows,
     targets: Tensor,
     l2: float,
     start: tuple[Tensor, Tensor] | None,
-    prior: Tensor,
     gram: Tensor | None,
     tolerance: float,
     max_iterations: int,
 ) -> Solution:
-    total = x.total(targets.sum(dim=0))
+    y = task.exact(targets).T.contiguous()
     samples = float(x.total(targets.new_tensor([float(len(targets))])))
-    if not samples or not (x.width - 1) * len(prior):
-        return _without_choice(x, targets, total, l2, prior)
-    y = (targets / targets.sum(dim=1, keepdim=True)).T.contiguous()
-    full = _pose(x, y, l2, prior, samples)
-    cold = torch.zeros_like(_joined(prior, prior.new_zeros(len(prior))))
-    frequency = x.total(y.sum(dim=1)) / samples
-    cold[:, -1] = frequency.clamp(min=1e-12).log()
-    scale = max(float((x.weighted(frequency[:, None] - y) / samples).norm()), 1e-3)
+    mean = x.total(y.sum(dim=1)) / max(samples, 1)
+    outputs, width = len(y), x.width - 1
+    zero = y.new_zeros(width)
+    if not samples or not width or not outputs:
+        weight = y.new_zeros(outputs, width)
+        bias = task.bias(mean) if samples else torch.zeros_like(mean)
+        tally = tally_of(task, x, targets, weight, bias)
+        return Solution(weight, bias, zero, zero + 1, l2, True, 0, 0.0, tally)
+    full = _pose(task, x, y, l2, samples)
+    cold = y.new_zeros(outputs, x.width)
+    cold[:, -1] = task.bias(mean)
+    scale = max(float((x.weighted(mean[:, None] - y) / samples).norm()), 1e-3)
     v = cold
     if start is not None:
-        warm = _joined(start[0].to(y) - prior, start[1].to(y))
+        warm = _joined(start[0].to(y), start[1].to(y))
         v = warm if full.objective(warm) <= full.objective(cold) else cold
     # A step moves weights only within the span of the samples: few of them are a problem as small as they are.
     basis, small = None, full
@@ -133,39 +153,171 @@ def _solve(
         size = across.norm(dim=1, keepdim=True)
         # Collinear samples leave directions that are rounding, along which without a penalty anything can be fitted.
         across = across.where(size > 100 * torch.finfo(y.dtype).eps * size.max(), 0.0)
-        small = replace(_pose(Rows.of(across.T), y, l2, None, samples), offset=full.offset)
-        v, gram = _joined(v[:, :-1] @ basis, v[:, -1]), None
-    # A margin, so that what rounding adds on the way back does not undo the criterion.
-    v, iterations = minimise(small, v, 0.9 * tolerance * scale, max_iterations, gram)
+        small, gram = _pose(task, Rows.of(across.T), y, l2, samples), None
+        v = _joined(v[:, :-1] @ basis, v[:, -1])
+    # The margin keeps what rounding adds on the way back from undoing the criterion.
+    v, iterations = _minimise(small, v, 0.9 * tolerance * scale, max_iterations, gram)
     weight = v[:, :-1] if basis is None else v[:, :-1] @ basis.T.to(v)
-    weight, bias = (weight + prior).to(y.dtype), v[:, -1].to(y.dtype)
-    reached = _joined(weight.to(v) - prior, bias.to(v))
+    weight, bias = weight.to(y.dtype), v[:, -1].to(y.dtype)
+    reached = _joined(weight.to(v), bias.to(v))
     exact = full.to(v.dtype)
     norm = float(exact.gradient(reached, exact.scores(reached)).norm()) / scale
-    zero, sums = y.new_zeros(x.width - 1), sums_of(x, targets, weight, bias)
-    return Solution(weight, bias, zero, zero + 1, l2, norm <= tolerance, iterations, norm, sums)
+    tally = tally_of(task, x, targets, weight, bias)
+    return Solution(weight, bias, zero, zero + 1, l2, norm <= tolerance, iterations, norm, tally)
 
 
-def _pose(x: Rows, y: Tensor, l2: float, prior: Tensor | None, samples: float) -> Problem:
+def _pose(task: Task, x: Rows, y: Tensor, l2: float, samples: float) -> _Problem:
     penalty = y.new_full((x.width,), l2)
     penalty[-1] = 0
-    offset = torch.zeros_like(y) if prior is None else x.scores(_joined(prior, prior.new_zeros(len(prior))))
-    return Problem(x, y, offset, penalty, samples)
+    return _Problem(task, x, y, penalty, samples)
 
 
 def _joined(weight: Tensor, bias: Tensor) -> Tensor:
     return torch.cat([weight, bias[:, None]], dim=1)
 
 
-def sums_of(x: Rows, targets: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The ``(3,)`` sums of :func:`~lightning_probes.probes.tasks.tally` of a probe, of all processes."""
-    log_p = x.scores(_joined(weight, bias)).log_softmax(dim=0)
-    return x.total(tally(log_p[None], Labels.of(targets.to(log_p)))[:, 0])
+@dataclass(frozen=True)
+class _Problem:
+    """Poses the mean loss of the scores ``v x^T`` plus ``penalty/2 v^2``; the last of ``x`` is 1, of ``penalty`` 0.
+
+    Scores and targets are those of the samples of this process; all that is a mean over samples is one over the samples
+    of all processes, each of which does the same and comes to the same (on devices that round alike).
+    """
+
+    task: Task
+    x: Rows  # (samples, features + 1)
+    y: Tensor  # (outputs, samples)
+    penalty: Tensor  # (features + 1,)
+    samples: float  # of all processes
+
+    def to(self, dtype: torch.dtype) -> _Problem:
+        """Return the same in another precision."""
+        return _Problem(self.task, self.x.to(dtype), self.y.to(dtype), self.penalty.to(dtype), self.samples)
+
+    def scores(self, v: Tensor) -> Tensor:
+        """Return ``(outputs, samples)``."""
+        return self.x.scores(v)
+
+    def residual(self, scores: Tensor) -> Tensor:
+        """Return the derivative of each sample's loss by its scores, ``(outputs, samples)``."""
+        return self.task.expectation(scores) - self.y
+
+    def gradient(self, v: Tensor, scores: Tensor) -> Tensor:
+        """Return ``(outputs, features + 1)`` at ``v``, which has these scores."""
+        return self.x.weighted(self.residual(scores)) / self.samples + self.penalty * v
+
+    def objective(self, v: Tensor) -> float:
+        """Return the mean loss with the penalty."""
+        loss = self.x.total(self.task.loss(self.scores(v), self.y)) / self.samples
+        return float(loss + (self.penalty * v * v).sum() / 2)
+
+    def hessian(self, scores: Tensor, gram: Tensor | None = None) -> Tensor:
+        """Return the Gram matrix, its samples weighted by the curvature of their losses, and the penalty.
+
+        With ``gram``, the mean of ``x x^T``, all samples have the same weight: no product with the features is needed.
+        """
+        weights = self.task.curvature(self.task.expectation(scores))
+        mean = self.x.total(weights.sum()) / self.samples
+        # Half way to even weights: from a warm start the curvatures alone took up to a fifth more iterations.
+        found = self.x.gram((weights + mean) / 2) / self.samples if gram is None else mean * gram
+        found.diagonal().add_(self.penalty)
+        return found
 
 
-def _without_choice(x: Rows, targets: Tensor, total: Tensor, l2: float, prior: Tensor) -> Solution:
-    """The optimum where there are no samples or no features: the prior and the classes' log frequencies."""
-    frequency = total / total.sum().clamp(min=1)
-    bias = frequency.clamp(min=1e-12).log() if total.any() else torch.zeros_like(total)
-    zero = prior.new_zeros(x.width - 1)
-    return Solution(prior.clone(), bias, zero, zero + 1, l2, True, 0, 0.0, sums_of(x, targets, prior, bias))
+def _minimise(
+    problem: _Problem, v: Tensor, limit: float, max_iterations: int, gram: Tensor | None
+) -> tuple[Tensor, int]:
+    """Return ``v`` with a gradient of at most ``limit``, or the last one, and the iterations that it took."""
+    v, iterations, reached = _descend(problem, v, limit, max_iterations, gram)
+    if not reached and iterations < max_iterations and v.dtype == torch.float32 and v.device.type != "mps":
+        v, more, _ = _descend(problem.to(torch.float64), v.double(), limit, max_iterations - iterations)
+        iterations += more
+    return v, iterations
+
+
+def _descend(
+    problem: _Problem, v: Tensor, limit: float, max_iterations: int, gram: Tensor | None = None
+) -> tuple[Tensor, int, bool]:
+    """Iterate L-BFGS until the limit, the last iteration, or where rounding ends all progress."""
+    pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+    scores, factor = problem.scores(v), None
+    gradient = problem.gradient(v, scores)
+    best, since = float("inf"), 0
+    for iteration in range(max_iterations):
+        norm = float(gradient.norm())
+        since = 0 if norm < 0.99 * best else since + 1
+        best = min(best, norm)
+        if norm <= limit or iteration % _REFRESH == 0:
+            # Scores have been summed up step by step: what is decided now is decided on those of v itself.
+            scores = problem.scores(v)
+            gradient = problem.gradient(v, scores)
+            if float(gradient.norm()) <= limit:
+                return v, iteration, True
+        if factor is None or iteration % _REFRESH == 0:
+            factor = _factor(problem.hessian(scores, gram if factor is None else None))
+        direction = _direction(gradient, pairs, factor)
+        change = problem.x.scores(direction)
+        step = _line_search(problem, v, scores, direction, change, float((gradient * direction).sum()))
+        if not step or since > 2 * _REFRESH:
+            return v, iteration, False
+        v, scores = v + step * direction, scores + step * change
+        before, gradient = gradient, problem.gradient(v, scores)
+        curvature = step * (direction * (gradient - before)).sum()
+        if curvature > 0:
+            pairs = [*pairs[1 - _MEMORY :], (step * direction, gradient - before, 1 / curvature)]
+    return v, max_iterations, False
+
+
+def _factor(hessian: Tensor) -> Tensor:
+    """Return the Cholesky factor; add to the diagonal what collinear features and saturated samples leave singular."""
+    ridge = 100 * torch.finfo(hessian.dtype).eps * float(hessian.diagonal().mean()) + 1e-10
+    hessian.diagonal().add_(ridge)
+    for _ in range(8):
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(hessian)
+        if not failed:
+            return factor
+        ridge *= 10
+        hessian.diagonal().add_(ridge)
+    return hessian.diagonal().clamp(min=ridge).sqrt().diag()
+
+
+def _direction(gradient: Tensor, pairs: Sequence[tuple[Tensor, Tensor, Tensor]], factor: Tensor) -> Tensor:
+    """Run the two loops of Nocedal (1980), around the factored Gram matrix."""
+    q, shares = gradient.clone(), []
+    for moved, turned, inverse in reversed(pairs):
+        share = inverse * (moved * q).sum()
+        q -= share * turned
+        shares.append(share)
+    q = torch.cholesky_solve(q.T, factor).T
+    for (moved, turned, inverse), share in zip(pairs, reversed(shares), strict=True):
+        q += (share - inverse * (turned * q).sum()) * moved
+    return -q
+
+
+def _line_search(
+    problem: _Problem, v: Tensor, scores: Tensor, direction: Tensor, change: Tensor, slope: float
+) -> float:
+    """Return a step at which most of the slope is gone; 0 where rounding hides every descent.
+
+    The slope decides and not the objective, differences of which drown in rounding near the optimum long before.
+    """
+    if not slope < 0:
+        return 0.0
+    shrink = float((problem.penalty * v * direction).sum())
+    bend = float((problem.penalty * direction * direction).sum())
+    low, high = 0.0, 0.0
+    slopes, step = (slope, 0.0), 1.0
+    for _ in range(30):
+        residual = problem.residual(scores + step * change)
+        here = float(problem.x.total((residual * change).sum())) / problem.samples + shrink + step * bend
+        if abs(here) <= -0.3 * slope:
+            return step
+        if here < 0:
+            low, slopes = step, (here, slopes[1])
+        else:
+            high, slopes = step, (slopes[0], here)
+        # Without an upper end further out, else where a straight slope would cross zero, not too near either end.
+        share = min(max(slopes[0] / (slopes[0] - slopes[1]), 0.1), 0.9)
+        step = low + share * (high - low) if high else 4 * step
+    return low

@@ -1,24 +1,28 @@
-"""Means and variances of features, and features brought to mean 0 and variance 1 by them."""
+"""Update the means and variances of features, and bring features to mean 0 and variance 1 by them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from lightning_probes.distributed import Total
+
 
 def moved_statistics(x: Tensor, mean: Tensor, variance: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Running mean and variance after a batch.
+    """Return the running mean and variance after a batch.
 
-    The update is the weighted form of Chan, Golub and LeVeque (1983): it never subtracts two large squares.
+    The update is the weighted form of Chan, Golub and LeVeque (1983), which never subtracts two large squares. With
+    ``w`` the weight and ``m``, ``v`` the mean and variance of the batch, the variance becomes
+    ``(1 - w) variance + w (v + (1 - w) (m - mean)^2)``.
 
     Args:
-        x: ``(layers, samples, width)``.
-        mean: ``(layers, 1, width)``, before the batch.
-        variance: likewise, of the population (divided by n).
-        weight: of the batch, in (0, 1].
+        x: features of the batch, ``(layers, samples, width)``.
+        mean: running mean before the batch, ``(layers, 1, width)``.
+        variance: running population variance (divided by n) before the batch, ``(layers, 1, width)``.
+        weight: weight of the batch, in (0, 1]; what was before has the weight ``1 - weight``.
 
     Returns:
-        Mean and variance, in which the batch has ``weight`` and what was before the rest.
+        Running mean and variance after the batch, each ``(layers, 1, width)``.
     """
     batch_mean = x.mean(dim=1, keepdim=True)
     centred = x - batch_mean
@@ -28,32 +32,50 @@ def moved_statistics(x: Tensor, mean: Tensor, variance: Tensor, weight: float) -
     return torch.lerp(mean, batch_mean, weight), torch.lerp(variance, spread, weight)
 
 
-def standardise_(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """``(x - mean) / deviation`` in place; a feature that is constant becomes 0.
-
-    One that differs in its last places only does not: deep in an untrained network those are all that is left. A
-    feature that hardly ever moves would explode when it does: the deviation is at least a thousandth of the layer's.
+def merged_statistics(mean: Tensor, variance: Tensor, share: Tensor, total: Total) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of the samples of all processes, as :func:`moved_statistics` does it for two parts.
 
     Args:
-        x: ``(layers, samples, width)``.
-        mean: ``(layers, 1, width)``.
-        variance: likewise.
+        mean: mean of the samples of this process.
+        variance: their variance, of the population; shaped like ``mean``.
+        share: share of this process among all samples, in [0, 1]; broadcast to ``mean``.
+        total: sums over processes.
+    """
+    middle = total(share * mean)
+    return middle, total(share * (variance + (mean - middle).square()))
+
+
+def standardise_(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Standardise features in place to ``(x - mean) / deviation``; a constant feature becomes 0.
+
+    A feature is constant if its deviation is at most ``eps |mean| / 16``, with the ``eps`` of its precision. Features
+    that vary in their last places only are kept: deep in an untrained network no other variation is left. The deviation
+    is never taken below a thousandth of the layer's (root mean square), because a feature that hardly ever varies
+    would otherwise explode when it does.
+
+    Args:
+        x: features, ``(layers, samples, width)``; overwritten.
+        mean: mean of each feature, ``(layers, 1, width)``.
+        variance: variance of each feature, ``(layers, 1, width)``.
+
+    Returns:
+        The same tensor ``x``.
     """
     return x.sub_(mean).mul_(inverse_deviation(mean, variance))
 
 
 def inverse_deviation(mean: Tensor, variance: Tensor) -> Tensor:
-    """What :func:`standardise_` multiplies features by, 0 for those that are constant to rounding."""
+    """Return the factor by which :func:`standardise_` multiplies each feature, which is 0 for a constant one."""
     return torch.where(
         _moves(mean, variance, 1 / 16), (variance + 1e-6 * variance.mean(dim=-1, keepdim=True)).rsqrt(), 0.0
     )
 
 
 def without_rounding(mean: Tensor, variance: Tensor) -> Tensor:
-    """Running ``variance`` without what the rounding of a running mean alone can amount to."""
+    """Return the running ``variance``, set to 0 where the rounding of the running mean alone can explain it."""
     return torch.where(_moves(mean, variance, 4), variance, 0.0)
 
 
 def _moves(mean: Tensor, variance: Tensor, places: float) -> Tensor:
-    """Whether features spread by more than ``places`` in the last place of their mean."""
+    """Return whether the deviation of each feature exceeds ``places`` units in the last place of its mean."""
     return variance > (places * torch.finfo(mean.dtype).eps * mean).square()

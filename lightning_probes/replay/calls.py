@@ -1,17 +1,18 @@
-"""A step's calls of modules, as they are kept to be run again: data and nothing else."""
+"""Hold the calls of modules that a step made, as plain data that can be kept and run again."""
 
 from __future__ import annotations
 
 import enum
 import inspect
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
-from itertools import chain
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from lightning_probes.network.batches import tensors_in
+from lightning_probes.network.torch_internals import tree_map
 
 _PLAIN: tuple[type, ...] = (type(None), bool, int, float, complex, str, bytes, slice, range, enum.Enum)
 _PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
@@ -19,9 +20,13 @@ _PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.S
 
 @dataclass(frozen=True)
 class View:
-    """How a tensor lies in the memory of another: its shape and strides, from an offset in elements on.
+    """Hold how one tensor, the view, lies in the memory of another, the base.
 
-    ``base`` are shape and strides of the other: memory that is laid out differently has no such view.
+    Attributes:
+        size: shape of the view.
+        stride: strides of the view, in elements.
+        offset: elements from the start of the base to the start of the view.
+        base: shape and strides of the base; the view exists only in a tensor that is laid out in the same way.
     """
 
     size: tuple[int, ...]
@@ -31,17 +36,21 @@ class View:
 
     @classmethod
     def of(cls, tensor: Tensor, other: Tensor) -> View | None:
-        """``tensor``, which shares its storage with ``other``; ``None`` unless it lies within it."""
+        """Return how ``tensor`` lies in ``other``, which shares its storage.
+
+        Returns:
+            The view; ``None`` if ``tensor`` does not lie within ``other`` or has another type.
+        """
         offset = int(tensor.storage_offset()) - int(other.storage_offset())
         if tensor.dtype != other.dtype or offset < 0 or offset + _extent(tensor) > _extent(other):
             return None
         return cls(tuple(tensor.shape), tensor.stride(), offset, (tuple(other.shape), other.stride()))
 
     def on(self, other: Tensor) -> Tensor:
-        """The same view of another tensor.
+        """Return this view of ``other``.
 
         Raises:
-            CannotRunAgainError: it is laid out differently.
+            CannotRunAgainError: ``other`` differs from the base in its shape or strides.
         """
         if (tuple(other.shape), other.stride()) != self.base:
             raise CannotRunAgainError(f"an output is laid out differently from that of training: {list(other.shape)}")
@@ -55,9 +64,12 @@ def _extent(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Link:
-    """In the place of a tensor that came out of an earlier call of the step: :func:`tensors_in` its output, there.
+    """Stand in for an input that an earlier call of the step put out.
 
-    ``view``: it is one of that output, as flattened, sliced or transposed between two modules.
+    Attributes:
+        call: index of the earlier call in the step.
+        position: index of the tensor among :func:`tensors_in` the output of that call.
+        view: how the input lies in that tensor, if it was flattened, sliced or transposed between the two calls.
     """
 
     call: int
@@ -67,14 +79,21 @@ class Link:
 
 @dataclass(frozen=True)
 class Weight:
-    """In the place of a parameter or buffer of the model that was given as an argument: its name in the model."""
+    """Stand in for a parameter or buffer of the model that was given to a call as an argument."""
 
     name: str
+    """Name the parameter or buffer as the model does."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of ``module``. Tensors in ``args`` and ``kwargs`` are detached copies, or markers."""
+    """Hold a call of a module.
+
+    Attributes:
+        module: the module that was called.
+        args: its positional arguments, with each tensor replaced by a detached copy, a `Link` or a `Weight`.
+        kwargs: its keyword arguments, with tensors replaced likewise.
+    """
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -82,39 +101,28 @@ class Call:
 
 
 class CannotRunAgainError(Exception):
-    """Why the calls of a step would not give the network's features when they are run again."""
-
-
-def tensors_in(output: Any) -> Iterator[Tensor]:
-    """The tensors in nested containers, mappings and dataclasses, in an order that is the same each time."""
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif isinstance(leaf, Mapping):
-            yield from chain.from_iterable(tensors_in(value) for value in leaf.values())
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from chain.from_iterable(tensors_in(getattr(leaf, field.name)) for field in fields(leaf))
+    """Say why running the calls of a step again would not give the network's features."""
 
 
 def num_bytes(calls: list[Call]) -> int:
-    """Memory of the kept inputs, in bytes; a tensor given to several calls counts once."""
+    """Return the bytes of all input tensors that ``calls`` keep, counting a tensor given to several calls once."""
     kept = {id(leaf): leaf for call in calls for leaf in tensors_in((call.args, call.kwargs))}
     return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
 
 
 def renumber(call: Call, order: Mapping[int, int]) -> Call:
-    """``call`` with the links of its inputs given new numbers ``{old: new}``."""
+    """Return a copy of ``call`` whose links point to the new indices of their calls, ``{old: new}``."""
 
     def moved(leaf: Any) -> Any:
         return replace(leaf, call=order[leaf.call]) if isinstance(leaf, Link) else leaf
 
-    return replace(call, args=pytree.tree_map(moved, call.args), kwargs=pytree.tree_map(moved, call.kwargs))
+    return replace(call, args=tree_map(moved, call.args), kwargs=tree_map(moved, call.kwargs))
 
 
 def is_plain(leaf: Any) -> bool:
-    """Whether it is a value that never changes, or a class or function that holds nothing.
+    """Return whether ``leaf`` is an immutable value, a class, or a function without state of its own.
 
-    A bound method or closure could be told of each run.
+    A bound method or a closure is not plain: calling it again could change the state that it holds.
     """
     if isinstance(leaf, _PLAIN):
         return True
@@ -124,16 +132,11 @@ def is_plain(leaf: Any) -> bool:
     return inspect.isclass(leaf) or (inspect.isbuiltin(leaf) and (owner is None or inspect.ismodule(owner)))
 
 
-def version_of(tensor: Tensor) -> int:
-    """How often it was written to, as far as that is counted."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def storage_of(tensor: Tensor) -> Any:
-    """Whose memory it is in."""
+    """Return a key of the storage of ``tensor``: its device and address, or the tensor's id where it has no address."""
     return tensor.device, tensor.untyped_storage().data_ptr() or id(tensor)
 
 
 def key_of(tensor: Tensor) -> Any:
-    """The same for two tensors that are one place in one memory."""
+    """Return a key that is equal for two tensors of the same storage, offset, shape, strides and type."""
     return *storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype

@@ -1,4 +1,4 @@
-"""A network that leaves no trace of having been run: eval mode, no gradients, and everything as it was afterwards."""
+"""Freezes a network so that running it leaves no trace: eval mode, no gradients, and everything put back afterwards."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import copy
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-_HOOKS = {name for name in vars(nn.Module()) if "hooks" in name}
+from lightning_probes.network.hooks import HEARD_BY, ActivationRecorder
+from lightning_probes.network.torch_internals import HOOK_ATTRIBUTES, run_eagerly
 
 _MANY = 1000
-"""Things in a container beyond which it is copied, but not what is in it: a data set, not a state."""
+"""Counts the things in a container beyond which it is copied, but not what is in it: a data set, not a state."""
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """The network in eval mode without gradients; afterwards as it was before, also after an exception.
+def frozen(model: nn.Module, heard_by: ActivationRecorder | None = None) -> Iterator[None]:
+    """Keep the network in eval mode without gradients; put it back as it was, also after an exception.
 
     What comes back: every submodule's ``training`` flag, one by one; the states of the random generators (torch on the
     CPU and CUDA, numpy, python, and those that modules hold); the modules' attributes, what they were and, for buffers,
@@ -32,8 +34,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
     Parameters are guarded by :class:`~lightning_probes.replay.replayer.Replay`, and by nothing when the network is
     called in another way.
+
+    Args:
+        model: the network.
+        heard_by: the only recorder that listens to what is run inside, for a run outside of all steps.
     """
-    rng = _rng_states()
+    # It puts the states back only if nothing is raised inside of it: it is closed here and not left by an exception.
+    rng = ExitStack()
+    rng.enter_context(isolate_rng(include_cuda=torch.cuda.is_initialized()))  # type: ignore[no-untyped-call]
     modules = _all_modules(model)
     saved = [(vars(module), dict(vars(module))) for module in modules]
     generators = [restore for module in modules for value in vars(module).values() for restore in _restoring(value)]
@@ -42,6 +50,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module in modules:
                 _stand_in(module, memo)
+                if heard_by is not None:
+                    vars(module)[HEARD_BY] = heard_by
             yield
     finally:
         for restore in generators:
@@ -50,29 +60,24 @@ def frozen(model: nn.Module) -> Iterator[None]:
             own.update(attributes)
             for name in own.keys() - attributes.keys():
                 del own[name]
-        _set_rng_states(rng)
+        rng.close()
 
 
 def _stand_in(module: nn.Module, memo: dict[int, Any]) -> None:
-    """Put copies in the place of a module's attributes that its forward may write to. Undone from a saved dict."""
+    """Put copies in the place of a module's attributes that its forward may write to."""
     own = vars(module)
     for name, value in own.items():
-        # A handle finds its hook in the dict that it was given: the hooks' dicts stay what they are.
-        if name not in _HOOKS:
+        if name not in HOOK_ATTRIBUTES:
             own[name] = _copied(value, memo)
     # Into the dict and not by train(), eval() or setattr, which users override.
     own["training"] = False
     if hasattr(type(module), "log_dict"):
         own["log"] = own["log_dict"] = _do_nothing
-    if "_compiled_call_impl" in own:
-        own["_compiled_call_impl"] = None
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
-        own["forward"] = module._orig_mod.__call__
+    run_eagerly(module, own)
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of what a forward may write to, down through containers; everything else as it is."""
+    """Copy what a forward may write to, down through containers; return everything else as it is."""
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, Tensor):
@@ -96,7 +101,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _all_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of ``model`` and those in containers among their attributes, which are not registered."""
+    """Return the modules of ``model`` and those in containers among their attributes, which are not registered."""
     found: dict[int, nn.Module] = {}
     waiting: list[Any] = [model]
     while waiting:
@@ -104,16 +109,15 @@ def _all_modules(model: nn.Module) -> list[nn.Module]:
         if isinstance(value, nn.Module):
             if id(value) not in found:
                 found[id(value)] = value
-                waiting += [part for name, part in vars(value).items() if name not in _HOOKS]
-        elif type(value) in (list, tuple):
-            waiting += [part for part in value if isinstance(part, (nn.Module, list, tuple, dict))]
-        elif type(value) is dict:
-            waiting += [part for part in value.values() if isinstance(part, (nn.Module, list, tuple, dict))]
+                waiting += [part for name, part in vars(value).items() if name not in HOOK_ATTRIBUTES]
+        elif type(value) in (list, tuple, dict):
+            parts = value.values() if type(value) is dict else value
+            waiting += [part for part in parts if isinstance(part, (nn.Module, list, tuple, dict))]
     return list(found.values())
 
 
 def _restoring(value: Any) -> list[Callable[[], Any]]:
-    """What puts a random generator back into the state that it has now."""
+    """Return what puts a random generator back into the state that it has now; nothing for other values."""
     if isinstance(value, torch.Generator):
         return [partial(value.set_state, value.get_state())]
     if isinstance(value, random.Random):
@@ -127,21 +131,3 @@ def _restoring(value: Any) -> list[Callable[[], Any]]:
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None: ...
-
-
-def _rng_states() -> dict[str, Any]:
-    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    if (numpy := sys.modules.get("numpy")) is not None:
-        states["numpy"] = numpy.random.get_state()
-    return states
-
-
-def _set_rng_states(states: Mapping[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    random.setstate(states["python"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state_all(states["cuda"])
-    if "numpy" in states:
-        sys.modules["numpy"].random.set_state(states["numpy"])

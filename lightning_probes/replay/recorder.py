@@ -1,4 +1,4 @@
-"""Hooks that write down the outermost module calls of a step, with copies of their inputs."""
+"""Records the outermost module calls of a step by hooks, with copies of their inputs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle as Handle
 
-from lightning_probes.network.hooks import ActivationRecorder
-from lightning_probes.network.torch_internals import Interception, compiled_parts, never_compiled, part_of_a_graph
+from lightning_probes.network.batches import tensors_in
+from lightning_probes.network.hooks import HEARD_BY
+from lightning_probes.network.torch_internals import (
+    Interception,
+    compiled_parts,
+    is_in_backward,
+    is_step,
+    never_compiled,
+    part_of_a_graph,
+    tree_flatten,
+    tree_leaves,
+    tree_unflatten,
+    version_of,
+)
 from lightning_probes.replay.calls import (
     Call,
     CannotRunAgainError,
@@ -25,24 +36,22 @@ from lightning_probes.replay.calls import (
     key_of,
     renumber,
     storage_of,
-    tensors_in,
-    version_of,
 )
 from lightning_probes.replay.reservoir import Room
 
 
 class CallRecorder:
-    """Hooks that, between :meth:`start` and :meth:`stop`, write down the calls that a step makes of its modules.
+    """Records, between :meth:`start` and :meth:`stop`, the calls that a step makes of its modules.
 
-    What is recorded are the outermost calls of the modules that are or hold a probed layer (the model itself included)
-    and of the modules beside them that a step may call in between. Calls inside backward are not recorded (activation
+    Recorded are the outermost calls of the modules that are or hold a probed layer (the model itself included) and of
+    the modules beside them that a step may call in between. Calls inside backward are not recorded (activation
     checkpointing), nor is a root whose ``forward`` stands for the training step at that moment (DDP).
 
     Limit: a value computed between two calls with its gradient cut, other than by ``.detach()`` alone, looks like data
     and would be run again as it was.
 
     Args:
-        room: where the inputs are kept.
+        room: where copies of the inputs are kept.
     """
 
     def __init__(self, room: Room) -> None:
@@ -59,7 +68,7 @@ class CallRecorder:
         self._clear()
 
     def __reduce__(self) -> Any:
-        # Hooks travel with a module that is copied or pickled; the copy's recorder knows no module and records nothing.
+        """Make a copy that knows no module: hooks travel with a module that is copied or pickled."""
         return CallRecorder, (self._room,)
 
     def _clear(self) -> None:
@@ -79,10 +88,14 @@ class CallRecorder:
         self._data: dict[Any, Tensor] | None = None
 
     def attach(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        """Find the modules to hook, ``layers`` being the probed modules of ``model`` by name.
+        """Find the modules to hook.
 
-        They have hooks while a step is recorded only: other steps pay nothing. Those inside of compiled code have them
-        all the time: each new one would have it compiled again.
+        They have hooks only while a step is recorded, so that other steps pay nothing. Modules in compiled code have
+        them all the time: each new hook would have the code compiled again.
+
+        Args:
+            model: the network.
+            layers: its probed modules by name.
         """
         self.detach()
         probed = {id(layer) for layer in layers.values()}
@@ -92,7 +105,8 @@ class CallRecorder:
             if not isinstance(module, torch.jit.ScriptModule) and any(id(m) in probed for m in module.modules())
         ]
         self._hooked = {id(module): module for module in chain(holders, _children_called_by_steps(model))}
-        self._model, self._holders = model, {id(module) for module in holders}
+        self._model = model
+        self._holders = {id(module) for module in holders}
         self._names = {id(module): name for name, module in model.named_modules()}
         # Holding the tensors keeps their ids theirs.
         self._weights = {id(t): (name, t) for name, t in chain(model.named_parameters(), model.named_buffers())}
@@ -105,15 +119,21 @@ class CallRecorder:
         """Remove all hooks, and let go of the model and of what was recorded."""
         self._hooks += self._lasting
         self._clear()
-        self._lasting, self._compiled, self._outside = [], [], []
-        self._hooked, self._model, self._names, self._weights, self._holders = {}, None, {}, {}, set()
+        self._lasting = []
+        self._compiled = []
+        self._outside = []
+        self._hooked = {}
+        self._model = None
+        self._names = {}
+        self._weights = {}
+        self._holders = set()
 
     def start(self, batch: Any = None) -> None:
         """Record from now on, whatever state an earlier step ended in.
 
         Args:
-            batch: of a step without gradients, where what is computed between modules cannot be told from data: once a
-                module has been called, nothing but its tensors and outputs of modules may be an input.
+            batch: batch of a step without gradients, where what is computed between modules cannot be told from data:
+                once a module has been called, nothing but tensors of the batch and outputs of modules may be an input.
         """
         self._clear()
         self._data = None if batch is None else {storage_of(tensor): tensor for tensor in tensors_in(batch)}
@@ -123,53 +143,70 @@ class CallRecorder:
         self._is_on = True
 
     def _on(self, module: nn.Module) -> list[Handle]:
-        # First, for the inputs as the caller gave them: other hooks will change them again.
+        # The hook before a call comes first, for the inputs as the caller gave them: other hooks change them again.
         before = module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
         return [before, module.register_forward_hook(self._after, always_call=True)]
 
-    def stop(self) -> list[Call] | str:
+    def stop(self) -> list[Call]:
         """End the step.
 
         Returns:
-            The calls that the probed layers need, in order; or the reason why they cannot be run again.
+            The calls that the probed layers need, in order.
+
+        Raises:
+            CannotRunAgainError: why they cannot be run again.
         """
         calls, reasons, raised = self._calls, self._reasons, self._raised
         self._clear()
         needed: set[int] = set()
         for i in reversed(range(len(calls))):
             if i not in raised and (i in needed or id(calls[i].module) in self._holders):
-                leaves = pytree.tree_leaves((calls[i].args, calls[i].kwargs))
+                leaves = tree_leaves((calls[i].args, calls[i].kwargs))
                 needed |= {i} | {leaf.call for leaf in leaves if isinstance(leaf, Link)}
         if not needed:
-            return "no module that holds a probed layer was called from outside of backward and of compiled code"
+            raise CannotRunAgainError(
+                "no module that holds a probed layer was called from outside of backward and of compiled code"
+            )
         if failed := sorted(needed & set(reasons)):
-            return reasons[failed[0]]
+            raise CannotRunAgainError(reasons[failed[0]])
         order = {old: new for new, old in enumerate(sorted(needed))}
         return [renumber(calls[i], order) for i in order]
 
     @part_of_a_graph
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         # Asked first: while a compiler traces the hook nothing of the recorder's state may become part of the graph.
-        if torch.compiler.is_compiling() or not self._is_on or ActivationRecorder.alone is not None:
+        if torch.compiler.is_compiling() or not self._is_on or HEARD_BY in vars(module):
             return
         if self._open is not None:
             self._depth += module is self._open  # most calls end here: those inside a recorded one
-        elif id(module) in self._hooked and torch._C._current_graph_task_id() == -1:
+        elif id(module) in self._hooked and not is_in_backward():
             self._try(self._enter, module, args, kwargs)
 
     @part_of_a_graph
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling() and module is self._open and ActivationRecorder.alone is None:
+        if not torch.compiler.is_compiling() and module is self._open and HEARD_BY not in vars(module):
             self._try(self._leave, module, output)
 
     @never_compiled
     def _try(self, step: Callable[..., None], module: nn.Module, *args: Any) -> None:
+        """Keep what is raised as a reason: inside of the user's forward nothing may come out of here."""
         try:
             step(module, *args)
-        except Exception as error:  # inside the user's forward: nothing may come out of here
+        except Exception as error:
             name = self._names.get(id(module)) or "the model"
             reason = str(error) if isinstance(error, CannotRunAgainError) else f"a call of {name!r} raised {error!r}"
             self._reasons.setdefault(max(len(self._calls) - 1, 0), reason)
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module is self._model and is_step(module):
+            return
+        self._open = module
+        self._depth = 1
+        self._calls.append(Call(module, (), {}))
+        name = self._names[id(module)] or "the model"
+        leaves, spec = tree_flatten((args, kwargs))
+        kept = tree_unflatten([self._keep(leaf, name) for leaf in leaves], spec)
+        self._calls[-1] = Call(module, *kept)
 
     def _leave(self, module: nn.Module, output: Any) -> None:
         self._depth -= 1
@@ -182,23 +219,8 @@ class CallRecorder:
             return
         self._remember(index, output)
 
-    def _is_step(self, module: nn.Module) -> bool:
-        # Lightning leaves the class's own forward behind as an attribute.
-        forward = vars(module).get("forward") if module is self._model else None
-        return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
-
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._is_step(module):
-            return
-        self._open, self._depth = module, 1
-        self._calls.append(Call(module, (), {}))
-        name = self._names[id(module)] or "the model"
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        kept = pytree.tree_unflatten([self._keep(leaf, name) for leaf in leaves], spec)
-        self._calls[-1] = Call(module, *kept)
-
     def _remember(self, index: int, output: Any) -> None:
-        """Know the tensors of ``output`` again when they are given to a later call."""
+        """Remember the tensors of ``output``, to know them again when they are given to a later call."""
         data = {storage_of(held) for held, _, _ in self._inputs.values()}
         for position, tensor in enumerate(tensors_in(output)):
             alias = tensor.detach()
@@ -207,6 +229,7 @@ class CallRecorder:
                 self._computed.add(storage_of(alias))
 
     def _keep(self, leaf: Any, name: str) -> Any:
+        """Return what is kept of an argument: a copy, or a marker of where it came from."""
         if not isinstance(leaf, Tensor):
             if is_plain(leaf):
                 return leaf
@@ -241,7 +264,7 @@ class CallRecorder:
 
 
 def _children_called_by_steps(module: nn.Module) -> Iterator[nn.Module]:
-    """The children of ``module``, and in the place of a container that cannot be called, as ModuleList, its own."""
+    """Yield the children of ``module``, and also those of a container that cannot be called, as ModuleList."""
     for child in module.children():
         if isinstance(child, torch.jit.ScriptModule):
             continue  # takes no such hooks

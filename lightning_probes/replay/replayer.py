@@ -1,23 +1,25 @@
-"""Recorded calls, run again on the frozen network: what its layers say now, without a call of the user's step."""
+"""Runs recorded calls again on the frozen network: what its layers say now, without a call of the user's step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from lightning_probes.replay.calls import Call, Link, Weight, tensors_in
+from lightning_probes.network.batches import tensors_in
+from lightning_probes.network.torch_internals import tree_leaves, tree_map, version_of
+from lightning_probes.replay.calls import Call, Link, Weight
 
 
 def copy_of_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under all their names, copied to the host; what :class:`Replay` takes as ``weights``."""
+    """Copy parameters and buffers under all their names to the host, as :class:`Replay` takes them as ``weights``."""
     copies: dict[int, Tensor] = {}
     found: dict[str, Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for name, tensor, _ in _tensors_of(module, prefix):
+        for name, tensor in _tensors_of(module, prefix):
             if id(tensor) not in copies:
                 copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
             found[name] = copies[id(tensor)]
@@ -25,15 +27,16 @@ def copy_of_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Replay:
-    """Runs recorded calls of ``model`` again without a trace in its parameters and buffers; made and used in `frozen`.
+    """Runs recorded calls of ``model`` without a trace in its parameters and buffers; made and used in ``frozen``.
 
     Whoever wants mixed precision as in training enters the strategy's forward context around it.
 
     Args:
         model: the network whose calls were recorded.
         device: where it runs.
-        weights: an older state of the whole model by name, as ``state_dict()`` gives it, to be put in place during the
-            calls; buffers it lacks (non-persistent ones) are the present ones. On ``device`` it costs no transfer.
+        weights: an older state of the whole model by name, as ``state_dict()`` gives it, which stands in its place
+            during the calls. Buffers that it lacks (non-persistent ones) are the present ones. On ``device`` it costs
+            no transfer.
 
     Raises:
         KeyError: ``weights`` lacks a parameter.
@@ -44,13 +47,13 @@ class Replay:
     ) -> None:
         self._device = torch.device(device)
         self._writes: dict[int, bool] = {}
-        self._slots: dict[int, list[tuple[str, Tensor, bool]]] = {}
+        self._slots: dict[int, list[tuple[str, Tensor]]] = {}
         self._named: dict[str, Tensor] = {}
         self._copies: dict[int, tuple[Tensor, int]] = {}
         self._values: dict[int, Tensor] = {}
-        # All names, as a state dict has them: a tensor in two places has two, and either will do.
+        # A state dict has all names: a tensor in two places has two, and either will do.
         for prefix, module in model.named_modules(remove_duplicate=False):
-            for name, tensor, _ in _tensors_of(module, prefix):
+            for name, tensor in _tensors_of(module, prefix):
                 self._named[name] = tensor
                 if weights is not None and name in weights:
                     self._values[id(tensor)] = weights[name].detach().to(self._device)
@@ -60,12 +63,12 @@ class Replay:
                     raise KeyError(f"weights: no {name!r}")
 
     def run(self, calls: list[Call]) -> None:
-        """Run the calls of a step in their order; what the layers put out is seen by their hooks.
+        """Run the calls of a step in their order; hooks see what the layers put out.
 
         Raises:
             Exception: whatever a module raises.
         """
-        leaves = pytree.tree_leaves([(call.args, call.kwargs) for call in calls])
+        leaves = tree_leaves([(call.args, call.kwargs) for call in calls])
         linked = {leaf.call for leaf in leaves if isinstance(leaf, Link)}
         outputs: dict[int, list[Tensor]] = {}
         inputs: dict[int, Tensor] = {}
@@ -75,8 +78,7 @@ class Replay:
                 output = outputs[leaf.call][leaf.position]
                 return output if leaf.view is None else leaf.view.on(output)
             if isinstance(leaf, Weight):
-                tensor = self._named[leaf.name]
-                return self._values.get(id(tensor), tensor).detach().clone()
+                return self._value(self._named[leaf.name]).detach().clone()
             if isinstance(leaf, Tensor):
                 # Always a copy: a network may write into its input. Twice the same tensor stays twice the same.
                 if id(leaf) not in inputs:
@@ -85,15 +87,20 @@ class Replay:
             return leaf
 
         for i, call in enumerate(calls):
-            output = self._call(call.module, *pytree.tree_map(resolve, (call.args, call.kwargs)))
+            output = self._call(call.module, *tree_map(resolve, (call.args, call.kwargs)))
             if i in linked:
                 outputs[i] = list(tensors_in(output))
 
+    def _value(self, tensor: Tensor) -> Tensor:
+        """Return what stands for a parameter or buffer: an older state of it, or itself."""
+        return self._values.get(id(tensor), tensor)
+
     def _held(self, tensor: Tensor) -> Tensor:
+        """Return a copy that is made once, and again if the network wrote to it."""
         held, version = self._copies.get(id(tensor), (None, 0))
-        if held is None or held._version != version:
-            held = self._values.get(id(tensor), tensor).detach().clone()
-            self._copies[id(tensor)] = held, held._version
+        if held is None or version_of(held) != version:
+            held = self._value(tensor).detach().clone()
+            self._copies[id(tensor)] = held, version_of(held)
         return held
 
     def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -102,30 +109,28 @@ class Replay:
             # it filled twice. Tied tensors are tied by giving each place the same one.
             slots = (slot for path, below in module.named_modules() for slot in _tensors_of(below, path))
             self._slots[id(module)] = list(slots)
-        slots_of = self._slots[id(module)]
         copies: dict[int, Tensor] = {}
         state: dict[str, Tensor] = {}
         # Some networks write to parameters in forward (a momentum encoder). The first call shows whether this one does.
         is_careful = self._writes.get(id(module), True)
-        for name, tensor, is_buffer in slots_of:
-            if (is_buffer or is_careful) and id(tensor) not in copies:
-                copies[id(tensor)] = self._values.get(id(tensor), tensor).detach().clone()
+        for name, tensor in self._slots[id(module)]:
+            if (is_careful or not isinstance(tensor, nn.Parameter)) and id(tensor) not in copies:
+                copies[id(tensor)] = self._value(tensor).detach().clone()
             # Never the network's own memory: another input may take another way, on which it is written to.
             state[name] = copies[id(tensor)] if id(tensor) in copies else self._held(tensor)
         given = dict(state)
         output = torch.func.functional_call(module, state, args, kwargs, tie_weights=False)
         if id(module) not in self._writes:
             self._writes[id(module)] = not all(
-                torch.equal(given[name], self._values.get(id(tensor), tensor)) and state[name] is given[name]
-                for name, tensor, is_buffer in slots_of
-                if not is_buffer
+                torch.equal(given[name], self._value(tensor)) and state[name] is given[name]
+                for name, tensor in self._slots[id(module)]
+                if isinstance(tensor, nn.Parameter)
             )
         return output
 
 
-def _tensors_of(module: nn.Module, path: str) -> Iterator[tuple[str, Tensor, bool]]:
-    """``(name, tensor, whether it is a buffer)`` of what a module holds itself, names below ``path``."""
-    for places, is_buffer in ((module._parameters, False), (module._buffers, True)):
-        for name, tensor in places.items():
-            if tensor is not None:
-                yield f"{path}.{name}" if path else name, tensor, is_buffer
+def _tensors_of(module: nn.Module, path: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and tensor of the parameters and buffers that a module holds itself, names below ``path``."""
+    # Unbound, since users override them with fewer arguments.
+    parameters = nn.Module.named_parameters(module, path, recurse=False, remove_duplicate=False)
+    yield from chain(parameters, nn.Module.named_buffers(module, path, recurse=False, remove_duplicate=False))

@@ -1,4 +1,4 @@
-"""A fair sample of the batches of a stretch of training, within bounds of samples and bytes."""
+"""Keep a fair sample of the batches of a stretch of training, within bounds of samples and bytes."""
 
 from __future__ import annotations
 
@@ -13,49 +13,46 @@ T = TypeVar("T")
 
 @dataclass
 class Room:
-    """How much of the data may be kept, and where."""
+    """Hold how much of the training data may be kept, and where."""
 
     samples: int
-    """At most; 0: nothing is kept."""
+    """Limit the number of samples to keep; 0 keeps none."""
     num_bytes: int
-    """At most."""
+    """Limit the memory of what is kept, in bytes."""
     on_device: bool = False
-    """Where the network is, and not on the host."""
+    """Keep copies on the device of the original tensor instead of on the host."""
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """A detached copy that may be kept."""
+        """Return a detached copy of ``tensor`` where copies are kept."""
         return tensor.detach().to(tensor.device if self.on_device else "cpu", copy=True)
 
 
-def enough_samples(num_classes: int) -> int:
-    """On how many a probe is fitted unless told otherwise: 14 000, or 200 a class where that is more.
+class Reservoir(Generic[T]):
+    """Keep whole batches of a stretch of training: all if they fit, else each with about the same probability.
 
-    On 8 192 an epoch's errors could be 1.7 points too high on average over the layers, of a hundred classes 5 points
-    (fidelity.py).
-    """
-    return max(14_000, 200 * num_classes)
+    Every batch is kept until one does not fit. From then on the kept batches are a reservoir of constant size, in which
+    later batches replace random ones (algorithm R, Vitter 1985). When a new stretch begins, each batch that is added
+    replaces one of the earlier stretches.
 
-
-class KeptBatches(Generic[T]):
-    """Whole batches of a stretch of training: all of them if they fit, else each with about the same chance.
-
-    Batches are kept until one does not fit. From then on it is a reservoir of as many batches as were kept (algorithm
-    R). In a new stretch those of the stretch before stay until new ones take their places, one for one.
+    Args:
+        room: limits on samples and bytes.
+        seed: seed of the random choice of batches.
 
     Attributes:
-        seen: batches of the stretch so far.
-        samples: samples that are kept.
+        seen: number of batches in this stretch so far.
+        samples: number of samples that are kept.
         num_bytes: bytes that are kept.
     """
 
     def __init__(self, room: Room, seed: int = 0) -> None:
         self._room = room
         self._seed = seed
-        self._random = Random(seed)  # of its own; torch's cannot be sent to another process
+        # A generator of its own leaves the global random states as they are.
+        self._random = Random(seed)
         self.clear()
 
     def clear(self) -> None:
-        """Begin with nothing kept."""
+        """Discard all batches and begin a stretch with nothing kept."""
         self._kept: list[tuple[int, int, int, T]] = []
         self._before: list[tuple[int, int, int, T]] = []
         self._is_full = False
@@ -63,7 +60,12 @@ class KeptBatches(Generic[T]):
         self.seen = self.samples = self.num_bytes = 0
 
     def renew(self, stretch: int) -> None:
-        """Begin a stretch, the one of this number: what is drawn in it does not depend on those before."""
+        """Begin a new stretch, and keep the present batches until new ones replace them.
+
+        Args:
+            stretch: number of the stretch, such as the epoch. Random choices depend on it and on the seed, not on
+                earlier stretches.
+        """
         before = [*self._before, *self._in_order()]
         self.clear()
         self._random.seed(f"{self._seed}, {stretch}")
@@ -71,13 +73,19 @@ class KeptBatches(Generic[T]):
         self._count()
 
     def wants(self) -> bool:
-        """Whether the next batch will be kept, asked once for every batch, before its step."""
+        """Count the next batch and return whether to keep it; call this once for each batch, before its step."""
         self.seen += 1
         self._place = self._draw(self.seen) if self._is_full else len(self._kept)
         return self._place < len(self._kept) or not self._is_full
 
     def add(self, samples: int, item: T, num_bytes: int) -> None:
-        """Keep the batch that was wanted: ``item``, which has so many samples and bytes, unless it does not fit."""
+        """Keep the batch that :meth:`wants` asked for, unless it does not fit; do nothing if none was asked for.
+
+        Args:
+            samples: number of samples in the batch.
+            item: what to keep of the batch.
+            num_bytes: bytes that ``item`` takes.
+        """
         if self._place is None:
             return
         place, self._place = self._place, None
@@ -90,7 +98,7 @@ class KeptBatches(Generic[T]):
         self._kept[place : place + 1] = [(self.seen, samples, num_bytes, item)]
         self._before = self._before[1:]
         self._count()
-        # Too much now: batches of the stretch before go first, then some, whichever they are.
+        # Batches differ in size, so the limits may be exceeded: earlier stretches give way first, then random batches.
         while self.samples > self._room.samples or self.num_bytes > self._room.num_bytes:
             if self._before:
                 self._before.pop(0)
@@ -99,7 +107,14 @@ class KeptBatches(Generic[T]):
             self._count()
 
     def most(self, batches: float) -> tuple[int, int]:
-        """Return how many of ``batches`` will be kept at most, and their bytes, if they are like the first one."""
+        """Return how many of a stretch's batches will be kept, if all are as large as the first one, and their bytes.
+
+        Args:
+            batches: number of batches in the stretch; may be infinite.
+
+        Returns:
+            The number of batches and their bytes; zeros as long as nothing was kept in this stretch.
+        """
         if not self._kept:
             return 0, 0
         _, samples, num_bytes, _ = self._kept[0]
@@ -107,7 +122,7 @@ class KeptBatches(Generic[T]):
         return most, most * num_bytes
 
     def items(self) -> list[T]:
-        """What is kept, in order of arrival."""
+        """Return what is kept, in order of arrival."""
         return [item for _, _, _, item in [*self._before, *self._in_order()]]
 
     def _in_order(self) -> list[tuple[int, int, int, T]]:

@@ -1,9 +1,11 @@
-"""Running scores -> points in the report; layers that never ran or were not finite are told of once."""
+"""Adds up the tallies of probes, and turns them into the rows of a point on every curve."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -12,51 +14,173 @@ from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.distributed import Ranks
-from lightning_probes.probes.tasks import ProbeScores
+from lightning_probes.network.extractor import LayerExtractor
+from lightning_probes.probes.tasks import Task
 from lightning_probes.report.report import ProbeReport, Row
 
 Curve = tuple[str, int]
-"""``(stage, dataloader)``."""
+"""Names a curve: ``(stage, dataloader)``."""
 
 
-class Points:
-    """What has been scored since the last publication, by different probes of the same layers.
+class Kind(Enum):
+    """Tells apart the probes of the same layers whose tallies are added up between two publications."""
+
+    PUBLISHED = "published"
+    """Probes that are published: at their optimum where they can be."""
+    ONLINE = "online"
+    """Probes trained along with the network, scored beside those that are published on the same samples."""
+    TRAINED_ALONG = "trained along"
+    """The same on the batches of training, each before its step: published where nothing else can be."""
+    START = "start"
+    """Probes of the network as ``fit`` found it."""
+
+
+class LayerFacts:
+    """Knows the layers of a run, in the order of every vector over them, and what every row says of its layer.
 
     Args:
+        network: whose layers they are.
+    """
+
+    def __init__(self, network: LayerExtractor) -> None:
+        self._network = network
+        self._layers: list[str] = []
+        self._totals: dict[str, int] = {}
+        self._first_depth = 0
+
+    @property
+    def layers(self) -> list[str]:
+        """Return all layers; their order is fixed as soon as somebody asks."""
+        if not self._layers:
+            self._layers = list(self._network.layers)
+            self._first_depth = 0 if self._network.has_input else 1
+        return self._layers
+
+    def described(self) -> str:
+        """Say how many layers and features there are; empty before any has been seen."""
+        widths, layers = self._network.recorder.widths, self._network.layers
+        features = sum(widths.get(layer, 0) for layer in layers)
+        return f"{len(layers)} layer{'s' * (len(layers) > 1)}, {features:,} features" if widths else ""
+
+    def agree(self, ranks: Ranks) -> None:
+        """Let all processes know what any of them knows: a layer may run in some only."""
+        self._totals = ranks.union(self._totals | self._network.recorder.totals)
+
+    def about(self, known: Mapping[str, Row], widths: Mapping[str, int]) -> dict[str, Row]:
+        """Return ``{layer: {"depth", "features", "features_total", "fitted_on", "converged"}}``.
+
+        Args:
+            known: what replaces or adds to that, of some layers.
+            widths: number of features by layer.
+        """
+        return {
+            layer: {
+                "depth": self._first_depth + i,
+                "features": widths.get(layer, 0),
+                "features_total": self._totals.get(layer, 0),
+                "fitted_on": None,
+                "converged": None,
+                **known.get(layer, {}),
+            }
+            for i, layer in enumerate(self.layers)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain types."""
+        return {"layers": self.layers, "totals": self._totals, "first_depth": self._first_depth}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; the network keeps to its order."""
+        self._layers = list(state["layers"])
+        self._totals = dict(state["totals"])
+        self._first_depth = state["first_depth"]
+        self._network.restore(self._layers)
+
+
+@dataclass
+class Scores:
+    """Holds what a point on the curves of all layers is made of.
+
+    Attributes:
+        tallies: a column of the tally for each layer, as :class:`~lightning_probes.probes.tasks.Task` has it.
+        target_sums: sums over the targets of the samples.
+        online: columns of the online probes on the same samples; ``None`` for a layer that they did not score.
+    """
+
+    tallies: list[list[float]]
+    target_sums: list[float]
+    online: list[list[float] | None] | None = None
+
+
+def rows_of(task: Task, about: Mapping[str, Row], scores: Scores, stage: str, **point: Any) -> list[Row]:
+    """Return the rows of a point: one for each layer and metric, none for a layer without samples.
+
+    Args:
+        task: what the probes are asked.
+        about: ``{layer: what its rows say of it}``, in the order of ``scores``.
+        scores: what was scored.
+        stage: ``train``, ``val`` or ``test``.
+        point: what the rows say of the point: ``dataloader``, ``epoch``, ``step``, ``logged_step``.
+    """
+    rows: list[Row] = []
+    for i, (layer, known) in enumerate(about.items()):
+        tally = scores.tallies[i]
+        if tally[-1] == 0 and not math.isnan(tally[-2]):
+            continue
+        measures = task.measures(tally)
+        online = scores.online[i] if scores.online is not None else None
+        if online is not None:
+            measures["lag"] = task.lag(online, tally)
+        common = {"layer": layer, **known, "stage": stage, **point, "samples": tally[-1]}
+        for metric, value in measures.items():
+            has_interval = metric == "error" and stage != "train"
+            low, high = task.interval(tally) if has_interval else (None, None)
+            rows.append({**common, "metric": metric, "value": value, "low": low, "high": high})
+    return rows
+
+
+class Curves:
+    """Adds up what has been scored since the last publication, by different kinds of probes of the same layers.
+
+    A layer that never ran or whose features were not finite is told of once.
+
+    Args:
+        network: whose probes are scored.
         ranks: the processes that score together.
 
     Attributes:
-        classes: how often each class was among the labels that the probes of a point were fitted on, at most.
+        target_sums: sums over the targets that the probes of a point were fitted on, the highest of all points.
         set_aside: layers whose features were not finite once: their values are NaN from then on.
         notes: why layers have no values.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.classes: list[float] = []
+    def __init__(self, network: LayerExtractor, ranks: Ranks) -> None:
+        self.target_sums: list[float] = []
         self.set_aside: set[str] = set()
         self.notes: list[str] = []
+        self._network = network
         self._ranks = ranks
-        self._scores: dict[str, dict[Curve, ProbeScores]] = {}
+        self._sums: dict[Kind, dict[Curve, tuple[Tensor, Tensor]]] = {}
         self._silent: set[str] = set()
         self._unconverged: set[str] = set()
 
-    def add(self, probes: str, stage: str, dataloader: int, sums: Tensor, classes: Tensor) -> None:
-        """Add the ``(3, layers)`` sums and class counts of some samples to a curve of ``probes``."""
-        curves = self._scores.setdefault(probes, {})
-        if (stage, dataloader) not in curves:
-            curves[stage, dataloader] = ProbeScores(
-                sums.shape[1],
-                len(classes),
-                sums.device,
-                distributed_available_fn=lambda: self._ranks.number > 1,
-                dist_sync_fn=self._ranks.gather_tensor,
-            )
-        curves[stage, dataloader].update(sums, classes)
+    @property
+    def doubts(self) -> str:
+        """Say what is strange about the targets that probes were fitted on; empty where nothing is."""
+        return self._network.task.doubts(self.target_sums) if self.target_sums else ""
 
-    def touch(self, probes: str, curve: Curve, layers: int, num_classes: int) -> None:
-        """A curve of which nothing could be scored: it has a point all the same."""
-        device = self._ranks.device
-        self.add(probes, *curve, torch.zeros(3, layers, device=device), torch.zeros(num_classes, device=device))
+    def add(self, kind: Kind, curve: Curve, tally: Tensor, target_sums: Tensor) -> None:
+        """Add the tally ``(statistics, layers)`` of some samples, and the sums over their targets, to a curve."""
+        curves = self._sums.setdefault(kind, {})
+        if (before := curves.get(curve)) is not None:
+            tally, target_sums = before[0] + tally, before[1] + target_sums
+        curves[curve] = tally, target_sums
+
+    def touch(self, kind: Kind, curve: Curve, layers: int) -> None:
+        """Give a curve a point of which nothing could be scored."""
+        task, device = self._network.task, self._ranks.device
+        none = task.target_sums(torch.zeros(0, task.outputs, device=device))
+        self.add(kind, curve, task.no_tally(layers, device), none)
 
     def fail(self, layers: Iterable[str], doing: str, error: Exception, now: tuple[int, int]) -> None:
         """Set layers aside for an error of the probes' own, and say so once."""
@@ -68,42 +192,50 @@ class Points:
                 f"{type(error).__name__}: {error}: {', '.join(map(repr, new))}; their values are NaN from now on"
             )
 
+    def blame(self, faults: Mapping[str, Exception], doing: str, now: tuple[int, int]) -> None:
+        """Set the layers aside on whose behalf something was raised, with one warning for all that raised the same."""
+        for text in dict.fromkeys(map(repr, faults.values())):
+            layers = [layer for layer, error in faults.items() if repr(error) == text]
+            self.fail(layers, doing, faults[layers[0]], now)
+
     def _tell(self, note: str) -> None:
-        """Warn, and remember for the report."""
+        """Warn, and keep the warning for the report."""
         self.notes.append(note)
         rank_zero_warn(f"LinearProbeCallback: {note}")
 
-    def agree(self, layers: int, num_classes: int) -> None:
-        """Before a publication: a curve of any process is one of all, and so is a layer that is set aside."""
+    def agree(self, layers: int) -> None:
+        """Make a curve of any process one of all, and also a layer that is set aside, before a publication."""
         if self._ranks.number > 1:
-            own = [(probes, curve) for probes, curves in self._scores.items() for curve in curves]
+            own = [(kind, curve) for kind, curves in self._sums.items() for curve in curves]
             found = self._ranks.gather((own, self.set_aside, self.notes))
             self.set_aside = set().union(*(layers for _, layers, _ in found))
             self.notes = list(dict.fromkeys(chain(*(notes for *_, notes in found))))
-            for probes, curve in sorted(set(chain(*(curves for curves, *_ in found)))):
-                self.touch(probes, curve, layers, num_classes)
+            curves = set(chain(*(curves for curves, *_ in found)))
+            for kind, curve in sorted(curves, key=lambda known: (known[0].value, known[1])):
+                self.touch(kind, curve, layers)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run cannot score again: tensors and plain types."""
-        along = self._scores.get("trained along", {}).get(("train", 0))
-        sums = [] if along is None else [along.sums.clone(), along.classes.clone()]
+        """Return what a resumed run cannot score again, as tensors and plain types."""
+        along = self._sums.get(Kind.TRAINED_ALONG, {}).get(("train", 0))
+        sums = [] if along is None else [tensor.clone() for tensor in along]
         return {"set_aside": sorted(self.set_aside), "notes": list(self.notes), "trained_along": sums}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
         """Take over what :meth:`state_dict` gave."""
-        self.set_aside, self.notes = set(state["set_aside"]), list(state.get("notes", []))
+        self.set_aside = set(state["set_aside"])
+        self.notes = list(state.get("notes", []))
         if state["trained_along"] and self._ranks.rank == 0:  # of all processes the first one has written it
-            sums, classes = (tensor.to(device) for tensor in state["trained_along"])
-            self.add("trained along", "train", 0, sums, classes)
+            tally, target_sums = (tensor.to(device) for tensor in state["trained_along"])
+            self.add(Kind.TRAINED_ALONG, ("train", 0), tally, target_sums)
 
-    def clear(self, probes: Iterable[str] | None = None) -> None:
-        """Forget what was scored, by some probes or by all."""
-        for key in list(self._scores) if probes is None else probes:
-            self._scores.pop(key, None)
+    def clear(self, *kinds: Kind) -> None:
+        """Forget what was scored by some kinds of probes, or by all."""
+        for kind in kinds or list(self._sums):
+            self._sums.pop(kind, None)
 
     def publish(
         self,
-        probes: str,
+        kind: Kind,
         report: ProbeReport,
         about: Mapping[str, Row],
         *,
@@ -111,53 +243,66 @@ class Points:
         logged_step: int | None = None,
         finite: Mapping[str, bool] | None = None,
         reasons: Mapping[str, str] | None = None,
-        online: str = "",
     ) -> list[Row]:
-        """A point of every curve of ``probes``, entered in ``report``.
+        """Enter a point of every curve of one kind of probes in ``report``.
 
         Args:
-            probes: as given to :meth:`add`.
-            report: where to.
-            about: ``{layer: {"depth", "features", ...}}`` in the order of the sums.
+            kind: which probes.
+            report: takes the rows.
+            about: ``{layer: {"depth", "features", ...}}`` in the order of the tallies.
             point: epochs completed and ``global_step``.
             logged_step: the step under which loggers show it; ``None`` if they do not.
-            finite: layers are set aside where this is false, or their loss is not finite; ``None``: NaN here, and no
-                more (an untrained network may overflow where the trained one does not).
-            reasons: why a layer has no values; without it nothing is said of those that have none.
-            online: the probes whose error minus that of ``probes`` on the same samples is the lag.
+            finite: layers are set aside where this is false, or where their tally is not finite. With ``None`` they
+                have NaN at this point and no more: an untrained network may overflow where the trained one does not.
+            reasons: why a layer has no values; with ``None`` nothing is said of those that have none.
+
+        Returns:
+            The rows.
         """
         rows: list[Row] = []
         epoch, step = point
-        for (stage, dataloader), scores in sorted(self._scores.get(probes, {}).items()):
-            sums = self._sum(scores, about, point)
-            other = self._scores.get(online, {}).get((stage, dataloader))
-            seen = None if other is None else self._sum(other, about, point)
-            if stage == "train" and any(sums["classes"]):
-                self.classes = [max(pair) for pair in zip_longest(self.classes, sums["classes"], fillvalue=0.0)]
-            if reasons is not None and any(sums["classes"]):
-                self._warn_silent(stage, [x for x, n in zip(about, sums["total"], strict=True) if not n], reasons)
-            for i, layer in enumerate(about):
-                if layer in self.set_aside or not math.isfinite(sums["total"][i]):
-                    sums["total"][i] = sum(sums["classes"])
-                if layer in self.set_aside or not (finite or {}).get(layer, True) or not math.isfinite(sums["loss"][i]):
-                    sums["wrong"][i] = sums["loss"][i] = math.nan
+        task = self._network.task
+        # The online probes scored on the same samples show how far they lag behind those that are published.
+        beside = self._sums.get(Kind.ONLINE, {}) if kind is Kind.PUBLISHED else {}
+        for (stage, dataloader), sums in sorted(self._sums.get(kind, {}).items()):
+            scores = self._total(sums, about, point)
+            online = self._total(beside[stage, dataloader], about, point) if (stage, dataloader) in beside else None
+            labelled = task.samples_in(scores.target_sums)
+            if stage == "train" and labelled:
+                both = zip_longest(self.target_sums, scores.target_sums, fillvalue=0.0)
+                self.target_sums = [max(pair) for pair in both]
+            if reasons is not None and labelled:
+                silent = [layer for layer, tally in zip(about, scores.tallies, strict=True) if not tally[-1]]
+                self._warn_silent(stage, silent, reasons)
+            for layer, tally in zip(about, scores.tallies, strict=True):
+                if layer in self.set_aside or not math.isfinite(tally[-1]):
+                    tally[-1] = labelled
+                is_finite = (finite or {}).get(layer, True) and math.isfinite(tally[-2])
+                if layer in self.set_aside or not is_finite:
+                    tally[:-1] = [math.nan] * (len(tally) - 1)
                     if finite is not None:
                         self._warn_set_aside(layer, stage, epoch, step)
-            if seen is not None:
-                same = [n == m for n, m in zip(seen["total"], sums["total"], strict=True)]
-                sums["online"] = [w if ok else None for w, ok in zip(seen["wrong"], same, strict=True)]
-            rows += report.add(
-                about, sums, stage=stage, dataloader=dataloader, epoch=epoch, step=step, logged_step=logged_step
+            if online is not None:
+                pairs = zip(online.tallies, scores.tallies, strict=True)
+                scores.online = [own if own[-1] == tally[-1] else None for own, tally in pairs]
+            new = rows_of(
+                task, about, scores, stage, dataloader=dataloader, epoch=epoch, step=step, logged_step=logged_step
             )
+            report.enter(new, baseline=task.baseline(scores.target_sums) if labelled and not dataloader else None)
+            rows += new
         return rows
 
-    def _sum(self, scores: ProbeScores, layers: Collection[str], now: tuple[int, int]) -> dict[str, list[Any]]:
+    def _total(self, sums: tuple[Tensor, Tensor], about: Mapping[str, Row], now: tuple[int, int]) -> Scores:
+        """Sum over processes; where that fails set all layers aside."""
         try:
-            # torchmetrics makes a vector of one value a scalar.
-            return {name: value.flatten().tolist() for name, value in scores.compute().items()}
+            return self._summed(sums)
         except Exception as error:
-            self.fail(layers, "summing up their scores", error, now)
-            return {name: [0.0] * len(layers) for name in ("wrong", "loss", "total")} | {"classes": []}
+            self.fail(about, "summing up their scores", error, now)
+            return Scores([[0.0] * self._network.task.statistics for _ in about], [])
+
+    def _summed(self, sums: tuple[Tensor, Tensor]) -> Scores:
+        tally, target_sums = (self._ranks.total(part) for part in sums)
+        return Scores(tally.T.tolist(), target_sums.tolist())
 
     def warn_unconverged(self, layers: Iterable[str]) -> None:
         """Say once of each layer that its probe is not at its optimum."""

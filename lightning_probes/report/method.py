@@ -1,4 +1,4 @@
-"""Says beside the numbers of a curve how they came about."""
+"""Say how the numbers of a curve were measured: on what probes were fitted, and on what they were scored."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 from lightning_probes.options import first_of
 
 CROSS_FITTED = "val, cross-fitted"
-"""What a row's ``fitted_on`` has as ``data`` where probes were fitted on parts of validation, and scored on others."""
+"""Mark, as ``fitted_on["data"]`` of a row, probes fitted on some folds of validation and scored on the others."""
 
 ONLINE = "online"
-"""The same for probes that were only trained along with the network."""
+"""Mark, as ``fitted_on["data"]`` of a row, probes that were only trained along with the network."""
 
 NO_VALIDATION = (
     "without a validation loop errors are those on samples that the network was trained on; what other samples would "
     "show takes a validation loader: trainer.fit(model, train_loader, val_loader)"
 )
-"""What is noted of such a run."""
+"""Note in the report of a run without a validation loop what its errors mean."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """What has to be known of some numbers.
+    """Hold what a reader must know of how the errors of a curve were measured.
 
     Attributes:
-        warning: what keeps them from being errors on new samples, as a heading; empty where nothing does.
-        sentences: how probes were fitted, on what they were scored, whether they are at their optimum.
+        warning: why the errors are not those of fitted probes on new samples, as a heading; empty if they are.
+        sentences: how the probes were fitted, on what they were scored, and which are not at their optimum.
     """
 
     warning: str
@@ -35,10 +35,11 @@ class Method:
 
 
 def method_of(points: Mapping[str, Sequence[Mapping[str, Any]]], stage: str) -> Method:
-    """Say how the points of a curve came about: the last one, and those that came about in another way.
+    """Describe how the last point of a curve was measured, and which earlier points were measured otherwise.
 
     Args:
-        points: rows, one a layer, as in :class:`~lightning_probes.ProbeReport`, by the point's name; in order of time.
+        points: ``{name of the point: rows}`` in order of time, one row per layer, as in
+            :class:`~lightning_probes.ProbeReport`; at least one point.
         stage: ``train``, ``val`` or ``test``.
     """
     last = list(points.values())[-1]
@@ -61,7 +62,7 @@ def method_of(points: Mapping[str, Sequence[Mapping[str, Any]]], stage: str) -> 
 
 
 def _by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Sort rows by what their probes were fitted on; the kind of most layers first."""
+    """Group rows by ``fitted_on["data"]``, the largest group first."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         kinds.setdefault((row.get("fitted_on") or {}).get("data", ""), []).append(row)
@@ -69,6 +70,7 @@ def _by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
 
 
 def _warning(data: str, row: Mapping[str, Any], stage: str) -> str:
+    """Return why such errors are not those of fitted probes on new samples; empty if they are."""
     if data == ONLINE:
         bound = "trained along, an upper bound that lags"
         return f"{bound}; on samples that the network was trained on" if stage == "train" else bound
@@ -82,6 +84,7 @@ def _warning(data: str, row: Mapping[str, Any], stage: str) -> str:
 
 
 def _sentence(data: str, rows: Sequence[Mapping[str, Any]], stage: str) -> str:
+    """Say in one sentence how the probes of these rows were fitted, and on how many samples they were scored."""
     scored = max(row["samples"] for row in rows)
     fitted = max((row.get("fitted_on") or {}).get("samples", 0) for row in rows)
     if data == ONLINE:

@@ -1,25 +1,25 @@
-"""Shortens names of layers for a table or an axis, so that all stay different."""
+"""Shorten the names of layers for a table or an axis, and keep them different."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 _GAP = ".."
-"""Stands for what was cut out of a name; ASCII, since a terminal that cannot print it would lose the table."""
+"""Mark what is cut out of a name, in ASCII: printing a table fails on a terminal that cannot encode a character."""
 
 
 def shorten(names: Sequence[str], width: int) -> tuple[str, dict[str, str]]:
     """Shorten names to at most ``width`` characters, so that no two of them look the same.
 
-    Where one is too long, the path that all names of more than one segment share is taken away (it is said once,
-    elsewhere); what is still too long is cut in the middle, at the same place in all.
+    If a name is too long, the path that all names of more than one segment share is removed, for the caller to state
+    once. Names that are still too long are cut in the middle, all at the same place.
 
     Args:
-        names: paths of layers, each once.
-        width: greatest number of characters, at least 12.
+        names: paths of layers, all different.
+        width: greatest number of characters of a short name, at least 12.
 
     Returns:
-        The path that was taken away, empty if none was; ``{name: short name}``.
+        The path that was removed, empty if none was; and ``{name: short name}``.
     """
     if all(len(name) <= width for name in names):
         return "", {name: name for name in names}
@@ -31,7 +31,7 @@ def shorten(names: Sequence[str], width: int) -> tuple[str, dict[str, str]]:
 
 
 def _shared_path(names: Sequence[str]) -> str:
-    """Return the path, with its last dot, below which all names of more than one segment are."""
+    """Return the path, with its last dot, that all names of more than one segment share; empty if there is none."""
     parents = [name.split(".")[:-1] for name in names if "." in name]
     shared: list[str] = []
     for level in zip(*parents, strict=False):
@@ -42,15 +42,16 @@ def _shared_path(names: Sequence[str]) -> str:
 
 
 def _cut(names: Sequence[str], width: int) -> list[str]:
-    """Cut what is longer than ``width``; of all places for the gap take the first that keeps names apart."""
+    """Cut names longer than ``width`` at the first place that keeps all names different; number them if none does."""
     room = width - len(_GAP)
-    # Blocks are told apart at the beginning of a path, their parts at its end, of which a reader needs more.
+    # The beginning of a path tells blocks apart, and its end the parts of a block. A reader needs more of the end, so a
+    # third of the room for the beginning is tried first.
     for head in sorted(range(room + 1), key=lambda head: abs(head - room // 3)):
         tail = room - head
         cut = [name if len(name) <= width else name[:head] + _GAP + name[len(name) - tail :] for name in names]
         if len(set(cut)) == len(names):
             return cut
-    # They differ at several places: a number tells them apart.
+    # Names that differ at several places may all look the same with one gap, so a number tells them apart.
     digits = len(str(len(names)))
     keep = width - digits - len(_GAP)
     return [name if len(name) <= width else f"{name[:keep]}{_GAP}{i:0{digits}}" for i, name in enumerate(names)]

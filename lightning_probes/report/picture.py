@@ -1,4 +1,4 @@
-"""Holds a matplotlib figure that a notebook shows; imported where something is drawn, since matplotlib is an extra."""
+"""Define a matplotlib figure that notebooks show. Import this module only to draw: matplotlib is an extra."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from matplotlib.figure import Figure
 
 
 class Picture(Figure):
-    """A figure that a notebook shows once, whether pyplot is imported or not.
+    """Show a figure exactly once in a notebook, whether pyplot is imported or not.
 
-    A figure of pyplot's is shown a second time when its cell ends; a bare one is shown as text as long as nobody has
-    told the notebook what to do with figures.
+    A notebook shows a figure made by pyplot twice, the second time at the end of the cell. It shows a plain ``Figure``
+    as text until pyplot has registered how figures are shown.
     """
 
     def _repr_png_(self) -> bytes:

@@ -1,4 +1,4 @@
-"""Plain mappings -> figures."""
+"""Draw probe errors with matplotlib, from plain mappings."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def new_picture(width: float, height: float, below: Sequence[str] = ()) -> Pictu
     """Make an empty figure.
 
     Args:
-        width: inches.
-        height: inches, without the lines below.
-        below: sentences in small print under the axes.
+        width: width of the figure in inches.
+        height: height of the figure in inches, without the lines of ``below``.
+        below: sentences to put in small print under the axes.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -36,7 +36,7 @@ def new_picture(width: float, height: float, below: Sequence[str] = ()) -> Pictu
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("drawing needs matplotlib: pip install 'lightning-probes[plots]'") from error
 
-    # In small print of 7 points an inch has about 19 characters.
+    # At 7 points about 19 characters fit into an inch.
     lines = [line for text in below for line in wrap(text, int(19 * width))]
     picture = Picture(figsize=(width, height + 0.14 * len(lines)), layout="constrained")
     if lines:
@@ -55,24 +55,26 @@ def error_by_depth(
     below: Sequence[str] = (),
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw probe error against depth, a line for each curve; logarithmic where errors differ more than eightfold.
+    """Draw probe error against depth, one line per curve.
+
+    The vertical axis is logarithmic (linear below 1 %) if the errors differ by more than a factor of eight.
 
     Args:
-        layers: the names along the horizontal axis, in order of depth.
-        curves: ``{label: error of each layer}``, fractions in [0, 1], the earliest first; NaN leaves a gap.
-        interval: lower and upper bound of the last curve, drawn as a band.
-        references: ``{label: error}``, drawn as horizontal lines.
-        title: above the axes.
-        warning: below the title: what keeps errors from being those on new samples.
-        below: sentences under the axes, in a figure of its own.
-        ax: to draw into; by default the axes of a new figure.
+        layers: names along the horizontal axis, in order of depth; at least one.
+        curves: ``{label: error of each layer}``, fractions in [0, 1], the earliest curve first; NaN leaves a gap.
+        interval: lower and upper bound of each error of the last curve, fractions in [0, 1], drawn as a band.
+        references: ``{label: error}``, fractions in [0, 1], drawn as horizontal lines.
+        title: text above the axes.
+        warning: text below the title: why the errors are not those of fitted probes on new samples.
+        below: sentences in small print under the axes; ignored if ``ax`` is given.
+        ax: axes to draw into; by default those of a new figure.
 
     Returns:
-        The axes; a new figure is their ``figure``.
+        The axes; their ``figure`` is the new figure.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        TypeError: ``ax`` are no axes.
+        TypeError: ``ax`` is no matplotlib Axes.
     """
     path, names = shorten(layers, _NAME_WIDTH)
     if ax is None:
@@ -102,7 +104,7 @@ def error_by_depth(
     _name_layers(axes, [names[layer] for layer in layers], path)
     axes.set_ylabel("probe error (%)")
     _scale(axes, [v for values in [*curves.values(), [*(references or {}).values()]] for v in values if v >= 0])
-    # In a title of 11 points an inch has about ten characters.
+    # At 11 points about ten characters fit into an inch.
     around = max(20, int(10 * axes.bbox.width / axes.figure.dpi))
     axes.set_title("\n".join([title, *wrap(warning, around)]), fontsize=11, parse_math=False)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
@@ -115,7 +117,7 @@ def error_by_depth(
 
 
 def _name_layers(axes: Axes, names: Sequence[str], path: str) -> None:
-    """Put names on the horizontal axis, at most 40 of them, and say once what path was taken away from them."""
+    """Label the horizontal axis with at most 40 names, evenly spaced, and state the path removed from all of them."""
     shown = range(0, len(names), -(-len(names) // 40))
     ticks = [names[i] for i in shown]
     axes.set_xticks(list(shown), ticks, rotation=45, ha="right", rotation_mode="anchor", fontsize=8, parse_math=False)
@@ -123,6 +125,7 @@ def _name_layers(axes: Axes, names: Sequence[str], path: str) -> None:
 
 
 def _scale(axes: Axes, drawn: list[float]) -> None:
+    """Scale the vertical axis for errors in [0, 1]: logarithmic if they differ by more than a factor of eight."""
     if any(drawn) and max(drawn) > 8 * min(value for value in drawn if value):
         axes.set_yscale("symlog", linthresh=1, linscale=0.5)
         axes.set_yticks(_TICKS, [str(tick) for tick in _TICKS])

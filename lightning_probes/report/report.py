@@ -1,4 +1,4 @@
-"""``ProbeReport``: the numbers, as rows, as a table, as JSON."""
+"""Define ``ProbeReport``, which holds the results of probing and shows, draws, saves and loads them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from lightning_probes.checkpoints import CheckpointError, read_checkpoint
+from lightning_probes.checkpoints import CheckpointError, check_version, read_checkpoint
 from lightning_probes.options import one_of
-from lightning_probes.probes.tasks import wilson_interval
 from lightning_probes.report.method import Method, method_of
 from lightning_probes.report.plots import error_by_depth
 from lightning_probes.report.tables import (
@@ -38,35 +37,51 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 METRICS = ("error", "cross_entropy", "lag")
-"""What there is to know of a probe: its error, a fraction in [0, 1]; its cross-entropy in nats; how much higher the
-error of the probe is that was only trained along with the network."""
+"""Name the metrics of a probe.
+
+``error`` is the classification error, a fraction in [0, 1]; ``cross_entropy`` is in nats; ``lag`` is how much higher
+the error of the online probe is, which was only trained along with the network.
+"""
+
+VERSION = 1
+"""Numbers the form in which reports are saved."""
 
 _STAGES = ("val", "test", "train")
 
 
 @dataclass(repr=False)
 class ProbeReport:
-    """What every probe of every published epoch found.
+    """Hold the results of every probe at every published point of training.
 
     Attributes:
-        rows: one dict a number, with ``layer`` (path, or ``input``), ``depth`` (0 for the input, then the order of the
-            calls), ``stage`` (``train``, ``val``, ``test``), ``dataloader`` (index within the stage), ``epoch`` (epochs
-            completed, 0 for the network as it was found), ``step`` (``global_step``), ``metric`` (``error`` in [0, 1],
-            ``cross_entropy`` in nats, ``lag``: the online probe's error minus this one's on the same samples),
-            ``value`` (NaN for a layer set aside), ``samples`` scored, ``low`` and ``high`` (95 % interval of an error,
-            after Wilson: it covers the scored sample, not the fit; ``None`` for other metrics, and for ``train``, whose
-            errors are those of the very samples that probes were fitted on), ``logged_step`` (the step under which
-            Lightning's loggers show the value: one less than ``step`` where a training step has just ended; ``None``
-            where nothing was logged), ``features`` and
-            ``features_total`` (after and before reduction), ``fitted_on`` (``{"data", "samples"}``: ``train`` for
-            samples of training, ``val, cross-fitted``, or ``online`` for a probe trained along with the network)
-            and ``converged`` (whether the probe is at its optimum; ``None`` for an online one); of
-            :func:`~lightning_probes.probe` also ``network`` (``as given``, ``untrained``, or a checkpoint's path).
-        baseline: ``{stage: error}`` of always answering that stage's most frequent class.
-        notes: what a reader should know of the run.
-        cost: of bringing the probes to their optimum, since this run began or was resumed: ``seconds``, ``share`` of
-            its time, and the most bytes that kept batches or features (``kept_bytes``, those in files included) and the
-            copy of the first weights (``weights_bytes``) took. Reports that differ in it alone are equal.
+        rows: one dict per number, with the keys
+
+            - ``layer``: path of the layer in ``named_modules()``, or ``input``;
+            - ``depth``: 0 for the input, then 1, 2, ... in the order in which the layers are called;
+            - ``stage``: ``train``, ``val`` or ``test``, and ``dataloader``: index of the loader within the stage;
+            - ``epoch``: epochs completed, 0 for the network as ``fit`` found it, and ``step``: its ``global_step``;
+            - ``metric``: ``error``, a fraction in [0, 1]; ``cross_entropy`` in nats; or ``lag``, the online probe's
+              error minus this probe's error on the same samples;
+            - ``value``: value of the metric; NaN for a layer that was set aside;
+            - ``samples``: number of samples scored;
+            - ``low`` and ``high``: 95 % interval of an error (Wilson 1927), which covers the choice of the scored
+              samples, not the fit. ``None`` for other metrics, and for stage ``train``, whose errors are those on the
+              very samples that the probes were fitted on;
+            - ``logged_step``: the step under which Lightning's loggers show the value, one less than ``step`` if a
+              training step has just ended; ``None`` if nothing was logged;
+            - ``features`` and ``features_total``: number of features after and before reduction;
+            - ``fitted_on``: ``{"data", "samples"}``, what and how many samples the probe was fitted on: ``train``,
+              ``val, cross-fitted``, or ``online`` for a probe that was only trained along with the network;
+            - ``converged``: whether the probe is at its optimum; ``None`` for an online probe;
+            - ``network``, only from :func:`~lightning_probes.probe`: ``as given``, ``untrained``, or a checkpoint's
+              path.
+        baseline: ``{stage: error}``, fractions in [0, 1]: the error of always answering the most frequent class among
+            the samples of the stage's first loader.
+        notes: sentences on what a reader should know of the run.
+        cost: cost of bringing the probes to their optimum, since the run began or was resumed: ``seconds``; ``share``,
+            the fraction of the run's time; ``kept_bytes``, most bytes of kept batches or features at one time, those in
+            files included; ``weights_bytes``, bytes of the copy of the first weights. Reports that differ only in their
+            cost are equal.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -74,68 +89,41 @@ class ProbeReport:
     notes: list[str] = field(default_factory=list)
     cost: dict[str, float] = field(default_factory=dict, compare=False)
 
-    def add(
-        self,
-        layers: Mapping[str, Row],
-        scores: Mapping[str, list[float]],
-        *,
-        stage: str,
-        dataloader: int,
-        epoch: int,
-        step: int,
-        logged_step: int | None = None,
-    ) -> list[Row]:
-        """Enter one point of every curve of a stage; a point already there is replaced.
+    def enter(self, rows: list[Row], baseline: float | None = None) -> None:
+        """Enter the rows of one point of the curves of a stage and dataloader; replace those that are there for it.
 
         Args:
-            layers: ``{layer: {"depth", "features", "features_total", ...}}``, in the order of ``scores``.
-            scores: ``wrong``, ``loss``, ``total`` of each layer, NaN for a layer set aside; ``classes``, the count of
-                each class; perhaps ``online``, the online probes' ``wrong`` or ``None``.
-            stage: ``train``, ``val`` or ``test``.
-            dataloader: index within the stage.
-            epoch: epochs completed.
-            step: ``global_step``.
-            logged_step: the step under which loggers show the point; ``None`` if they do not.
-
-        Returns:
-            The new rows, none for a layer without samples.
+            rows: rows as in :attr:`rows`, all of one stage, dataloader, epoch and step; or none.
+            baseline: error of always answering the most frequent class among the samples of the stage; ``None`` leaves
+                the known one.
         """
-        curve, time = {"stage": stage, "dataloader": dataloader}, {"epoch": epoch, "step": step}
-        new = []
-        for i, (layer, about) in enumerate(layers.items()):
-            wrong, loss, total = scores["wrong"][i], scores["loss"][i], scores["total"][i]
-            if total == 0 and not math.isnan(wrong):
-                continue
-            low, high = (None, None) if stage == "train" else wilson_interval(wrong, total)
-            common = {"layer": layer, **about, **curve, **time, "logged_step": logged_step, "samples": total}
-            new.append({**common, "metric": "error", "value": _share(wrong, total), "low": low, "high": high})
-            new.append({**common, "metric": "cross_entropy", "value": _share(loss, total), "low": None, "high": None})
-            if (online := scores.get("online", [None] * len(layers))[i]) is not None:
-                new.append(
-                    {**common, "metric": "lag", "value": _share(online - wrong, total), "low": None, "high": None}
-                )
-        if not new:
-            return new
-        point = {**curve, **time}
-        self.rows = [row for row in self.rows if any(row[key] != value for key, value in point.items())] + new
-        if not dataloader and (total := sum(scores["classes"], 0.0)):
-            self.baseline[stage] = 1 - max(scores["classes"]) / total
-        return new
+        if not rows:
+            return
+        point = [(key, rows[0][key]) for key in ("stage", "dataloader", "epoch", "step")]
+        self.rows = [row for row in self.rows if any(row[key] != value for key, value in point)] + rows
+        if baseline is not None:
+            self.baseline[rows[0]["stage"]] = baseline
 
     def select(self, **conditions: Any) -> list[Row]:
-        """The rows that have all these values, for example ``select(stage="val", metric="error", epoch=3)``."""
+        """Return the rows with all of these values, for example ``select(stage="val", metric="error", epoch=3)``."""
         return [row for row in self.rows if all(row.get(key) == value for key, value in conditions.items())]
 
     def curves(
         self, stage: str | None = None, metric: str = "error", dataloader: int | None = None
     ) -> dict[tuple[int, int], dict[str, Row]]:
-        """``{(epoch, step): {layer: row}}`` in order of time, layers in order of depth.
+        """Return the rows of one stage and metric by point and layer.
 
-        ``stage`` is by default the first of ``val``, ``test``, ``train`` that the report has, ``dataloader`` the first
-        that the stage has.
+        Args:
+            stage: ``train``, ``val`` or ``test``; by default the first of ``val``, ``test``, ``train`` with rows.
+            metric: ``error``, ``cross_entropy`` or ``lag``.
+            dataloader: index of the loader within the stage; by default the first with rows.
+
+        Returns:
+            ``{(epoch, step): {layer: row}}``, points in order of time, layers in order of depth. It is empty if the
+            report has no such rows.
 
         Raises:
-            ValueError: there is no such stage or metric; the message names those that there are.
+            ValueError: the name of the stage or metric is unknown; the message lists the known ones.
         """
         one_of("metric", metric, METRICS)
         stage, dataloader = self._resolve(stage, dataloader)
@@ -146,17 +134,19 @@ class ProbeReport:
         return curves
 
     def table(self, stage: str | None = None, metric: str = "error", dataloader: int | None = None) -> str:
-        """Return layers down, time across, in at most 80 columns: of many points the first, the last, some between.
+        """Return a table of at most 80 columns, with a row per layer and a column per point in training.
 
-        Below stand how the numbers came about, and the notes.
+        If not all points fit, the first, the last and evenly spaced ones between are shown. Below the table stand how
+        the probes were fitted and scored, and the notes.
 
         Args:
-            stage: as in :meth:`curves`.
+            stage: ``train``, ``val`` or ``test``; the default is that of :meth:`curves`.
             metric: ``error``, ``cross_entropy`` or ``lag``.
-            dataloader: index within the stage; as in :meth:`curves`.
+            dataloader: index of the loader within the stage; the default is that of :meth:`curves`.
 
         Raises:
-            ValueError: the report has rows, but none of these; the message names those that there are.
+            ValueError: the report has rows, but none of this stage, metric and dataloader; the message names those that
+                the report has.
         """
         if not self.rows:
             return "\n".join(["ProbeReport: no rows yet", *notes_as_text(self.notes)])
@@ -166,7 +156,7 @@ class ProbeReport:
         return self.table()
 
     def __repr__(self) -> str:
-        """Return one line: how much there is, and the lowest error of the last point."""
+        """Return one line: the numbers of layers, points and notes, and the lowest error of the last point."""
         if not self.rows:
             return "ProbeReport(no rows yet)"
         stage = self._stage()
@@ -180,24 +170,28 @@ class ProbeReport:
         return f"ProbeReport({layers}, {points}{lowest}{f' ({method.warning})' * bool(method.warning)}, {notes})"
 
     def _repr_html_(self) -> str:
-        """Return the table and, where matplotlib is installed, the figure, as a notebook shows them."""
+        """Return the table and, if matplotlib is installed, the figure, as HTML for a notebook."""
         if not self.rows:
             return f"<p>ProbeReport: no rows yet</p>{notes_as_html(self.notes)}"
         try:
             picture = base64.b64encode(self.plot()._repr_png_()).decode("ascii")
             drawn = f'<img alt="probe error against depth" src="data:image/png;base64,{picture}">'
-        except Exception as error:  # the table is there, whatever drawing raises
+        except Exception as error:  # An error of drawing must not keep the table from being shown.
             drawn = f"<p>No figure: {html.escape(str(error))}</p>"
         return f"<div>{self._table(None, 'error', None).html()}{drawn}</div>"
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON, whole or not at all; NaN becomes null.
+        """Save the report as JSON, in which NaN and infinity are null. The file is replaced only when all is written.
+
+        Args:
+            path: the file, in a folder that exists.
 
         Raises:
-            OSError: the file cannot be written; what was there before is there still.
+            FileNotFoundError: the folder does not exist.
+            OSError: the file cannot be written; an earlier file of that name is unchanged.
         """
-        text = json.dumps({"version": 1, **_without_nan(asdict(self))}, indent=1, allow_nan=False)
-        path = Path(os.path.realpath(path))  # through a link, which stays one
+        text = json.dumps({"version": VERSION, **_without_nan(asdict(self))}, indent=1, allow_nan=False)
+        path = Path(os.path.realpath(path))  # os.replace would put a file in the place of a link.
         if not path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
@@ -207,30 +201,34 @@ class ProbeReport:
 
     @classmethod
     def load(cls, path: str | Path) -> ProbeReport:
-        """Read what :meth:`save` wrote.
+        """Load a report that :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is no such report.
+            ValueError: the file holds no report.
+            OSError: the file cannot be read.
         """
         try:
             saved = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls.from_dict({key: value for key, value in saved.items() if key != "version"})
+            check_version(saved.pop("version", VERSION), VERSION, f"the report in {path}")
+            return cls.from_dict(saved)
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
             hint = "; that of a checkpoint: ProbeReport.from_checkpoint" if zipfile.is_zipfile(path) else ""
             raise ValueError(f"{path} is no saved ProbeReport: {error}{hint}") from error
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, name: str | None = None, *, weights_only: bool = True) -> ProbeReport:
-        """Read the report that a :class:`~lightning_probes.LinearProbeCallback` left in a Lightning checkpoint.
+        """Load the report that a :class:`~lightning_probes.LinearProbeCallback` stored in a Lightning checkpoint.
 
         Args:
-            path: of the checkpoint.
-            name: the callback's ``name``, where there were several; ``None``: the one without a name, or the only one.
-            weights_only: read nothing but tensors and plain types; without it a checkpoint can run any code.
+            path: file of the checkpoint.
+            name: ``name`` of the callback. By default the callback without a name, or else the only one.
+            weights_only: whether to load nothing but tensors and plain types. With ``False`` a checkpoint can run any
+                code.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no checkpoint, or holds no such report; the message names those that it holds.
+            ValueError: the file is no checkpoint that can be read, or holds no report of that name; the message names
+                the reports that it holds.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: there is no such checkpoint")
@@ -250,7 +248,12 @@ class ProbeReport:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> ProbeReport:
-        """A report out of ``dataclasses.asdict`` of one; null values become NaN."""
+        """Make a report from the ``dataclasses.asdict`` of one; ``None`` in the place of a number becomes NaN.
+
+        Raises:
+            KeyError: there are no rows, or a row lacks a key that every row has.
+            TypeError: there are keys that a report does not have.
+        """
         needed = {"layer", "depth", "stage", "dataloader", "epoch", "step", "metric", "value", "samples", "features"}
         for row in saved["rows"]:
             if missing := needed - set(row):
@@ -287,19 +290,21 @@ class ProbeReport:
         references: Mapping[str, float] | None = None,
         ax: Axes | None = None,
     ) -> Picture | Axes:
-        """Draw error against depth, a line for each published epoch, the last with its interval.
+        """Draw error against depth, with one line per published point, at most eight, and the last point's interval.
 
         Args:
-            stage: as in :meth:`curves`.
-            dataloader: as in :meth:`curves`.
-            references: further horizontal lines ``{label: error}``, for example the network's own.
-            ax: axes to draw into. By default there is a new figure, which has room for the method and the notes too.
+            stage: ``train``, ``val`` or ``test``; the default is that of :meth:`curves`.
+            dataloader: index of the loader within the stage; the default is that of :meth:`curves`.
+            references: further horizontal lines, ``{label: error}`` in [0, 1], for example the network's own error.
+            ax: matplotlib axes to draw into. By default a new figure is made, which also has, under its axes, how the
+                probes were fitted and scored, and the notes.
 
         Returns:
-            A new matplotlib figure, which a notebook shows, or ``ax``.
+            ``ax`` if it is given, else the new matplotlib figure, which a notebook shows.
 
         Raises:
-            ValueError: there is nothing to draw yet.
+            ValueError: the stage is unknown, or the report has no errors of it to draw.
+            TypeError: ``ax`` is no matplotlib Axes.
             ModuleNotFoundError: matplotlib is not installed.
         """
         stage, dataloader = self._resolve(stage, dataloader)
@@ -353,7 +358,7 @@ class ProbeReport:
         return method_of(points, stage)
 
     def _resolve(self, stage: str | None, dataloader: int | None) -> tuple[str, int]:
-        """Fill in what is not given: the first stage that there is, and its first loader."""
+        """Return stage and dataloader; in the place of ``None`` the first stage with rows, and its first loader."""
         stage = self._stage() if stage is None else one_of("stage", stage, _STAGES)
         if dataloader is None:
             dataloader = min((row["dataloader"] for row in self.rows if row["stage"] == stage), default=0)
@@ -364,11 +369,8 @@ class ProbeReport:
         return next((stage for stage in _STAGES if stage in found), "val")
 
 
-def _share(part: float, total: float) -> float:
-    return part / total if total else math.nan
-
-
 def _is_number(row: Mapping[str, Any], key: str) -> bool:
+    """Return whether a null under ``key`` is a NaN that was saved, and not a value that does not exist."""
     has_interval = row.get("metric") == "error" and row.get("stage") != "train"
     return key == "value" or (key in ("low", "high") and has_interval)
 

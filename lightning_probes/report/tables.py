@@ -1,4 +1,4 @@
-"""Curves -> the table that a reader sees, as text of at most 80 columns or as HTML."""
+"""Build the table of a report's curves, as text of at most 80 columns or as HTML."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning_probes.report.method import Method
 from lightning_probes.report.names import shorten
 
 Point = tuple[int, int]
-"""``(epoch, step)``."""
+"""Locate a point of a curve in training: ``(epochs completed, global_step)``."""
 
 WIDTH = 80
-"""Characters of a line of text."""
+"""Limit a line of text to this many characters."""
 
 _NAME_WIDTH = 30
 _NO_VALUE = "-"
@@ -25,18 +25,18 @@ _NO_VALUE = "-"
 
 @dataclass(frozen=True)
 class Table:
-    """What a reader sees of some curves, as :meth:`text` or :meth:`html`.
+    """Hold the table of some curves, to be shown by :meth:`text` or :meth:`html`.
 
     Attributes:
-        title: what the numbers are.
-        warning: what keeps them from being errors on new samples; empty where nothing does.
-        header: of each column.
-        widths: of each column in text, in characters.
-        rows: cells, a layer's short name first.
-        layers: whole names of the layers in the first rows.
-        shortened: how the short names were made; empty where they are whole.
-        sentences: how the numbers came about.
-        notes: what a reader should know of the run.
+        title: metric, unit and stage of the numbers.
+        warning: why the errors are not those of fitted probes on new samples; empty if they are.
+        header: heading of each column.
+        widths: width of each column of the text, in characters.
+        rows: cells of each row, a layer's short name first. Rows that are no layer's come last.
+        layers: full names of the layers, in the order of the rows.
+        shortened: a sentence on how names were shortened; empty if none was.
+        sentences: how the probes were fitted and scored, and how to read the numbers.
+        notes: the notes of the report.
     """
 
     title: str
@@ -50,7 +50,7 @@ class Table:
     notes: list[str]
 
     def text(self) -> str:
-        """Return lines of at most 80 characters."""
+        """Return the table as lines of at most 80 characters."""
         lines = [
             "".join([f"{name:<{left}}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))])
             for (left, *widths), (name, *cells) in ((self.widths, row) for row in [self.header, *self.rows])
@@ -60,7 +60,7 @@ class Table:
         return "\n".join([self.title, *above, *map(str.rstrip, lines), *below, *notes_as_text(self.notes)])
 
     def html(self) -> str:
-        """Return an element of a page, with the layers' whole names."""
+        """Return the table as HTML, with the full names of the layers."""
         names = [*self.layers, *(name for name, *_ in self.rows[len(self.layers) :])]
         rows = [[name, *cells] for name, (_, *cells) in zip(names, self.rows, strict=True)]
         warning = f"<br><strong>{html.escape(self.warning)}</strong>" if self.warning else ""
@@ -82,16 +82,20 @@ def error_table(
     has_interval: bool = True,
     notes: Sequence[str] = (),
 ) -> Table:
-    """Build the table of some curves: layers down, time across; of many points the first, the last and some between.
+    """Build the table of some curves, with a row per layer and a column per point in training.
+
+    If not all points fit into 80 columns, the first, the last and evenly spaced ones between are shown.
 
     Args:
-        curves: ``{(epoch, step): {layer: row}}``, rows as in :class:`~lightning_probes.ProbeReport`; at least one.
-        metric: of the rows; errors are shown in per cent, with the last interval and what differences mean nothing.
-        where: the stage, for the title.
-        method: how the last point came about.
-        baseline: error of the majority class.
-        has_interval: whether an interval of the errors means something.
-        notes: of the run.
+        curves: ``{(epoch, step): {layer: row}}`` in order of time, rows as in :class:`~lightning_probes.ProbeReport`;
+            at least one point.
+        metric: metric of the rows. Errors are shown in per cent, with the interval of the last point and the smallest
+            difference that means something.
+        where: stage, and dataloader if it matters, for the title.
+        method: how the errors were measured.
+        baseline: error of always answering the most frequent class, in [0, 1]; by default there is no such row.
+        has_interval: whether the errors have confidence intervals.
+        notes: the notes of the report.
     """
     last = {layer: row for curve in curves.values() for layer, row in curve.items()}
     ordered = sorted(last.values(), key=lambda row: row["depth"])
@@ -135,35 +139,46 @@ def error_table(
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Break a text into lines of at most ``width`` characters; a number keeps its per cent sign."""
+    """Break a text into lines of at most ``width`` characters, and never between a number and its per cent sign."""
     kept = textwrap.wrap(text.replace(" %", "\xa0%"), width, break_on_hyphens=False)
     return [line.replace("\xa0", " ") for line in kept]
 
 
 def notes_as_text(notes: Sequence[str]) -> list[str]:
-    """Return notes as lines of at most 80 characters, each note with a dash of its own; none where there are none."""
+    """Return a heading and the notes, each after a dash, as lines of at most 80 characters; empty without notes."""
     lines = [f"{'  ' if i else '- '}{line}" for note in notes for i, line in enumerate(wrap(note, WIDTH - 2))]
     return ["Notes:", *lines] if lines else []
 
 
 def notes_as_html(notes: Sequence[str]) -> str:
-    """Return notes as a list of a page; empty where there are none."""
+    """Return the notes as an HTML list; empty without notes."""
     items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
     return f"<p>Notes:</p><ul>{items}</ul>" if items else ""
 
 
 def has_points_inside_epochs(curves: Mapping[Point, Any]) -> bool:
-    """Whether a point lies inside an epoch, so that only steps tell the points apart."""
+    """Return whether a point lies inside an epoch, so that points are named by their step and not by their epoch."""
     return len({epoch for epoch, _ in curves}) < len(curves) or any(step and not epoch for epoch, step in curves)
 
 
 def point_name(point: Point, by_step: bool, curve: Mapping[str, Mapping[str, Any]]) -> str:
-    """``epoch 3``, ``step 400``, ``start`` for the network as `fit` found it, or what a network without a time is."""
+    """Return the name of a point of a curve, for example ``epoch 3`` or ``step 400``.
+
+    Args:
+        point: epochs completed and ``global_step``.
+        by_step: whether the name has the step and not the epoch.
+        curve: ``{layer: row}`` of the point; at least one layer.
+
+    Returns:
+        The name; ``start`` for the network as ``fit`` found it, and ``untrained`` or ``as given`` for a network of
+        :func:`~lightning_probes.probe` whose time in training is unknown.
+    """
     name = _time(point, by_step, curve)
     return f"{'step' if by_step else 'epoch'} {name}" if name.isdigit() else name
 
 
 def _time(point: Point, by_step: bool, curve: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the number of the epoch or step as text, or the word that stands for it in :func:`point_name`."""
     network = next(iter(curve.values())).get("network")
     if network in ("untrained", "as given") and point in ((0, 0), (0, 1)):
         return str(network)
@@ -171,7 +186,7 @@ def _time(point: Point, by_step: bool, curve: Mapping[str, Mapping[str, Any]]) -
 
 
 def spread(points: list[Point], room: int) -> list[Point]:
-    """At most ``room`` of ``points``, and at least two: the first, the last, evenly spaced ones between."""
+    """Return at most ``max(room, 2)`` of the points: the first, the last, and evenly spaced ones between."""
     room = max(room, 2)
     if len(points) <= room:
         return points
@@ -179,12 +194,17 @@ def spread(points: list[Point], room: int) -> list[Point]:
 
 
 def _caveat(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say how far apart two errors must be to mean something; nothing where no layer has one."""
+    """Say how far apart two errors must be to mean something; empty if no layer has an error.
+
+    The bound is the half-width of the 95 % interval, in the normal approximation, of the difference of two errors near
+    their median p, each measured on n samples of its own: 1.96 sqrt(2 p (1 - p) / n).
+    """
     known = sorted(row["value"] for row in rows if not math.isnan(row["value"]))
     if not known:
         return []
     middle, samples = known[len(known) // 2], max(row["samples"] for row in rows)
-    rate = min(max(middle, 1 / samples), 1 - 1 / samples) if samples > 1 else 0.5  # none or all wrong is chance too
+    # An observed error of 0 or 1 is subject to chance too, but the formula would give a bound of 0.
+    rate = min(max(middle, 1 / samples), 1 - 1 / samples) if samples > 1 else 0.5
     half = 100 * 1.96 * math.sqrt(2 * rate * (1 - rate) / samples)
     return [
         f"Between two errors near {_percent(middle)} %, do not make anything of less than {half:.1f} points (95 %, as "
@@ -193,7 +213,7 @@ def _caveat(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _shortened(path: str, layers: Sequence[str]) -> str:
-    """Say how names were shortened."""
+    """Say in a sentence how the names of the layers were shortened."""
     others = [layer for layer in layers if not layer.startswith(f"{path}.")]
     but = f" (but for {first_of(others)})" if others else ""
     return f"Layers are named from {path} on{but}; .. is left out." if path else "In names .. is left out."
@@ -204,6 +224,7 @@ def _percent(value: float) -> str:
 
 
 def _between(row: Mapping[str, Any]) -> str:
+    """Return the 95 % interval of a row's error in per cent; empty if it has none."""
     low, high = row["low"], row["high"]
     return "" if low is None or math.isnan(low) else f"{_percent(low)}-{_percent(high)}"
 

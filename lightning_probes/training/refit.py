@@ -1,41 +1,47 @@
-"""Which probes are published: those at their optimum on training run again, cross-fitted ones, or the online ones."""
+"""Brings the probes of a network to their optimum when a point is due, and scores them.
+
+Training batches that were kept are run again on the frozen network. Where they cannot be, probes are cross-fitted on
+validation, or those that were trained along are published.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from contextlib import closing, contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.distributed import Ranks
-from lightning_probes.network.extractor import ProbedNetwork
-from lightning_probes.probes.online import ProbeBank
-from lightning_probes.probes.tasks import count_classes
+from lightning_probes.network.extractor import LayerExtractor
+from lightning_probes.probes.dataset import FeatureDataset, LayerBatch, MemoryStore
+from lightning_probes.probes.fit import FittedProbes, fit_layers
+from lightning_probes.probes.heads import StackedProbes
 from lightning_probes.progress import Progress, size
-from lightning_probes.replay.reservoir import Room
-from lightning_probes.report.curves import Curve, Points
+from lightning_probes.replay.batches import Context, RecordedBatch, RecordedBatches, device_of
+from lightning_probes.replay.calls import CannotRunAgainError
+from lightning_probes.replay.replayer import copy_of_weights
+from lightning_probes.replay.reservoir import Reservoir, Room
+from lightning_probes.report.curves import Curve, Curves, Kind
 from lightning_probes.report.method import CROSS_FITTED
-from lightning_probes.training.crossfit import CrossFitter
-from lightning_probes.training.fitted import Fitted
-from lightning_probes.training.fitting import Context, ProbeFitter, Seen
-from lightning_probes.training.starting import StartingPoint
+
+Faults = dict[str, Exception]
+"""Names what was raised on behalf of layers."""
 
 
-class Optimum:
-    """Brings the probes of a network to their optimum when a point is due, and scores them.
+class Refit:
+    """Fits and scores the probes that are published.
 
     Args:
         network: hooked.
-        points: where scores go: ``published``, ``start`` (the network as it was found) and, beside them on the same
-            samples, ``online``.
-        room: for the training samples to fit on; without any nothing is fitted, the online probes are published.
+        curves: takes tallies, of the kinds ``PUBLISHED``, ``START`` and, on the same samples, ``ONLINE``.
+        room: bounds the training samples to fit on; without any nothing is fitted, and the online probes are published.
         ranks: the processes that train together; each keeps samples of its own, the probes are those of all.
         progress: shows how far a fit is.
 
@@ -43,86 +49,93 @@ class Optimum:
         room: as given.
         fitted: the probes at their optimum, on the network as it was when the last point was due.
         cost: as in :class:`~lightning_probes.ProbeReport`, without the share.
-        note: why the probes are fitted in another way than on training run again, or the starting point is missing.
+        note: why the probes are fitted in another way than on training run again, or why the starting point is missing.
     """
 
-    def __init__(self, network: ProbedNetwork, points: Points, room: Room, ranks: Ranks, progress: Progress) -> None:
-        self.fitted: Fitted | None = None
+    def __init__(self, network: LayerExtractor, curves: Curves, room: Room, ranks: Ranks, progress: Progress) -> None:
+        self.room = room
+        self.fitted: FittedProbes | None = None
         self.cost: dict[str, float] = {"seconds": 0.0, "kept_bytes": 0, "weights_bytes": 0}
         self.note = "" if room.samples else "the online probes are published: fit_samples is 0"
         self._network = network
-        self._points = points
-        self._fitter = ProbeFitter(network, room, ranks, progress)
-        self.room = room
-        self._ranks, self._progress = ranks, progress
-        self._cross_fitters: defaultdict[int, CrossFitter] | None = None
-        self._make_cross_fitter = partial(CrossFitter, network, room, ranks, progress)
-        self._start = StartingPoint(self._fitter, points, ranks)
+        self._curves = curves
+        self._ranks = ranks
+        self._progress = progress
+        self._batches = RecordedBatches(network, room)
+        self._start = StartingPoint()
+        self._validation: defaultdict[int, Reservoir[LayerBatch]] | None = None
+        self._online: Tensor | None = None
+        self._faults: Faults = {}
 
     def begin(self, model: nn.Module, *, gone_before: str, has_start: bool) -> str:
-        """Training begins.
+        """Begin training.
 
         Args:
             model: the network.
-            gone_before: what training there was before, or empty: as the network is now it is to be the first point of
+            gone_before: what training there was before; empty if the network as it is now is to be the first point of
                 each curve.
-            has_start: that point is there already.
+            has_start: whether that point is there already.
 
         Returns:
-            What a reader should know.
+            A note for readers of the report; empty if there is nothing to say.
         """
         if not self.room.samples:
             return ""
-        self._fitter.attach(model)
+        self._batches.attach(model)
         if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
-            self._fitter.refusal = "its weights are shared out among processes"
+            self._batches.refuse("its weights are shared out among processes")
         if gone_before:
             return "" if has_start else f"no starting point: {gone_before}"
-        note = self._start.keep(model)
+        if any(is_lazy(tensor) for tensor in model.parameters()):
+            return "no starting point: before the first step the network had parameters without a shape"
+        if self._batches.refusal is not None:
+            return "no starting point: training cannot be run again"
+        self._start.keep(model)
         self.cost["weights_bytes"] = self._start.num_bytes
-        return note
+        return ""
 
     def end(self) -> str:
-        """Let go of the model and of what was kept of its training; what a reader should know."""
+        """Let go of the model and of what was kept of its training; return a note for readers of the report."""
         was_waiting = self._start.is_due
-        self._fitter.detach()
+        self._batches.detach()
         self.forget()
-        self._start.drop()
+        self._drop_start()
         return "no starting point: it waited for a validation that never ended" if was_waiting else ""
 
     def forget(self) -> None:
-        """A validation that did not end."""
-        self._start.fitted = self._cross_fitters = None
+        """Discard what was made of an unfinished validation."""
+        self._start.fitted = None
+        self._validation = None
 
     def renew(self, epoch: int) -> None:
-        """An epoch begins."""
-        self._fitter.renew(epoch)
+        """Begin an epoch: its batches take the places of those of the epoch before."""
+        self._batches.renew(epoch)
 
     def open(self) -> bool:
-        """Before a training step: whether its batch will be kept."""
-        return self.room.samples > 0 and self._fitter.open()
+        """Return before a training step whether its batch will be kept."""
+        return self.room.samples > 0 and self._batches.open()
 
-    def close(self, seen: Seen | None) -> None:
-        """After a training step: what it showed; copied, where it is kept."""
-        self._fitter.close(seen)
+    def close(self, seen: LayerBatch | None) -> None:
+        """Keep a copy of what a training step showed, if its batch was wanted."""
+        self._batches.close(seen)
         if self._network.labels.absent_in_training:
-            self._fitter.refusal = "its batches have no usable labels"
+            self._batches.refuse("its batches have no usable labels")
 
-    def kept(self, batches: float, *, has_validation: bool) -> str:
-        """Return a phrase on what is kept, at most, once training had its first batch.
+    def described(self, batches: float, *, has_validation: bool) -> str:
+        """Say what is kept, at most, once training had its first batch.
 
         Args:
-            batches: of an epoch.
+            batches: number of batches of an epoch.
             has_validation: as for :meth:`prepare`.
         """
         if not self.room.samples:
             return "keeps no training batch (fit_samples=0)"
-        if self._fitter.refusal:
+        if self._batches.refusal is not None:
             samples, values = self.room.samples, sum(self._network.recorder.widths.values())
             most = size(min(4 * samples * values, self.room.num_bytes))
             instead = f" but features of validation, up to {samples:,} samples ({most})" * has_validation
-            return f"keeps no training batch{instead}: {self._fitter.refusal}"
-        count, num_bytes = self._fitter.most(batches)
+            return f"keeps no training batch{instead}: {self._batches.refusal}"
+        count, num_bytes = self._batches.most(batches)
         if not count:
             return "keeps no training batch (fit_samples and fit_bytes have no room for one)"
         where = ", in each process" * (self._ranks.number > 1)
@@ -133,121 +146,237 @@ class Optimum:
         self,
         model: nn.Module,
         context: Context,
-        online: ProbeBank | None,
+        online: StackedProbes | None,
         *,
         is_validation: bool,
         has_validation: bool,
     ) -> None:
-        """A point is due: fit the probes on the network as it is now.
+        """Fit the probes on the network as it is now, since a point is due.
 
         Args:
-            model: that is trained.
+            model: the network that is trained.
             context: what it runs in.
             online: the probes that are trained along.
             is_validation: whether a validation follows at once.
             has_validation: whether there will be any: the starting point waits for it.
         """
-        self.fitted = self._start.fitted = self._cross_fitters = None
+        self.fitted = None
+        self._online = None
+        self.forget()
         if not self.room.samples:
             return
-        with self._timed("Fitting probes"):
-            self.fitted = self._fitter.fit(model, context, online)
+        try:
+            with self._timed("Fitting probes"):
+                self.fitted = self._fit(model, context, online=online)
+        except CannotRunAgainError as error:
+            self._batches.refuse(str(error))
         if self.fitted is not None and self._start.is_due and (is_validation or not has_validation):
             with self._timed("Fitting probes at start"):
-                reason = self._start.fit(model, context)
-            if reason:
-                self._say(f"no starting point: {reason}")
-        self.cost["kept_bytes"] = max(self.cost["kept_bytes"], self._fitter.num_bytes)
+                self._fit_start(model, context)
+        self.cost["kept_bytes"] = max(self.cost["kept_bytes"], self._batches.num_bytes)
         if self.fitted is None:
-            reason = self._fitter.refusal or "no batch of it was kept: fit_samples and fit_bytes have no room for one"
-            self._cross_fitters = defaultdict(self._make_cross_fitter) if is_validation else None
+            reason = self._batches.refusal or "no batch of it was kept: fit_samples and fit_bytes have no room for one"
+            self._validation = self._no_batches() if is_validation else None
             way = "cross-fitted on validation" if has_validation else "those trained along, which lag behind"
             no_start = ", and there is no starting point" if self._start.is_due else ""
-            self._start.drop()
+            self._drop_start()
             self._say(f"training cannot be run again ({reason}): the probes are {way}", no_start)
 
     def watch(self, batch: Any) -> None:
-        """Before a step of validation: if the starting point is due, what it calls is scored there too."""
+        """Record the calls of a step of validation if they are scored on the starting point too."""
         if self._start.fitted is not None:
-            self._fitter.watch(batch)
+            self._batches.watch(batch)
 
     def score(
-        self, curve: Curve, seen: Seen | None, online: ProbeBank | None, model: nn.Module, context: Context
+        self, curve: Curve, seen: LayerBatch | None, online: StackedProbes | None, model: nn.Module, context: Context
     ) -> None:
         """Score all probes on an evaluated batch."""
-        watched = self._fitter.take(seen)
+        watched: RecordedBatch | None = None
+        try:
+            watched = self._batches.take(seen)
+        except CannotRunAgainError as error:
+            if seen is not None:
+                self._start.fault = self._start.fault or f"validation cannot be run again: {error}"
         if seen is None:
             return
-        classes = count_classes(seen[1])
-        if self._cross_fitters is None and curve[0] == "val" and self._is_cross_fitted():
+        target_sums = self._network.task.target_sums(seen.targets)
+        if self._validation is None and curve[0] == "val" and self._is_cross_fitted():
             # Validated once more: the probes fitted on all of those samples must not score them.
-            self._cross_fitters = defaultdict(self._make_cross_fitter)
-        if self._cross_fitters is not None:
-            self._cross_fitters[curve[1]].add(seen)
-        elif (bank := self.fitted.bank if self.fitted is not None else online) is not None:
-            self._points.add("published", *curve, bank.score(*seen), classes)
-        if online is not None and (self.fitted is not None or self._cross_fitters is not None):
-            self._points.add("online", *curve, online.score(*seen), classes)
+            self._validation = self._no_batches()
+        if self._validation is not None:
+            self._keep(self._validation[curve[1]], seen)
+        elif (probes := self.fitted.probes if self.fitted is not None else online) is not None:
+            self._curves.add(Kind.PUBLISHED, curve, probes.score(seen), target_sums)
+        if online is not None and (self.fitted is not None or self._validation is not None):
+            self._curves.add(Kind.ONLINE, curve, online.score(seen), target_sums)
         if watched is not None:
             with self._timed():
-                self._start.score(watched, curve, model, context)
+                self._score_start(watched, curve, model, context)
 
     def conclude(self) -> dict[str, dict[str, Any]]:
-        """All samples have been scored: add what the fit itself knows, and let go of what only this point needs.
+        """Add what the fit itself knows once all samples have been scored; let go of what only this point needs.
 
         Returns:
-            :attr:`Fitted.about` of the starting point, if it was due.
+            :attr:`FittedProbes.known` of the starting point, if it was due.
         """
-        if reason := self._start.missed():
+        if self._start.fitted is not None and (reason := self._ranks.first(self._start.fault)):
+            self._drop_start()
             self._say(f"no starting point: {reason}")
-        if any(self._ranks.gather(self._cross_fitters is not None)):
-            fitters = self._cross_fitters or defaultdict(self._make_cross_fitter)
+        if any(self._ranks.gather(self._validation is not None)):
             with self._timed("Cross-fitting probes"):
-                num_bytes = sum(fitter.num_bytes for fitter in fitters.values())
-                self.cost["kept_bytes"] = max(self.cost["kept_bytes"], num_bytes)
-                for dataloader in sorted(set(chain(*self._ranks.gather(list(fitters))))):
-                    # Whatever is raised now, the curve has a point.
-                    layers, classes = len(self._network.layers), self._network.num_classes
-                    self._points.touch("published", ("val", dataloader), layers, classes)
-                    if (crossed := fitters[dataloader].fit()) is not None:
-                        sums, fitted, counts = crossed
-                        self._points.add("published", "val", dataloader, sums, counts)
-                        # Of several loaders the first one's probes are those of the stage "train".
-                        self.fitted = self.fitted or fitted
-        self._cross_fitters = None
-        for probes, found in (("published", self.fitted), ("start", self._start.fitted)):
-            if found is not None and found.sums is not None and found.classes is not None:
-                self._points.add(probes, "train", 0, found.sums, found.classes)
-        if self.fitted is not None and self.fitted.online is not None and self.fitted.classes is not None:
-            self._points.add("online", "train", 0, self.fitted.online, self.fitted.classes)
+                self._cross_fit(self._validation or self._no_batches())
+        self._validation = None
+        for kind, found in ((Kind.PUBLISHED, self.fitted), (Kind.START, self._start.fitted)):
+            if found is not None and found.tally is not None and found.target_sums is not None:
+                self._curves.add(kind, ("train", 0), found.tally, found.target_sums)
+                if kind is Kind.PUBLISHED and self._online is not None:
+                    self._curves.add(Kind.ONLINE, ("train", 0), self._online, found.target_sums)
         if self.fitted is not None:
-            self.fitted = Fitted(self.fitted.bank, self.fitted.about)
+            self.fitted = FittedProbes(self.fitted.probes, self.fitted.known)
+        self._online = None
         return self._start.conclude()
 
+    def pop_faults(self) -> Faults:
+        """Return what was raised on behalf of single layers since the last time."""
+        faults, self._faults = self._faults, {}
+        return faults
+
     def state_dict(self) -> dict[str, Any]:
-        """The probes at their optimum: tensors and plain types."""
-        known = {"fitter": self._fitter.state_dict(), "note": self.note}
+        """Return the probes at their optimum as tensors and plain types."""
+        known = {"fitter": self._batches.state_dict(), "note": self.note}
         if self.fitted is None:
             return known
-        return {**known, "bank": self.fitted.bank.state_dict(), "about": self.fitted.about}
+        return {**known, "bank": self.fitted.probes.state_dict(), "about": self.fitted.known}
 
-    def load_state_dict(
-        self, state: Mapping[str, Any], layers: list[str], num_classes: int, device: torch.device | str
-    ) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], layers: list[str], device: torch.device | str) -> None:
         """Take over what :meth:`state_dict` gave."""
-        self._fitter.load_state_dict(state["fitter"])
+        self._batches.load_state_dict(state["fitter"])
         self.note = self.note or state["note"]
         if "bank" in state:
-            bank = ProbeBank(layers, num_classes)
-            bank.load_state_dict(state["bank"], device)
-            self.fitted = Fitted(bank, state["about"])
+            probes = StackedProbes(layers, self._network.task)
+            probes.load_state_dict(state["bank"], device)
+            self.fitted = FittedProbes(probes, state["about"])
+
+    def _fit(
+        self,
+        model: nn.Module,
+        context: Context,
+        weights: Mapping[str, Tensor] | None = None,
+        online: StackedProbes | None = None,
+    ) -> FittedProbes | None:
+        """Fit all probes on the kept batches of all processes; ``None`` if nothing is kept.
+
+        Raises:
+            CannotRunAgainError: they cannot be run again, in one process at least.
+        """
+        task = self._network.task
+        dataset = FeatureDataset(task, MemoryStore(self.room.copy))
+        # All processes or none, before and after: a module may wait for the others as well, and so does the fit.
+        self._agree_on(self._batches.refusal)
+        refusal: CannotRunAgainError | None = None
+        tally: Tensor | None = None
+        kept = self._batches.kept()
+        shown = self._progress.track("batch", kept, len(kept))
+        try:
+            with closing(self._batches.run_again(shown, model, context, weights)) as batches:
+                for batch in batches:
+                    self._faults |= batch.faults
+                    if online is not None:
+                        tally = online.score(batch) if tally is None else tally + online.score(batch)
+                    dataset.add(batch)
+        except CannotRunAgainError as error:
+            refusal = error
+        self._agree_on(refusal)
+        found = self._fit_on(dataset, "train", device_of(model))
+        if online is not None:
+            self._online = tally
+        return found
+
+    def _fit_on(
+        self, dataset: FeatureDataset, data: str, device: torch.device, *, is_crossed: bool = False
+    ) -> FittedProbes | None:
+        found = fit_layers(
+            self._network.task,
+            dataset,
+            self._network.layers,
+            data,
+            ranks=self._ranks,
+            device=device,
+            track=self._progress.track,
+            is_crossed=is_crossed,
+        )
+        self._faults |= found.faults if found is not None else {}
+        return found
+
+    def _agree_on(self, refusal: CannotRunAgainError | None) -> None:
+        """Raise in all processes if one of them cannot run its batches again."""
+        if reason := self._ranks.first("" if refusal is None else str(refusal)):
+            raise CannotRunAgainError(reason)
+
+    # Cross-fitting on validation
+
+    def _no_batches(self) -> defaultdict[int, Reservoir[LayerBatch]]:
+        return defaultdict(lambda: Reservoir[LayerBatch](self.room))
+
+    def _keep(self, kept: Reservoir[LayerBatch], seen: LayerBatch) -> None:
+        """Keep a copy of the features of a batch of validation; of more than there is room for, a fair sample."""
+        if kept.wants():
+            features = {layer: self.room.copy(x) for layer, x in seen.features.items()}
+            num_bytes = sum(x.numel() * x.element_size() for x in features.values())
+            kept.add(len(seen.targets), LayerBatch(features, self.room.copy(seen.targets)), num_bytes)
+
+    def _cross_fit(self, kept: defaultdict[int, Reservoir[LayerBatch]]) -> None:
+        """Score each sample of validation by probes that were fitted on others, and fit probes on all of them."""
+        num_bytes = sum(batches.num_bytes for batches in kept.values())
+        self.cost["kept_bytes"] = max(self.cost["kept_bytes"], num_bytes)
+        for dataloader in sorted(set(chain(*self._ranks.gather(list(kept))))):
+            # Whatever is raised now, the curve has a point.
+            self._curves.touch(Kind.PUBLISHED, ("val", dataloader), len(self._network.layers))
+            dataset = FeatureDataset(self._network.task, MemoryStore())
+            for batch in kept[dataloader].items():
+                dataset.add(batch)
+            kept[dataloader].clear()
+            found = self._fit_on(dataset, CROSS_FITTED, self._ranks.device, is_crossed=True)
+            if found is not None and found.held_out is not None and found.target_sums is not None:
+                self._curves.add(Kind.PUBLISHED, ("val", dataloader), found.held_out, found.target_sums)
+                # Of several loaders the first one's probes are those of the stage "train".
+                self.fitted = self.fitted or found
 
     def _is_cross_fitted(self) -> bool:
-        about = self.fitted.about.values() if self.fitted is not None else ()
-        return any(known["fitted_on"]["data"] == CROSS_FITTED for known in about)
+        known = self.fitted.known.values() if self.fitted is not None else ()
+        return any(row["fitted_on"]["data"] == CROSS_FITTED for row in known)
+
+    # The starting point
+
+    def _fit_start(self, model: nn.Module, context: Context) -> None:
+        weights = self._start.weights_on(device_of(model))
+        try:
+            self._start.fitted = self._fit(model, context, weights)
+        except CannotRunAgainError as error:
+            self._drop_start()
+            self._say(f"no starting point: training cannot be run again on the first weights: {error}")
+
+    def _score_start(self, batch: RecordedBatch, curve: Curve, model: nn.Module, context: Context) -> None:
+        """Score the probes of the starting point on a batch of validation that is run again on the first weights."""
+        start = self._start
+        if start.fitted is None or start.fault:
+            return
+        try:
+            for seen in self._batches.run_again([batch], model, context, start.weights):
+                self._faults |= seen.faults
+                target_sums = self._network.task.target_sums(seen.targets)
+                self._curves.add(Kind.START, curve, start.fitted.probes.score(seen), target_sums)
+        except Exception as error:  # whatever a module raises: a probe never ends a training run
+            reason = str(error) if isinstance(error, CannotRunAgainError) else f"{type(error).__name__}: {error}"
+            start.fault = f"validation cannot be run again: {reason}"
+
+    def _drop_start(self) -> None:
+        """Give up on the starting point."""
+        self._start = StartingPoint()
+        self._curves.clear(Kind.START)
 
     def _say(self, note: str, more: str = "") -> None:
-        """Warn and remember, unless it was the last thing said."""
+        """Warn, and keep the warning as the note, unless it was the last thing said."""
         if not self.note.startswith(note):
             self.note = note + more
             rank_zero_warn(f"LinearProbeCallback: {self.note}")
@@ -260,3 +389,47 @@ class Optimum:
                 yield
         finally:
             self.cost["seconds"] += time.perf_counter() - begun
+
+
+class StartingPoint:
+    """Holds the first point of each curve while it is due: the weights of the network as it was found.
+
+    Attributes:
+        weights: the first weights by name; ``None`` if no starting point is due.
+        fitted: its probes, while they are scored.
+        fault: why it could not be scored on a batch of validation; empty if it could.
+    """
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Tensor] | None = None
+        self.fitted: FittedProbes | None = None
+        self.fault = ""
+
+    @property
+    def is_due(self) -> bool:
+        """Return whether the point is still to come."""
+        return self.weights is not None
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of the weights."""
+        sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in (self.weights or {}).values()}
+        return sum(sizes.values())
+
+    def keep(self, model: nn.Module) -> None:
+        """Copy the weights as they are now."""
+        self.weights = copy_of_weights(model)
+
+    def weights_on(self, device: torch.device) -> dict[str, Tensor]:
+        """Move the weights to a device, on which they stay: each batch of validation is run on them."""
+        self.weights = {name: tensor.to(device) for name, tensor in (self.weights or {}).items()}
+        return self.weights
+
+    def conclude(self) -> dict[str, dict[str, Any]]:
+        """Let go of the point if it has been scored, and return what is known of its probes."""
+        if self.fitted is None:
+            return {}
+        known = self.fitted.known
+        self.fitted = None
+        self.weights = None
+        return known

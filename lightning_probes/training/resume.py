@@ -1,44 +1,44 @@
-"""What of a checkpoint fits the run that resumes from it."""
+"""Decides what of a checkpoint's probes fits the run that resumes from it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.options import first_of
-from lightning_probes.probes.online import ProbeBank
+from lightning_probes.probes.online import OnlineProbes
 
 _NAMED = 8
-"""Layers that a message names."""
+"""Counts the layers that a message names."""
 
 
 class Restored:
-    """The probes of a checkpoint, until the first batch of the run has shown the layers' order and widths.
+    """Holds the probes of a checkpoint until the first batch of the run has shown the layers' order and widths.
 
     Args:
-        bank: those that may go on.
-        strict: all of them must.
+        probes: those that may go on; ``None`` for none.
+        strict: whether all of them must go on.
 
     Attributes:
         is_unchecked: whether the first batch is still to come.
     """
 
-    def __init__(self, bank: ProbeBank | None = None, *, strict: bool = True) -> None:
-        self._bank = bank
+    def __init__(self, probes: OnlineProbes | None = None, *, strict: bool = True) -> None:
+        self._probes = probes
         self._is_strict = strict
-        self._widths = bank.widths if bank is not None else {}
+        self._widths = probes.widths if probes is not None else {}
         self.is_unchecked = bool(self._widths)
 
     def check(self, features: Mapping[str, Tensor]) -> set[str]:
-        """Leave out the probes of other widths than ``features`` have; returns their layers.
+        """Leave out the probes of other widths than ``features`` have; return their layers.
 
         Raises:
-            ValueError: there are some, and there must not be.
+            ValueError: there are some, and all must go on.
         """
-        if self._bank is None or not self.is_unchecked:
+        if self._probes is None or not self.is_unchecked:
             return set()
         found = {layer: x.shape[1] for layer, x in features.items()}
         layers = [layer for layer, width in found.items() if self._widths.get(layer, width) != width]
@@ -46,32 +46,27 @@ class Restored:
             widths = [f"{x!r} has {self._widths[x]} features in the checkpoint and {found[x]} here" for x in layers]
             refuse(first_of(widths, _NAMED), strict=self._is_strict)
             self._widths = {layer: width for layer, width in self._widths.items() if layer not in layers}
-            self._bank.load_state_dict(only(self._bank.state_dict(), self._widths))
+            self._probes.load_state_dict(only(self._probes.state_dict(), self._widths))
         return set(layers)
 
-    def accept(self, features: Mapping[str, Tensor], due: Container[str] | None) -> dict[str, Tensor]:
-        """The first batch has been checked: of its features those that are due."""
-        self.is_unchecked = False
-        return {layer: x for layer, x in features.items() if due is None or layer in due}
-
-    def go_on(self, bank: ProbeBank) -> ProbeBank:
-        """``bank``, which is new, with the probes that it shares with the checkpoint."""
-        if self._bank is not None:
-            bank.load_state_dict(only(self._bank.state_dict(), bank.layers))
-        return bank
+    def go_on(self, probes: OnlineProbes) -> OnlineProbes:
+        """Return new ``probes`` with the state of those that they share with the checkpoint."""
+        if self._probes is not None:
+            probes.load_state_dict(only(self._probes.state_dict(), probes.layers))
+        return probes
 
 
 def differing(
     saved: Mapping[str, Any], selected: Collection[str], num_classes: int, reduced: str, reduction: str
 ) -> str:
-    """How the probes of a checkpoint differ from those of this run in classes and layers; empty if they do not.
+    """Say how the probes of a checkpoint differ from those of this run in classes and layers; empty if they do not.
 
     Args:
-        saved: the state of a session.
-        selected: the layers of this run as they were selected, before any was left out.
-        num_classes: of this run.
-        reduced: how features were reduced in that of the checkpoint.
-        reduction: how they are in this one.
+        saved: state of a session.
+        selected: layers of this run as they were selected, before any was left out.
+        num_classes: number of classes in this run.
+        reduced: how features were reduced in the run of the checkpoint.
+        reduction: how they are in this run.
     """
     if saved["num_classes"] != num_classes:
         return f"num_classes is {saved['num_classes']} in the checkpoint and {num_classes} here"
@@ -99,10 +94,10 @@ def refuse(difference: str, *, strict: bool) -> None:
     rank_zero_warn(f"LinearProbeCallback: probes that differ from those of the checkpoint start afresh: {difference}")
 
 
-def only(bank: Mapping[str, Mapping[str, Any]], layers: Collection[str]) -> dict[str, dict[str, Any]]:
-    """The probes of some layers out of the state of a :class:`~lightning_probes.probes.online.ProbeBank`."""
+def only(probes: Mapping[str, Mapping[str, Any]], layers: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Return the probes of some layers out of the state of :class:`~lightning_probes.probes.heads.StackedProbes`."""
     kept: dict[str, dict[str, Any]] = {}
-    for width, stack in bank.items():
+    for width, stack in probes.items():
         rows = [i for i, layer in enumerate(stack["layers"]) if layer in layers]
         if rows:
             kept[width] = {

@@ -1,20 +1,22 @@
-"""When: which epoch and step it is, whether a point is due, whether a validation will come."""
+"""Tell from a Trainer's progress the present epoch and step, whether a point is due, and what resuming cost."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from lightning_probes.network.torch_internals import batches_that_stepped, was_restarted
 from lightning_probes.options import whole
 
 
 class Schedule:
-    """What a Trainer's progress means for the curves.
+    """Decide from a Trainer's progress when the curves get a point, and what a point lacks after resuming.
 
     Args:
-        every_n_epochs: a point at the end of every so many epochs.
+        every_n_epochs: number of epochs from one point to the next, at least 1.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was given.
+        TypeError: ``every_n_epochs`` is not an integer.
+        ValueError: ``every_n_epochs`` is less than 1.
     """
 
     def __init__(self, every_n_epochs: int) -> None:
@@ -22,21 +24,22 @@ class Schedule:
         self._resumed: tuple[int, int, bool] | None = None
 
     def begin(self, trainer: Any, point: tuple[int, int], *, is_restored: bool) -> str:
-        """Training begins, perhaps where an earlier run was stopped.
+        """Note where training begins, which is in the middle of an epoch if an earlier run was stopped there.
 
         Args:
-            trainer: Lightning's.
-            point: epoch and step of the last point of that run.
-            is_restored: whether probes go on.
+            trainer: the Lightning Trainer.
+            point: epoch and step of the last point of the earlier run.
+            is_restored: whether the probes of the earlier run are continued.
 
         Returns:
-            What a reader should know: of a point that was due and is not there any more.
+            A note on a point that was due in the earlier run and is missing for good; empty if there is none.
         """
         epoch, step = trainer.current_epoch, trainer.global_step
-        is_restarted, is_last = trainer.fit_loop.restarted_mid_epoch, self._is_last_batch(trainer)
-        is_skipped = is_restarted and is_last and trainer.fit_loop.epoch_loop.restarted_on_train_batch_end
+        is_last = self._is_last_batch(trainer)
+        is_restarted, is_between = was_restarted(trainer)
+        is_skipped = is_last and is_between
         is_inside = is_restarted and not is_last
-        # Saved by a validation, the epoch is still to be ended.
+        # A checkpoint saved in the validation after an epoch's last batch does not count that epoch as completed yet.
         under_way = epoch + (is_restarted and is_last and not is_skipped)
         self._resumed = (under_way, step, is_inside) if is_inside or is_restored else None
         if is_restored and is_skipped and epoch % self._every_n_epochs == 0 and point != (epoch, step):
@@ -47,19 +50,27 @@ class Schedule:
         return ""
 
     def gone_before(self, trainer: Any) -> str:
-        """Say what training there was before this run, for those who miss its starting point; empty if none."""
+        """Say which earlier training this run goes on from, to explain why its report lacks a starting point.
+
+        Returns:
+            The end of a sentence; empty if training begins at step 0.
+        """
         if not trainer.global_step:
             return ""
         if trainer.ckpt_path is not None:
             return "training was resumed before there was one"
-        # Neither is it that of the fit before, whose report has it, nor has it that of any other.
+        # The starting point of an earlier fit stands in the report of that fit, not in this one.
         return (
             f"this fit goes on at epoch {trainer.current_epoch}, step {trainer.global_step}, where the Trainer's last "
             "one ended"
         )
 
     def gap(self, trainer: Any) -> str:
-        """What a point that is due now lacks because training was resumed; empty if nothing."""
+        """Say which batches the probes of a point due now are fitted without because training was resumed.
+
+        Returns:
+            A note for the report; empty if no batch is missing.
+        """
         if self._resumed is None or self._resumed[0] != trainer.current_epoch:
             return ""
         epoch, step, is_inside = self._resumed
@@ -73,27 +84,25 @@ class Schedule:
         return ""
 
     def is_due(self, trainer: Any) -> bool:
-        """Whether the epoch that is under way has a point."""
+        """Return whether a point is due at the end of the present epoch."""
         return bool((trainer.current_epoch + 1) % self._every_n_epochs == 0)
 
     def thinner(self, trainer: Any) -> str:
-        """Return which argument would have halved the points of a run that is over; empty if none would have."""
+        """Return the argument that would have halved the points of the finished run; empty if the run is too short."""
         twice = 2 * self._every_n_epochs
         return f"every_n_epochs={twice}" if trainer.current_epoch >= twice else ""
 
     def now(self, trainer: Any) -> tuple[int, int]:
-        """Epochs completed and ``global_step``."""
-        # Epochs that were begun are one too few in a run that is resumed from its last batch in an epoch.
+        """Return the number of completed epochs and ``global_step``."""
+        # Lightning's count of begun epochs is one too low in a run that was resumed from the last batch of an epoch.
         return trainer.current_epoch + self._is_last_batch(trainer), trainer.global_step
 
     def logged_step(self, trainer: Any) -> int | None:
         """Return the step under which loggers show what is logged now; ``None`` where there are none."""
-        # It counts batches that stepped, and counts the last one only once its validation is over.
-        step = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
-        return step if trainer.loggers and isinstance(step, int) else None
+        return batches_that_stepped(trainer) if trainer.loggers else None
 
     def has_validation(self, trainer: Any) -> bool:
-        """Whether the run validates at all."""
+        """Return whether the run has a validation loop that runs before its last epoch is over."""
         every, epochs = trainer.check_val_every_n_epoch or 1, trainer.max_epochs or -1
         return bool(trainer.enable_validation and (epochs < 0 or every <= epochs))
 

@@ -37,12 +37,12 @@ from networks import Classifier, ViT, mlp
 
 from lightning_probes import LinearProbeCallback
 from lightning_probes.network.pooling import reduce
-from lightning_probes.probes.fit import fit_probes, score
-from lightning_probes.probes.standardise import inverse_deviation
+from lightning_probes.probes.fit import fit_probe, score
+from lightning_probes.probes.tasks import Classification
 
 Split = tuple[Tensor, Tensor]
 STRENGTHS = (1e-2, 1e-3, 1e-4)
-WAYS = (("2048", 2048), ("4096", 4096), ("8192", 8192), ("16384", 16384), ("8192, towards online", 8192))
+WAYS = (("2048", 2048), ("4096", 4096), ("8192", 8192), ("16384", 16384))
 
 
 def convolutions(classes: int = 10, stem_stride: int = 2, dropout: float = 0.0) -> nn.Sequential:
@@ -108,14 +108,11 @@ def load(name: str, folder: Path | None, samples: int) -> tuple[Split, Split]:
 class AdamHeads(Callback):
     """What everyone does: an ``nn.Linear`` a layer on raw features, one Adam at 1e-3; error on the validation set.
 
-    Keeps the network's weights too, as fit found it and after each epoch, and those of the callback's online probes.
+    Keeps the network's weights too, as fit found it and after each epoch.
     """
 
-    def __init__(
-        self, layers: Mapping[str, nn.Module], held_out: Split, classes: int, probes: LinearProbeCallback
-    ) -> None:
-        self.layers, self.held_out, self.classes, self.probes = layers, held_out, classes, probes
-        self.online: list[dict[str, Tensor]] = [{}]
+    def __init__(self, layers: Mapping[str, nn.Module], held_out: Split, classes: int) -> None:
+        self.layers, self.held_out, self.classes = layers, held_out, classes
         self.heads: dict[str, nn.Linear] = {}
         self.optimizers: list[torch.optim.Adam] = []
         self.seen: dict[str, Tensor] = {}
@@ -156,13 +153,6 @@ class AdamHeads(Callback):
         found = features_of(pl_module, self.layers, self.held_out[0])
         wrong = {layer: self.heads[layer](x).argmax(dim=1) != self.held_out[1] for layer, x in found.items()}
         self.errors.append({layer: float(w.float().mean()) for layer, w in wrong.items()})
-        assert self.probes._session is not None
-        assert self.probes._session.online is not None
-        self.online.append({})
-        for stack in self.probes._session.online.state_dict().values():
-            t = stack["tensors"]
-            weights = t["weight"] * inverse_deviation(t["mean"], t["variance"])
-            self.online[-1] |= zip(stack["layers"], weights, strict=True)
         self.seconds += time.perf_counter() - begun
 
 
@@ -249,17 +239,14 @@ def refits(
     held: Mapping[str, Tensor],
     held_labels: Tensor,
     classes: int,
-    online: Mapping[str, Tensor],
 ) -> dict[str, dict[str, float]]:
-    """Ways that were considered: fewer and more fresh samples, a pull of L2 towards the online weights."""
+    """Ways that were considered: fewer and more fresh samples."""
     found: dict[str, dict[str, float]] = {}
     for way, samples in WAYS:
-        if (towards := "towards" in way) and not online:
-            continue
         y, held_y = F.one_hot(labels[:samples], classes).float(), F.one_hot(held_labels, classes).float()
-        part = {layer: x[:samples] for layer, x in features.items()}
-        solutions = fit_probes(part, y, priors=online if towards else None)
-        sums = {layer: score(solution, held[layer], held_y) for layer, solution in solutions.items()}
+        task = Classification(classes)
+        solutions = {layer: fit_probe(task, x[:samples], y) for layer, x in features.items()}
+        sums = {layer: score(task, solution, held[layer], held_y) for layer, solution in solutions.items()}
         found[f"refit on {way}"] = {layer: float(s[0] / s[2]) for layer, s in sums.items()}
     return found
 
@@ -276,7 +263,7 @@ def measure(network: str, seed: int, args: argparse.Namespace) -> list[dict[str,
     probes._network.attach(model)
     layers = dict(probes._network.modules)
     probes._network.detach()
-    heads = AdamHeads(layers, held_out, classes, probes)
+    heads = AdamHeads(layers, held_out, classes)
     dataset = Shifted(*train) if network == "augmented" else TensorDataset(*train)
     quiet: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(max_epochs=4, accelerator="cpu", callbacks=[probes, heads], logger=False, **quiet)
@@ -301,7 +288,7 @@ def measure(network: str, seed: int, args: argparse.Namespace) -> list[dict[str,
         found, held = (features_of(model, layers, x) for x in (images, held_out[0]))
         others: dict[str, dict[str, float]] = {}
         if args.refits and is_first:
-            others = refits(found, train[1][order], held, held_out[1], classes, heads.online[epoch])
+            others = refits(found, train[1][order], held, held_out[1], classes)
         has_learned = any(not torch.equal(tensor, state[name]) for name, tensor in before.items())
         before = state
         for layer, x in found.items():

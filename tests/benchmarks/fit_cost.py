@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from networks import Classifier, ResNet, ViT, images
 
 from lightning_probes import LinearProbeCallback
-from lightning_probes.replay.reservoir import enough_samples
+from lightning_probes.probes.tasks import Classification
 
 NETWORKS = {"resnet": ("18-layer residual network, 32x32x3", ResNet), "vit": ("ViT, 12 blocks of 192, 32x32x3", ViT)}
 TARGETS = {50_000: 0.10, 20_000: 0.25}
@@ -38,7 +38,7 @@ class Stopwatch(Callback):
         self.starts: list[float] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.probes._session.optimum._start.drop()
+        self.probes._session.refit._drop_start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.starts.append(time.perf_counter())
@@ -76,7 +76,7 @@ def measure(network: str, samples: int, batch_size: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=list(NETWORKS), help=f"of {list(NETWORKS)}")
-    default = enough_samples(10)
+    default = Classification(10).enough_samples
     parser.add_argument("--samples", type=int, default=default, help=f"kept and run again (default {default})")
     parser.add_argument("--batch-size", type=int, default=128)
     args = parser.parse_args()

@@ -60,7 +60,7 @@ class HandRolled(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        features = self.recorder.stop()
+        features = self.recorder.stop().features
         if self.heads == "none":
             return
         if not self.modules:
@@ -203,7 +203,7 @@ def measure_memory(network: str, side: int, batch_size: int = 32) -> tuple[float
     bare = peak_bytes(Classifier(make()), loader)
     probed = peak_bytes(Classifier(make()), loader, probes)
     assert probes._session is not None
-    bank = probes._session.online
+    bank = probes._session.online.probes
     assert bank is not None
     held = bank.num_bytes + 4 * batch_size * sum(bank.widths.values())
     return (probed - bare) / 2**20, held / 2**20

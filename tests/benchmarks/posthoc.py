@@ -33,8 +33,9 @@ from benchmarks.fidelity import convolutions, exact_error, features_of, load
 from networks import QUIET, Classifier, ResNet, convnet
 
 from lightning_probes import LinearProbeCallback, ProbeReport, probe
-from lightning_probes.network.extractor import ProbedNetwork
-from lightning_probes.probes.fit import Folds
+from lightning_probes.network.extractor import LayerExtractor
+from lightning_probes.options import checked
+from lightning_probes.probes.dataset import draw_folds
 from lightning_probes.probes.standardise import standardise_
 
 STRENGTHS = (1e-2, 1e-3, 1e-4)
@@ -59,7 +60,7 @@ def errors(report: ProbeReport, **conditions: Any) -> dict[str, float]:
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that are probed if none are named."""
-    network = ProbedNetwork(num_classes=10)
+    network = LayerExtractor(None, None, checked({"num_classes": 10}, "modules_of"))
     network.attach(model)
     layers = dict(network.modules)
     network.detach()
@@ -91,7 +92,7 @@ def sklearn_probe(x: Tensor, y: Tensor, held_x: Tensor, held_y: Tensor) -> tuple
     mean, variance = x.double().mean(dim=0), x.double().var(dim=0, unbiased=False)
     moments = mean.float()[None, None], variance.float()[None, None]
     z, held_z = (standardise_(part[None].clone(), *moments)[0].numpy() for part in (x, held_x))
-    labels, is_held = y.numpy(), (Folds().next(len(x)) == 4).numpy()
+    labels, is_held = y.numpy(), (draw_folds(len(x)) == 4).numpy()
 
     def fit(l2: float, chosen: Any) -> Any:
         return LogisticRegression(C=1 / (chosen.sum() * l2), max_iter=2000).fit(z[chosen], labels[chosen])

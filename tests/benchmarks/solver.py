@@ -19,8 +19,10 @@ from torch.nn import functional as F
 
 from lightning_probes.probes.solver import solve
 from lightning_probes.probes.standardise import moved_statistics, standardise_
+from lightning_probes.probes.tasks import Classification
 
 SAMPLES, WIDTH, L2 = 8192, 512, 1e-3
+TASK = Classification(10)
 COLD, WARM, POINTS = 0.2, 0.1, 0.1
 
 
@@ -109,7 +111,7 @@ def main() -> None:
     print("layer   seconds: scikit-learn    cold    warm    error %: scikit-learn    cold    warm   iterations, drift")
     seconds, worst = np.zeros(3), 0.0
     for i in range(layers):
-        old = solve(standardised(before[i], before[i])[0], targets, L2)
+        old = solve(TASK, standardised(before[i], before[i])[0], targets, L2)
         a, b = standardised(now[i], held[i])
         drift = float((a - standardised(before[i], before[i])[0]).norm() / a.norm())
         clock = time.perf_counter()
@@ -118,7 +120,7 @@ def main() -> None:
         iterations = [int(peer.n_iter_[0])]
         for start in (None, (old.weight, old.bias)):
             clock = time.perf_counter()
-            ours = solve(a, targets, L2, start=start)
+            ours = solve(TASK, a, targets, L2, start=start)
             took.append(time.perf_counter() - clock)
             answers = (b @ ours.weight.T + ours.bias).argmax(dim=1)
             errors.append((answers != held_y).float().mean().item())

@@ -1,4 +1,4 @@
-"""The networks to probe one after the other: a model as it is, untrained, or with the weights of checkpoints."""
+"""List the networks to probe after training: a model as it is, untrained, or with the weights of checkpoints."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_probes.checkpoints import CheckpointError, find_checkpoints, load_weights, read_checkpoint
+from lightning_probes.network.torch_internals import trainer_of, without_trainers
 from lightning_probes.options import first_of
 
 AS_GIVEN, UNTRAINED = "as given", "untrained"
@@ -21,27 +22,42 @@ AS_GIVEN, UNTRAINED = "as given", "untrained"
 
 @dataclass(frozen=True)
 class Network:
-    """One of those to probe: its name, when in training it is from, and what puts its weights into a model."""
+    """Hold one network to probe, as a way to put its weights into a model.
+
+    Attributes:
+        name: path of its checkpoint, ``as given`` or ``untrained``.
+        point: epoch and step of its weights.
+    """
 
     name: str
     point: tuple[int, int]
     prepare: Callable[[nn.Module], str] = field(repr=False)
-    """Returns what a reader should know of it."""
+    """Change the model in place to this network, and return a note for the report, empty if there is none."""
 
 
 def series(model: nn.Module, ckpt_path: Any, untrained: bool, weights_only: bool) -> Iterator[Network]:
-    """In order of time."""
+    """Yield the networks to probe, in order of their steps.
+
+    Args:
+        model: the model as the user gave it.
+        ckpt_path: checkpoints to probe in its place: a path, a glob, or a list of them; ``None`` probes ``model``.
+        untrained: whether to begin with the model initialised anew, at epoch 0, step 0.
+        weights_only: whether to read nothing but tensors and plain types from checkpoints.
+
+    Raises:
+        FileNotFoundError: a path in ``ckpt_path`` does not exist, or a glob matches nothing.
+    """
     if untrained:
         yield Network(UNTRAINED, (0, 0), _initialise)
     if ckpt_path is None:
-        trainer = getattr(model, "_trainer", None)
+        trainer = trainer_of(model)
         now = (trainer.current_epoch, trainer.global_step) if trainer is not None else (0, 0)
-        # Where nobody knows when it is from it is at least later than the untrained one.
+        # A model without known progress is put after the untrained one, with which it must not share epoch and step.
         yield Network(AS_GIVEN, now if any(now) or not untrained else (0, 1), lambda _: "")
         return
     found = [_written(path, weights_only) for path in find_checkpoints(ckpt_path)]
     known = {point for point, _ in found}
-    # Those that do not say when they were written are counted: they come first, in the order of their names.
+    # Checkpoints without epoch and step come first, as found, and are numbered to tell them apart.
     free = ((0, i) for i in count(1) if (0, i) not in known)
     for point, path in sorted(found, key=lambda item: (item[0] or (0, 0))[::-1]):
         load = partial(_load, source=model, path=path, weights_only=weights_only)
@@ -51,7 +67,8 @@ def series(model: nn.Module, ckpt_path: Any, untrained: bool, weights_only: bool
 def _written(path: Path, weights_only: bool) -> tuple[tuple[int, int] | None, Path]:
     try:
         return read_checkpoint(path, weights_only=weights_only)[0], path
-    except CheckpointError:  # told of when it is its turn
+    except CheckpointError:
+        # The checkpoint is read again when its turn comes, and the error is reported then.
         return None, path
 
 
@@ -62,22 +79,16 @@ def _load(model: nn.Module, source: nn.Module, path: Path, weights_only: bool) -
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; the trainer that LightningModules know is no part of it, nor is a graph that a tensor is from."""
+    """Return a deep copy of ``model`` that refers neither to a trainer nor to the autograd graphs of its tensors."""
     modules = list(model.modules())
-    known = [(vars(module), vars(module)["_trainer"]) for module in modules if "_trainer" in vars(module)]
     held = [value for module in modules for value in (*vars(module).values(), *module.buffers(recurse=False))]
     memo = {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
-    try:
-        for own, _ in known:
-            own["_trainer"] = None
+    with without_trainers(model):
         return copy.deepcopy(model, memo)
-    finally:
-        for own, trainer in known:
-            own["_trainer"] = trainer
 
 
 def _take_weights(model: nn.Module, source: nn.Module) -> None:
-    """Give a copy the parameters and buffers of what it is a copy of: not every checkpoint has all of them."""
+    """Copy the parameters and buffers of ``source`` into ``model``, its copy: a checkpoint may lack some of them."""
     with torch.no_grad():
         for own, others in ((model.parameters(), source.parameters()), (model.buffers(), source.buffers())):
             for tensor, other in zip(own, others, strict=True):
@@ -85,7 +96,11 @@ def _take_weights(model: nn.Module, source: nn.Module) -> None:
 
 
 def _initialise(model: nn.Module) -> str:
-    """Draw all parameters anew, by each module's own ``reset_parameters``, and leave the random states as they were."""
+    """Initialise all parameters anew by each module's own ``reset_parameters``, without a trace in the random states.
+
+    Returns:
+        A note on the parameters whose modules have no such method; empty if there are none.
+    """
     drawn: set[int] = set()
     with torch.random.fork_rng(devices={p.device for p in model.parameters() if p.device.type == "cuda"}):
         torch.default_generator.manual_seed(0)

@@ -1,0 +1,230 @@
+"""Stacks the linear classifiers of all layers by width, and scores them together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_probes.distributed import Total
+from lightning_probes.probes.dataset import LayerBatch
+from lightning_probes.probes.solver import Solution
+from lightning_probes.probes.standardise import merged_statistics, standardise_
+from lightning_probes.probes.tasks import Labels, Task
+
+_CHUNKS = 4
+"""Runs into which the layers are cut on the host: copies stay in the cache, and small beside the features."""
+
+_STATISTICS = ("mean", "variance", "alive")
+
+
+class Stack:
+    """Holds the probes of all layers of one width as tensors whose first dimension is the layer.
+
+    Attributes:
+        layers: their names.
+        updates: how often the probe of each has been updated.
+        tensors: ``weight`` ``(layers, outputs, width)``, ``bias`` ``(layers, outputs, 1)``, ``mean`` and ``variance``
+            ``(layers, 1, width)``, ``alive`` ``(layers, 1, 1)``: whether all features so far were finite; of a bank
+            that is trained also the optimiser's moments.
+        lent: memory in which features lie side by side, if some was lent, as a whole and by layer.
+    """
+
+    def __init__(self, layers: Sequence[str], updates: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
+        self.layers = list(layers)
+        self.updates = list(updates)
+        self.tensors = dict(tensors)
+        self.lent: tuple[Tensor, list[Tensor]] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the precision of the probes."""
+        return self.tensors["weight"].dtype
+
+    def add(self, layers: Sequence[str]) -> None:
+        """Add probes that start at zero: the problem is convex, so nothing is drawn."""
+        self.layers += layers
+        self.updates += [0] * len(layers)
+        self.lent = None
+        for name, tensor in self.tensors.items():
+            blank = torch.ones if name == "alive" else torch.zeros
+            new = blank(len(layers), *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+            self.tensors[name] = torch.cat([tensor, new])
+
+    def take(self, layers: Sequence[str]) -> Stack:
+        """Return the probes of some of its layers, in this order."""
+        places = [self.layers.index(layer) for layer in layers]
+        tensors = {name: tensor[places] for name, tensor in self.tensors.items()}
+        return Stack(layers, [self.updates[i] for i in places], tensors)
+
+    def merge(self, total: Total) -> None:
+        """Replace the tensors by their means over processes, weighted by the updates of each."""
+        tensors = self.tensors
+        own = torch.tensor(self.updates, dtype=self.dtype, device=tensors["mean"].device).view(-1, 1, 1)
+        share = own / total(own).clamp(min=1)
+        mean, variance = merged_statistics(tensors["mean"], tensors["variance"], share, total)
+        merged = {name: total(share * t) for name, t in tensors.items() if name not in _STATISTICS}
+        is_dead = total((~tensors["alive"]).to(self.dtype)) > 0
+        self.tensors = {**tensors, **merged, "mean": mean, "variance": variance, "alive": ~is_dead}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Selects neighbours in a stack that saw the same samples and have been updated equally often."""
+
+    stack: Stack
+    rows: slice
+    features: list[Tensor]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Return the names of the layers."""
+        return tuple(self.stack.layers[self.rows])
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return their rows of a tensor of the stack."""
+        return self.stack.tensors[name][self.rows]
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Return ``(layers, outputs, samples)`` of standardised ``x`` ``(layers, samples, width)``."""
+        return torch.bmm(self["weight"], x.transpose(1, 2)).add_(self["bias"])
+
+
+class BatchLabels:
+    """Works out the labels of a batch once for each number of rows a sample and each precision."""
+
+    def __init__(self, task: Task, batch: LayerBatch) -> None:
+        self._task = task
+        self._batch = batch
+        self._known: dict[tuple[int, torch.dtype], Labels] = {}
+
+    def of(self, rows: int, dtype: torch.dtype) -> Labels:
+        """Return the labels for features with so many rows."""
+        if (rows, dtype) not in self._known:
+            self._known[rows, dtype] = self._task.prepare(self._batch.targets_of(rows).to(dtype))
+        return self._known[rows, dtype]
+
+
+class StackedProbes:
+    """Scores a linear classifier on the standardised features of each layer, those of equal width at once.
+
+    Args:
+        layers: names of all layers; their order is that of every vector over layers.
+        task: what the probes are asked.
+    """
+
+    def __init__(self, layers: Sequence[str], task: Task) -> None:
+        self.layers = list(layers)
+        self.task = task
+        self._index = {layer: i for i, layer in enumerate(self.layers)}
+        self._stacks: dict[int, Stack] = {}
+        self._width: dict[str, int] = {}
+        # An index tensor is kept for each order of layers, since making one waits for the device.
+        self._places: dict[tuple[str, ...], Tensor] = {}
+
+    @classmethod
+    def of(cls, layers: Sequence[str], task: Task, solutions: Mapping[str, Solution]) -> StackedProbes:
+        """Stack probes that a solver found, which may be those of some of the layers."""
+        probes = cls(layers, task)
+        widths: dict[int, list[str]] = {}
+        for layer, found in solutions.items():
+            widths.setdefault(len(found.mean), []).append(layer)
+        for width, same in widths.items():
+            tensors = {
+                "weight": torch.stack([solutions[layer].weight for layer in same]),
+                "bias": torch.stack([solutions[layer].bias[:, None] for layer in same]),
+                "mean": torch.stack([solutions[layer].mean[None] for layer in same]),
+                "variance": torch.stack([solutions[layer].variance[None] for layer in same]),
+            }
+            tensors["alive"] = tensors["variance"].isfinite().all(dim=2, keepdim=True)
+            probes._put(width, Stack(same, [0] * len(same), tensors))
+        return probes
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Return ``{layer: features}`` of the layers that have a probe."""
+        return dict(self._width)
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of the probes, their statistics and their optimiser's state."""
+        return sum(t.numel() * t.element_size() for s in self._stacks.values() for t in s.tensors.values())
+
+    @torch.no_grad()
+    def score(self, batch: LayerBatch) -> Tensor:
+        """Return the tally ``(statistics, layers)`` of a batch; update nothing."""
+        parts: dict[tuple[str, ...], Tensor] = {}
+        labels = BatchLabels(self.task, batch)
+        for run in self._runs(self._fitting(batch.features)):
+            x = torch.stack(run.features).to(run["weight"].dtype)
+            x = standardise_(x, run["mean"], run["variance"])
+            parts[run.layers] = self.task.tally(run.scores(x), labels.of(x.shape[1], x.dtype))
+        return self._gathered(parts, batch.targets.device)
+
+    def finite(self) -> dict[str, bool]:
+        """Return for each layer whether all features that its probe has seen were finite; wait for the device."""
+        return {
+            layer: ok
+            for stack in self._stacks.values()
+            for layer, ok in zip(stack.layers, stack.tensors["alive"].flatten().tolist(), strict=True)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return probes, statistics and optimiser state as tensors and plain types."""
+        return {
+            str(width): {"layers": list(s.layers), "updates": list(s.updates), "tensors": dict(s.tensors)}
+            for width, s in self._stacks.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], device: torch.device | str | None = None) -> None:
+        """Take over what :meth:`state_dict` gave, on ``device`` or where it is."""
+        self._stacks = {}
+        self._width = {}
+        for width, saved in state.items():
+            tensors = {name: t.to(device, copy=True) for name, t in saved["tensors"].items()}
+            self._put(int(width), Stack(saved["layers"], saved["updates"], tensors))
+
+    def _put(self, width: int, stack: Stack) -> None:
+        self._stacks[width] = stack
+        self._width.update(dict.fromkeys(stack.layers, width))
+
+    def _fitting(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {layer: x for layer, x in features.items() if self._width.get(layer) == x.shape[1]}
+
+    def _runs(self, features: Mapping[str, Tensor]) -> Iterator[Run]:
+        """Cut the layers in ``features`` into slices of their stacks.
+
+        On the host a run has a quarter of the layers. Elsewhere it is as long as can be, since there each further
+        kernel costs more than memory does.
+        """
+        present = len(features)
+        for stack in self._stacks.values():
+            longest = math.ceil(present / _CHUNKS) if stack.tensors["weight"].device.type == "cpu" else present
+            start = 0
+            while start < len(stack.layers):
+                stop = start
+                while (
+                    stop < len(stack.layers)
+                    and stop - start < longest
+                    and (x := features.get(stack.layers[stop])) is not None
+                    and len(x) == len(features[stack.layers[start]])
+                    and stack.updates[stop] == stack.updates[start]
+                ):
+                    stop += 1
+                if stop > start:
+                    yield Run(stack, slice(start, stop), [features[layer] for layer in stack.layers[start:stop]])
+                start = max(stop, start + 1)
+
+    def _gathered(self, parts: Mapping[tuple[str, ...], Tensor], device: torch.device) -> Tensor:
+        """Put the tallies of runs into one of all layers, zero for the layers in no run."""
+        order = tuple(layer for run in parts for layer in run)
+        if order not in self._places:
+            self._places[order] = torch.tensor([self._index[layer] for layer in order], dtype=torch.long, device=device)
+        if not parts:
+            return self.task.no_tally(len(self.layers), device)
+        found = torch.cat([*parts.values()], dim=1)
+        return found.new_zeros(len(found), len(self.layers)).index_copy_(1, self._places[order], found)

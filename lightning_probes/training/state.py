@@ -1,0 +1,81 @@
+"""Puts a session into a checkpoint, and takes it out again into the session of a resumed run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from lightning_probes.report.report import ProbeReport
+from lightning_probes.training.resume import differing, refuse
+from lightning_probes.training.session import ProbingSession
+
+VERSION = 1
+"""Numbers the form of the state. Release 0.1.0 wrote no number; its form is the same."""
+
+
+def state_of(session: ProbingSession, report: ProbeReport) -> dict[str, Any]:
+    """Return everything that a resumed run needs, as tensors and plain types."""
+    network = session.network
+    probes = {
+        "facts": session.facts.state_dict(),
+        "selected": list(network.selected),
+        "reduction": network.reducer.state_dict(),
+        "trains_without_labels": network.labels.absent_in_training,
+        "num_classes": network.task.outputs,
+        "along": session.online.state_dict(),
+        "optimum": session.refit.state_dict(),
+        "point": list(session.point),
+        "now": list(session.now),
+        "missing": session.doubts,
+        "points": session.curves.state_dict(),
+    }
+    return {"version": VERSION, "probes": probes, "report": asdict(report)}
+
+
+def restore(
+    session: ProbingSession,
+    state: Mapping[str, Any],
+    device: torch.device | str,
+    *,
+    strict: bool = True,
+    is_training: bool = True,
+) -> None:
+    """Put the probes of what :func:`state_of` gave into a new session.
+
+    Args:
+        session: session of this run.
+        state: the probes' part of the state in the checkpoint.
+        device: where the probes go on.
+        strict: whether they must be those of the layers and classes of this run; else those that are not start afresh.
+        is_training: whether the run trains; else the layers of the checkpoint are scored, whichever they are.
+
+    Raises:
+        ValueError: the probes are not those of this run, and must be.
+    """
+    network = session.network
+    selected = network.selected if is_training else state["selected"]
+    # Checkpoints that do not say it have the mean over space.
+    reduction = state.get("reduction", {"kind": "pool", "draws": {}})
+    outputs = network.task.outputs
+    if difference := differing(state, selected, outputs, reduction["kind"], network.reducer.kind):
+        refuse(difference, strict=strict)
+    session.point = tuple(state["point"])
+    session.now = tuple(state["now"])
+    session.doubts = state.get("missing", "")
+    network.labels.present_in_validation |= state["trains_without_labels"]
+    if state["num_classes"] != outputs or reduction["kind"] != network.reducer.kind:
+        return
+    network.reducer.load_state_dict(reduction)
+    layers = selected if difference else state["facts"]["layers"]
+    session.online.load_state_dict(
+        state["along"], layers, device, strict=strict, is_training=is_training, goes_on=not difference
+    )
+    if difference:
+        # The first batch will show their order, which is that of the calls.
+        return
+    session.facts.load_state_dict(state["facts"])
+    session.refit.load_state_dict(state["optimum"], session.facts.layers, device)
+    session.curves.load_state_dict(state["points"], device)

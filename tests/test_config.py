@@ -12,7 +12,7 @@ import sys
 from argparse import ArgumentError
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
@@ -20,7 +20,8 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningCLI
 from omegaconf import OmegaConf
 
-from lightning_probes import LinearProbeCallback
+from lightning_probes import LinearProbeCallback, probe
+from lightning_probes.options import Option, Reading, checked, takes_reading, whole
 from lightning_probes.replay.reservoir import Room
 
 CLI = Path(__file__).parent.parent / "examples" / "cli"
@@ -229,3 +230,65 @@ def test_lists_and_mappings_of_omegaconf_are_accepted() -> None:
         assert found == expected
         assert type(found) is type(expected)
     assert probes._logs._metrics == plain._logs._metrics
+
+
+# One entry for all
+
+
+def options_of(taker: Any) -> dict[str, tuple[Any, Any]]:
+    return {name: (p.default, p.annotation) for name, p in inspect.signature(taker).parameters.items()}
+
+
+def test_an_entry_of_the_options_reaches_callback_probe_and_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = list(Reading.__annotations__)
+    assert shared[0] == "num_classes"
+    assert shared[-1] == "token_mask"
+    callback, function = options_of(LinearProbeCallback), options_of(probe)
+    for name in shared:
+        assert callback[name] == function[name]
+        for doc in (LinearProbeCallback.__doc__, probe.__doc__):
+            assert re.search(rf"^ {{4,8}}{name}: \S", doc or "", re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    # The command line takes what the callback was given.
+    given = build("--trainer.callbacks.layout={net.1: tokens}", "--trainer.callbacks.calls=mean").selection
+    assert given["layout"] == {"net.1": "tokens"}
+    assert given["calls"] == "mean"
+
+
+def test_a_new_entry_is_all_that_a_new_option_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class More(Reading, total=False):
+        pace: Annotated[int, Option(3, whole, "how fast probes are read.")]
+
+    monkeypatch.setattr("lightning_probes.options.Reading", More)
+
+    @takes_reading
+    def taker(layers: str | None = None, *, name: str = "", **reading: Any) -> Any:
+        """Take options.
+
+        Args:
+            layers: some.
+            {reading}
+            name: a name.
+        """
+        return checked(reading, "taker")
+
+    assert list(inspect.signature(taker).parameters)[-2:] == ["pace", "name"]
+    assert "        pace: how fast probes are read.\n" in (taker.__doc__ or "")
+    assert taker()["pace"] == 3
+    assert taker(pace=5)["pace"] == 5
+    with pytest.raises(ValueError, match="pace: expected a positive integer, found 0"):
+        taker(pace=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"token_masks": 1}, "LinearProbeCallback has no argument 'token_masks'; nearest: token_mask"),
+        ({"targets": "y"}, "LinearProbeCallback has no argument 'targets'; nearest: target"),
+    ],
+)
+def test_an_argument_that_does_not_exist_is_told_with_the_nearest(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        LinearProbeCallback(**given)

@@ -23,7 +23,7 @@ except ModuleNotFoundError as error:
 
 from lightning_probes.callback import LinearProbeCallback
 from lightning_probes.checkpoints import CheckpointError, find_checkpoints, read_checkpoint
-from lightning_probes.posthoc.probe import probe
+from lightning_probes.posthoc.probe import Interruption, probe
 from lightning_probes.report.plots import new_picture
 from lightning_probes.report.report import ProbeReport
 
@@ -182,7 +182,7 @@ class ProbeCLI(LightningCLI):
             sys.exit(INTERRUPTED)
         if trainer.is_global_zero:
             print(report)
-        if any(note.startswith("interrupted; not probed") for note in report.notes):
+        if any(isinstance(note, Interruption) for note in report.notes):
             sys.exit(INTERRUPTED)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:

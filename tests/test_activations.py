@@ -17,8 +17,9 @@ from networks import BasicBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_probes.network.hooks import ActivationRecorder, first_float_tensor, is_channels_first
+from lightning_probes.network.hooks import HEARD_BY, ActivationRecorder, first_float_tensor, is_channels_first
 from lightning_probes.network.pooling import Reducer, reduce
+from lightning_probes.replay.frozen import frozen
 
 
 def pooled(activation: Tensor, grid: tuple[int, ...]) -> Tensor:
@@ -368,3 +369,20 @@ def test_attaching_again_leaves_one_hook() -> None:
     found = recorder(model, "0")
     found.attach({"0": model[0]}, {"0": False})
     assert len(model[0]._forward_hooks) == 1
+
+
+def test_a_network_that_is_run_for_one_recorder_is_heard_by_no_other() -> None:
+    model, other = (nn.Sequential(nn.Linear(3, 4), nn.ReLU()) for _ in range(2))
+    own, second, elsewhere = recorder(model, "0"), recorder(model, "0", "1"), recorder(other, "1")
+    for listening in (own, second, elsewhere):
+        listening.start(5)
+    x = torch.randn(5, 3)
+    with frozen(model, own):
+        model(x)
+        other(x)
+    assert [list(listening.recording.features) for listening in (own, second, elsewhere)] == [["0"], [], ["1"]]
+    with pytest.raises(RuntimeError), frozen(model, own):
+        model(torch.randn(5, 2))
+    model(x)
+    assert list(second.recording.features) == ["0", "1"]
+    assert all(HEARD_BY not in vars(module) for module in model.modules())

@@ -71,7 +71,7 @@ def test_what_is_kept_is_on_the_device_if_asked(fit_on_device: bool, tmp_path: P
 
     class Listening(Callback):
         def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            kept = probes._session.refit._batches.kept()
+            kept = probes._session.refit._batches.kept.items()
             found.extend(leaf.device.type for batch in kept for call in batch.calls for leaf in call.args)
 
     probes = LinearProbeCallback(fit_on_device=fit_on_device)

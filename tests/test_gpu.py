@@ -108,7 +108,7 @@ def test_what_is_kept_on_the_device_is_there_and_gives_the_same_report(tmp_path:
 
         def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             probes = next(c for c in trainer.callbacks if isinstance(c, LinearProbeCallback))  # type: ignore[attr-defined]
-            for batch in probes._session.refit._batches.kept():
+            for batch in probes._session.refit._batches.kept.items():
                 held = tree_leaves([(call.args, call.kwargs) for call in batch.calls])
                 self.found |= {x.device.type for x in [*held, batch.targets] if isinstance(x, torch.Tensor)}
 

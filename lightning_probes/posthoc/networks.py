@@ -17,8 +17,6 @@ from lightning_probes.checkpoints import CheckpointError, find_checkpoints, load
 from lightning_probes.network.torch_internals import trainer_of, without_trainers
 from lightning_probes.options import first_of
 
-AS_GIVEN, UNTRAINED = "as given", "untrained"
-
 
 @dataclass(frozen=True)
 class Network:
@@ -27,15 +25,17 @@ class Network:
     Attributes:
         name: path of its checkpoint, ``as given`` or ``untrained``.
         point: epoch and step of its weights.
+        prepare: changes a model in place to this network, and returns a note for the report, empty if there is none.
+        is_given: whether it is the user's model as it is.
     """
 
     name: str
     point: tuple[int, int]
     prepare: Callable[[nn.Module], str] = field(repr=False)
-    """Change the model in place to this network, and return a note for the report, empty if there is none."""
+    is_given: bool = False
 
 
-def series(model: nn.Module, ckpt_path: Any, untrained: bool, weights_only: bool) -> Iterator[Network]:
+def networks_to_probe(model: nn.Module, ckpt_path: Any, untrained: bool, weights_only: bool) -> Iterator[Network]:
     """Yield the networks to probe, in order of their steps.
 
     Args:
@@ -48,12 +48,12 @@ def series(model: nn.Module, ckpt_path: Any, untrained: bool, weights_only: bool
         FileNotFoundError: a path in ``ckpt_path`` does not exist, or a glob matches nothing.
     """
     if untrained:
-        yield Network(UNTRAINED, (0, 0), _initialise)
+        yield Network("untrained", (0, 0), _initialise)
     if ckpt_path is None:
         trainer = trainer_of(model)
         now = (trainer.current_epoch, trainer.global_step) if trainer is not None else (0, 0)
         # A model without known progress is put after the untrained one, with which it must not share epoch and step.
-        yield Network(AS_GIVEN, now if any(now) or not untrained else (0, 1), lambda _: "")
+        yield Network("as given", now if any(now) or not untrained else (0, 1), lambda _: "", is_given=True)
         return
     found = [_written(path, weights_only) for path in find_checkpoints(ckpt_path)]
     known = {point for point, _ in found}

@@ -20,7 +20,7 @@ from lightning_probes.checkpoints import CheckpointError
 from lightning_probes.network.extractor import LayerExtractor
 from lightning_probes.network.torch_internals import original_of
 from lightning_probes.options import Reading, checked, first_of, takes_reading, whole
-from lightning_probes.posthoc.networks import AS_GIVEN, Network, copied, series
+from lightning_probes.posthoc.networks import Network, copied, networks_to_probe
 from lightning_probes.posthoc.passes import Pass
 from lightning_probes.posthoc.runner import Runner
 from lightning_probes.probes.dataset import FeatureDataset, HalfPrecisionStore, LayerBatch
@@ -93,9 +93,9 @@ def probe(
     model = original_of(model) or model  # compiled code has no hooks
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise ValueError("model: it has parameters without a shape; run a batch through it first")
-    networks = list(series(model, ckpt_path, untrained, weights_only))
+    networks = list(networks_to_probe(model, ckpt_path, untrained, weights_only))
     # A checkpoint needs a model of its own to be loaded into.
-    own = model if all(one.name == AS_GIVEN for one in networks) else copied(model)
+    own = model if all(one.is_given for one in networks) else copied(model)
 
     loaders = {"train": train_dataloaders, "val": val_dataloaders}
 
@@ -144,6 +144,10 @@ def _hint(value: Any) -> str:
     return ""
 
 
+class Interruption(str):
+    """Notes in a report of :func:`probe` that the user interrupted it, and tells that from other notes."""
+
+
 class _Posthoc:
     """Fits and scores the probes of one network after the other."""
 
@@ -165,12 +169,12 @@ class _Posthoc:
             if len(networks) > 1:
                 rank_zero_info(f"probe: {one.name} ({number + 1} of {len(networks)})")
             try:
-                self._probe(stand_in(one.name == AS_GIVEN), one)
+                self._probe(stand_in(one.is_given), one)
             except KeyboardInterrupt:
                 if not self._done:
                     raise
                 missing = ", ".join(other.name for other in networks[number:])
-                self._tell(f"interrupted; not probed: {missing}")
+                self._tell(Interruption(f"interrupted; not probed: {missing}"))
                 break
             except CheckpointError as error:
                 self._tell(str(error))

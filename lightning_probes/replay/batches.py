@@ -54,30 +54,18 @@ class RecordedBatches:
 
     Attributes:
         refusal: why the calls of training cannot be run again; ``None`` as long as they can.
+        kept: the batches that are kept.
     """
 
     def __init__(self, network: LayerExtractor, room: Room) -> None:
         self.refusal: CannotRunAgainError | None = None
+        self.kept = Reservoir[RecordedBatch](room)
         self._network = network
         self._room = room
-        self._kept = Reservoir[RecordedBatch](room)
         self._recorder = CallRecorder(room)
         self._is_open = False
         self._has_kept = False
         self._unrecorded = ""
-
-    @property
-    def num_bytes(self) -> int:
-        """Return the bytes of what is kept."""
-        return self._kept.num_bytes
-
-    def most(self, batches: float) -> tuple[int, int]:
-        """Return how many of ``batches`` will be kept at most, and their bytes, if they are like the first one."""
-        return self._kept.most(batches)
-
-    def kept(self) -> list[RecordedBatch]:
-        """Return the batches that are kept, in the order of training."""
-        return self._kept.items()
 
     def attach(self, model: nn.Module) -> None:
         """Find the modules of ``model`` whose calls will be recorded."""
@@ -86,7 +74,7 @@ class RecordedBatches:
     def detach(self) -> None:
         """Let go of the model and of everything that is kept."""
         self._recorder.detach()
-        self._kept.clear()
+        self.kept.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run would find out anew, perhaps in another way, as plain types."""
@@ -102,14 +90,10 @@ class RecordedBatches:
         """Keep and run nothing from now on, for this reason."""
         self.refusal = CannotRunAgainError(reason)
 
-    def renew(self, epoch: int) -> None:
-        """Begin an epoch: its batches take the places of those of the epoch before."""
-        self._kept.renew(epoch)
-
     def open(self) -> bool:
         """Decide before a training step whether its batch is kept; if so, record its calls from now on."""
         self._is_open = False
-        if self.refusal is None and self._kept.wants():
+        if self.refusal is None and self.kept.wants():
             self._start()
         return self._is_open
 
@@ -139,8 +123,8 @@ class RecordedBatches:
             # As many rows as the layer with most views has; some layers may not have had their turn.
             rows = max(len(x) for x in seen.features.values())
             values = rows * sum(self._network.recorder.widths.values()) + batch.targets.numel()
-            self._kept.add(len(batch.targets), batch, batch.num_bytes + 4 * values)
-            self._has_kept = self._has_kept or self._kept.samples > 0
+            self.kept.add(len(batch.targets), batch, batch.num_bytes + 4 * values)
+            self._has_kept = self._has_kept or self.kept.samples > 0
 
     def take(self, seen: LayerBatch | None) -> RecordedBatch | None:
         """Return copies of a step that was opened or watched; ``None`` if it was neither, or showed nothing.

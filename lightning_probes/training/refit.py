@@ -109,7 +109,7 @@ class Refit:
 
     def renew(self, epoch: int) -> None:
         """Begin an epoch: its batches take the places of those of the epoch before."""
-        self._batches.renew(epoch)
+        self._batches.kept.renew(epoch)
 
     def open(self) -> bool:
         """Return before a training step whether its batch will be kept."""
@@ -135,7 +135,7 @@ class Refit:
             most = size(min(4 * samples * values, self.room.num_bytes))
             instead = f" but features of validation, up to {samples:,} samples ({most})" * has_validation
             return f"keeps no training batch{instead}: {self._batches.refusal}"
-        count, num_bytes = self._batches.most(batches)
+        count, num_bytes = self._batches.kept.most(batches)
         if not count:
             return "keeps no training batch (fit_samples and fit_bytes have no room for one)"
         where = ", in each process" * (self._ranks.number > 1)
@@ -173,7 +173,7 @@ class Refit:
         if self.fitted is not None and self._start.is_due and (is_validation or not has_validation):
             with self._timed("Fitting probes at start"):
                 self._fit_start(model, context)
-        self.cost["kept_bytes"] = max(self.cost["kept_bytes"], self._batches.num_bytes)
+        self.cost["kept_bytes"] = max(self.cost["kept_bytes"], self._batches.kept.num_bytes)
         if self.fitted is None:
             reason = self._batches.refusal or "no batch of it was kept: fit_samples and fit_bytes have no room for one"
             self._validation = self._no_batches() if is_validation else None
@@ -275,7 +275,7 @@ class Refit:
         self._agree_on(self._batches.refusal)
         refusal: CannotRunAgainError | None = None
         tally: Tensor | None = None
-        kept = self._batches.kept()
+        kept = self._batches.kept.items()
         shown = self._progress.track("batch", kept, len(kept))
         try:
             with closing(self._batches.run_again(shown, model, context, weights)) as batches:

@@ -174,18 +174,21 @@ class FeatureDataset:
                 none = torch.zeros(0, width, dtype=dtype, device=device)
                 yield LayerSamples(layer, none, none.new_zeros(0, self._task.outputs).float(), folds[:0].to(device))
                 continue
-            parts = self._store.read(layer)
-            whole = torch.cat(list(parts)).to(device) if self._store.is_read_whole(layer) else None
-            if whole is not None:
-                self._store.drop(layer)
-            read = Parts(parts.lengths, lambda i, parts=parts: parts[i].to(device))  # type: ignore[misc]
             batches = self._batches[layer]
             each = [LayerBatch({}, self._targets[i].float()).targets_of(rows) for i, rows in batches]
             place = torch.cat([self._places[i].repeat(rows // len(self._places[i])) for i, rows in batches])
             fold = folds[(place * ranks.number + ranks.rank) % samples]
-            yield LayerSamples(layer, read if whole is None else whole, torch.cat(each).to(device), fold.to(device))
-            del whole, read, parts
+            # Nothing here holds the features: they are gone as soon as whoever fits on them lets go.
+            yield LayerSamples(layer, self._features(layer, device), torch.cat(each).to(device), fold.to(device))
             self._store.drop(layer)
+
+    def _features(self, layer: str, device: torch.device | str) -> Tensor | Parts:
+        parts = self._store.read(layer)
+        if not self._store.is_read_whole(layer):
+            return Parts(parts.lengths, lambda i: parts[i].to(device))
+        whole = torch.cat(list(parts)).to(device)
+        self._store.drop(layer)
+        return whole
 
     def close(self) -> None:
         """Let go of everything."""

@@ -1,4 +1,4 @@
-"""Defines ``LinearProbeCallback``: Lightning's events, and what happens at each."""
+"""Define ``LinearProbeCallback``: Lightning's events, and what happens at each."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lightning_probes.distributed import Ranks, refuse
 from lightning_probes.loggers import Logs
 from lightning_probes.network.batches import unrepeated
 from lightning_probes.network.extractor import LayerExtractor
-from lightning_probes.network.torch_internals import is_no_override
+from lightning_probes.network.torch_internals import hide_override
 from lightning_probes.options import Reading, checked, flag, positive_float, takes_reading, whole
 from lightning_probes.progress import Progress
-from lightning_probes.replay.reservoir import Room
+from lightning_probes.replay.reservoir import Budget
 from lightning_probes.report.report import ProbeReport
 from lightning_probes.training.schedule import Schedule
 from lightning_probes.training.session import ProbingSession
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @takes_reading
 class LinearProbeCallback(Callback):
-    """Fits a linear classifier on every layer of the network that is being trained; the network never notices.
+    """Fit a linear classifier on every layer of the network that is being trained; the network never notices.
 
     These names are logged at each validation, or at the end of an epoch without one. ``{layer}`` is a
     ``named_modules()`` path or ``input``; ``/dataloader_idx_N`` is appended where a stage has several loaders:
@@ -149,7 +149,7 @@ class LinearProbeCallback(Callback):
             missed=missed,
         )
         # The labels of a first validation may have told how many classes there are.
-        self._session.refit.room.samples = self._samples()
+        self._session.refit.budget.samples = self._samples()
         # An epoch that is resumed does not start again.
         self._session.refit.renew(trainer.current_epoch)
 
@@ -160,7 +160,7 @@ class LinearProbeCallback(Callback):
         is_unknown = not self._network.task.outputs
         self._session.open(batch)
         if is_unknown:  # the labels of the batch have told by now
-            self._session.refit.room.samples = self._samples()
+            self._session.refit.budget.samples = self._samples()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._network.check()
@@ -251,7 +251,7 @@ class LinearProbeCallback(Callback):
         return state_of(self._session, self.report)
 
     # Otherwise a Trainer refuses equal state keys before setup can say that each callback needs a `name`.
-    state_dict = is_no_override(state_dict, Callback.state_dict)
+    state_dict = hide_override(state_dict, Callback.state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
@@ -277,8 +277,8 @@ class LinearProbeCallback(Callback):
         self._session.prepare(pl_module, context, self.report, gap, is_validation=is_validation, has_validation=coming)
 
     def _new_session(self) -> ProbingSession:
-        room = Room(self._samples(), *self._bounds)
-        return ProbingSession(self._network, self._learning_rate, room, self._ranks, self._progress)
+        budget = Budget(self._samples(), *self._bounds)
+        return ProbingSession(self._network, self._learning_rate, budget, self._ranks, self._progress)
 
     def _samples(self) -> int:
         """Return how many samples each process keeps."""

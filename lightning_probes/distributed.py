@@ -1,4 +1,4 @@
-"""Sums and tells things across the processes that train or probe one network together."""
+"""Sum and tells things across the processes that train or probe one network together."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor, distributed
 from torchmetrics.utilities import rank_zero_warn
 
 LONGEST_WAIT = timedelta(minutes=5)
-"""Bounds the wait for other processes: one of them may have left the loop in which the others are, or have failed."""
+"""Bound the wait for other processes: one of them may have left the loop in which the others are, or have failed."""
 
 T = TypeVar("T")
 K = TypeVar("K")
 V = TypeVar("V")
 
 Total = Callable[[Tensor], Tensor]
-"""Names a function that sums a tensor over the processes that each hold some of the samples."""
+"""Name a function that sums a tensor over the processes that each hold some of the samples."""
 
 
 def alone(tensor: Tensor) -> Tensor:
@@ -40,6 +40,8 @@ class Ranks:
         device: device of the network in this process.
         num_bytes: bytes of the tensors that this process has given to be summed.
         note: reason why the process works alone though there are others; empty otherwise.
+        own_group: group of this process only, for a library that insists on sending what all processes know; ``None``
+            where it works alone.
     """
 
     def __init__(self) -> None:
@@ -48,6 +50,7 @@ class Ranks:
         self.num_bytes = 0
         self.device = torch.device("cpu")
         self.note = ""
+        self.own_group: Any = None
         self._group: Any = None
 
     def meet(self, trainer: Any) -> Ranks:
@@ -61,14 +64,18 @@ class Ranks:
         self.device = trainer.strategy.root_device
         self.num_bytes = 0
         self.note = ""
+        self.own_group = None
         self._group = None
         try:
             if self.number > 1:
                 # A group of its own on the host never meets what the network sends. All processes make it anew for each
                 # run, so that one that was left alone in an earlier run is not alone in this one.
                 self._group = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
+                self.own_group = _groups_alone(distributed.group.WORLD)[self.rank]
         except Exception as error:
-            self.number, self.note = 1, f"each process probes its own samples, as gloo cannot start: {error}"
+            self.rank = 0
+            self.number = 1
+            self.note = f"each process probes its own samples, as gloo cannot start: {error}"
             rank_zero_warn(f"LinearProbeCallback: {self.note}")
         return self
 
@@ -76,15 +83,14 @@ class Ranks:
         """Leave the group out: in another process, or in a copy, the processes have to meet first."""
         return Ranks().__dict__
 
-    @property
-    def own_group(self) -> Any:
-        """Return a group of this process only, for a library that insists on sending what all processes know."""
-        return _groups_alone(distributed.group.WORLD)[self.rank] if self.number > 1 else None
-
     def leave(self, reason: str) -> None:
         """Work alone from now on, since something went wrong here and the others are somewhere else by now."""
         if self.number > 1:
-            self.number, self.note = 1, f"process {self.rank} went on without the others: {reason}"
+            self.note = f"process {self.rank} went on without the others: {reason}"
+            # Alone it is the first of its processes, the one that tells what all know.
+            self.rank = 0
+            self.number = 1
+            self.own_group = None
 
     @property
     def total(self) -> Total:

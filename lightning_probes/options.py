@@ -1,4 +1,4 @@
-"""Defines and checks what users may write: an option is one entry here for callback, ``probe()`` and command line."""
+"""Define and checks what users may write: an option is one entry here for callback, ``probe()`` and command line."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_args, get_ty
 
 T = TypeVar("T")
 
-Patterns = str | list[str]
 Where = int | Callable[[Any], Any] | str
-"""Names a part of a batch: by an index, a key (one level of nesting is searched) or a function of the batch."""
+"""Name a part of a batch: by an index, a key (one level of nesting is searched) or a function of the batch."""
 Layout = Literal["tokens", "channels"]
 Calls = Literal["last", "first", "mean"]
 Reduction = Literal["pool", "subset", "projection"]
 
 ATTENTION_MASK = "attention_mask"
-"""Names the mask of tokens in the batches of Hugging Face; other batches need have none there."""
+"""Name the mask of tokens in the batches of Hugging Face; other batches need have none there."""
 
 
 def whole(argument: str, value: Any, least: int = 1) -> int:
@@ -144,7 +143,7 @@ def _unless_none(check: Callable[[str, Any], T]) -> Callable[[str, Any], T | Non
 
 @dataclass(frozen=True)
 class Option:
-    """Says what is to be known of an option: its default, what checks a value, and what users read about it."""
+    """Say what is to be known of an option: its default, what checks a value, and what users read about it."""
 
     default: Any
     check: Callable[[str, Any], Any]
@@ -152,7 +151,7 @@ class Option:
 
 
 class Reading(TypedDict, total=False):
-    """Lists the options on how a network and its batches are read, which callback and ``probe()`` share."""
+    """List the options on how a network and its batches are read, which callback and ``probe()`` share."""
 
     num_classes: Annotated[
         int | None,
@@ -263,6 +262,7 @@ def takes_reading(taker: T) -> T:
     function.__signature__ = own.replace(parameters=parameters)
     # For whoever asks there, as typing.get_type_hints does.
     function.__annotations__ = {p.name: p.annotation for p in parameters if p.annotation is not p.empty}
+    function.__annotations__["return"] = _evaluated(own.return_annotation, function)
     if taker.__doc__ is not None and (line := next((x for x in taker.__doc__.splitlines() if "{reading}" in x), "")):
         indent = line[: len(line) - len(line.lstrip())]
         entries = [

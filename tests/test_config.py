@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 
 from lightning_probes import LinearProbeCallback, probe
 from lightning_probes.options import Option, Reading, checked, takes_reading, whole
-from lightning_probes.replay.reservoir import Room
+from lightning_probes.replay.reservoir import Budget
 
 CLI = Path(__file__).parent.parent / "examples" / "cli"
 CLASS = "lightning_probes.LinearProbeCallback"
@@ -155,7 +155,7 @@ def test_every_argument_can_be_written_in_yaml() -> None:
     assert network._reading["layout"] == written["layout"]
     assert network.recorder._calls == "mean"
     assert network.labels._token_mask == "mask"
-    assert probes._new_session().refit.room == Room(1000, 2_000_000, on_device=True)
+    assert probes._new_session().refit.budget == Budget(1000, 2_000_000, on_device=True)
     assert (probes._learning_rate, probes._schedule._every_n_epochs) == (0.01, 3)
     assert probes._is_strict is False
     assert probes._logs._metrics == ["error", "cross_entropy"]

@@ -51,7 +51,7 @@ def test_train_is_scored_on_the_samples_that_it_was_fitted_on(
 def test_many_classes_are_fitted_on_more_samples(classes: int, samples: int, tmp_path: Path) -> None:
     probes = LinearProbeCallback(num_classes=classes)
     make_trainer(tmp_path, probes, fast_dev_run=True).fit(small(), loader(32, classes=2))
-    assert probes._session.refit.room.samples == samples
+    assert probes._session.refit.budget.samples == samples
 
 
 def test_what_is_kept_on_the_device_gives_the_same_report(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from states import differences, rng_states
 
-from lightning_probes.replay.reservoir import Reservoir, Room
+from lightning_probes.replay.reservoir import Budget, Reservoir
 
 
 def stretch(kept: Reservoir[int], sizes: list[int], bytes_each: int = 1) -> list[int]:
@@ -21,7 +21,7 @@ def stretch(kept: Reservoir[int], sizes: list[int], bytes_each: int = 1) -> list
 
 
 def test_everything_is_kept_when_it_fits() -> None:
-    kept = Reservoir[int](Room(100, 200))
+    kept = Reservoir[int](Budget(100, 200))
     assert stretch(kept, [16] * 6 + [4], 2) == list(range(7))
     assert (kept.samples, kept.num_bytes, kept.seen) == (100, 200, 7)
     assert stretch(kept, [16]) == [0]
@@ -33,7 +33,7 @@ def test_each_batch_has_about_the_same_chance_within_the_bounds(sizes: list[int]
     before = rng_states()
     counts = torch.zeros(len(sizes))
     for seed in range(1500):
-        kept = Reservoir[int](Room(100, 150), seed)
+        kept = Reservoir[int](Budget(100, 150), seed)
         if is_second:
             stretch(kept, [7] * 30, 2)
             kept.renew(1)
@@ -51,7 +51,7 @@ def test_each_batch_has_about_the_same_chance_within_the_bounds(sizes: list[int]
 
 
 def test_a_batch_larger_than_the_bounds_is_not_kept() -> None:
-    kept = Reservoir[int](Room(100, 10))
+    kept = Reservoir[int](Budget(100, 10))
     assert stretch(kept, [16, 16]) == []
     assert not kept.wants()
 
@@ -70,7 +70,7 @@ lengths = st.lists(st.lists(st.integers(1, 12), max_size=30), min_size=1, max_si
 def test_bounds_hold_at_all_times_and_nothing_is_kept_twice(
     stretches: list[list[int]], max_samples: int, max_bytes: int, seed: int
 ) -> None:
-    kept = Reservoir[int](Room(max_samples, max_bytes), seed)
+    kept = Reservoir[int](Budget(max_samples, max_bytes), seed)
     seen: list[int] = []
     for sizes in stretches:
         kept.renew(1)
@@ -88,7 +88,7 @@ def test_bounds_hold_at_all_times_and_nothing_is_kept_twice(
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=40), bound=st.integers(12, 100), seed=st.integers(0, 99))
 def test_a_stretch_as_long_as_the_one_before_takes_all_its_places(sizes: list[int], bound: int, seed: int) -> None:
-    kept = Reservoir[int](Room(bound, 10**6), seed)
+    kept = Reservoir[int](Budget(bound, 10**6), seed)
     go_on(kept, sizes)
     kept.renew(1)
     assert kept.items() != []
@@ -100,7 +100,7 @@ def test_a_stretch_as_long_as_the_one_before_takes_all_its_places(sizes: list[in
 @pytest.mark.parametrize("bound", [80, 1000])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_number_kept_never_falls_while_a_new_stretch_takes_over(bound: int, seed: int) -> None:
-    kept = Reservoir[int](Room(bound, 10**6), seed)
+    kept = Reservoir[int](Budget(bound, 10**6), seed)
     go_on(kept, [8] * 30)
     full, old = len(kept.items()), []
     assert full == min(bound // 8, 30)
@@ -114,7 +114,7 @@ def test_the_number_kept_never_falls_while_a_new_stretch_takes_over(bound: int, 
 
 
 def test_a_short_stretch_leaves_the_newer_of_the_older_ones() -> None:
-    kept = Reservoir[int](Room(100, 10**6))
+    kept = Reservoir[int](Budget(100, 10**6))
     go_on(kept, [10] * 10)
     kept.renew(1)
     go_on(kept, [10] * 4, first=100)

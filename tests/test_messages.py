@@ -396,7 +396,7 @@ class SoftUnsaid(Unsaid):
 def test_many_classes_that_only_the_labels_tell_are_fitted_on_as_many_samples(sanity: int) -> None:
     probes, data = LinearProbeCallback("net.1"), rows(96, classes=100)
     make_trainer(probes, num_sanity_val_steps=sanity).fit(SoftUnsaid(mlp(depth=1, classes=100)), data, data)
-    assert probes._session.refit.room.samples == 200 * 100
+    assert probes._session.refit.budget.samples == 200 * 100
 
 
 def test_probe_takes_the_width_of_the_labels_too() -> None:

@@ -129,3 +129,9 @@ def test_the_callback_and_probe_see_the_same_features_and_resuming_goes_on_with_
         fit(LinearProbeCallback(), tmp_path / "other", 2, ckpt_path=checkpoint)
     with pytest.warns(UserWarning, match="start afresh: reduction is"):
         fit(LinearProbeCallback(strict=False), tmp_path / "afresh", 2, ckpt_path=checkpoint)
+
+
+def test_a_kind_that_is_not_known_is_no_projection_by_chance() -> None:
+    unknown: Any = "max"
+    with pytest.raises(ValueError, match="reduction: nothing is drawn for 'max'"):
+        Reducer(unknown, 4)("net.0", torch.zeros(2, 9))

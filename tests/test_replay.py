@@ -23,7 +23,7 @@ from lightning_probes.replay.calls import Call, CannotRunAgainError, num_bytes
 from lightning_probes.replay.frozen import frozen
 from lightning_probes.replay.recorder import CallRecorder
 from lightning_probes.replay.replayer import Replay
-from lightning_probes.replay.reservoir import Room
+from lightning_probes.replay.reservoir import Budget
 
 Outputs = dict[str, list[Tensor]]
 
@@ -33,7 +33,7 @@ def leaves(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def recorded(model: nn.Module, step: Callable[[], Any], layers: Mapping[str, nn.Module] | None = None) -> list[Call]:
-    recorder = CallRecorder(Room(8192, 2**30))
+    recorder = CallRecorder(Budget(8192, 2**30))
     recorder.attach(model, leaves(model) if layers is None else layers)
     recorder.start()
     step()
@@ -449,7 +449,7 @@ def test_an_input_of_several_calls_is_kept_once_and_without_a_graph() -> None:
 
 def test_recording_draws_nothing_and_detaching_leaves_nothing() -> None:
     model = Classifier(convnet())
-    recorder = CallRecorder(Room(8192, 2**30))
+    recorder = CallRecorder(Budget(8192, 2**30))
     recorder.attach(model, leaves(model))
     model.eval()
     before = rng_states()
@@ -465,7 +465,7 @@ def test_recording_draws_nothing_and_detaching_leaves_nothing() -> None:
 
 def test_a_forward_that_raises_leaves_the_recorder_usable() -> None:
     model = Classifier(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)))
-    recorder = CallRecorder(Room(8192, 2**30))
+    recorder = CallRecorder(Budget(8192, 2**30))
     recorder.attach(model, leaves(model))
     recorder.start()
     with pytest.raises(RuntimeError):
@@ -505,7 +505,7 @@ def test_a_root_that_stands_for_the_step_is_not_recorded() -> None:
 
 def test_copies_of_a_model_record_nothing_and_it_can_be_pickled() -> None:
     model = Steps()
-    recorder = CallRecorder(Room(8192, 2**30))
+    recorder = CallRecorder(Budget(8192, 2**30))
     recorder.attach(model, leaves(model))
     recorder.start()
     copy.deepcopy(model).body(X)

@@ -27,7 +27,7 @@ def labels_of(samples: int, classes: int = 3) -> Tensor:
 
 def held(max_bytes: int) -> tuple[HalfPrecisionStore, FeatureDataset]:
     store = HalfPrecisionStore(max_bytes)
-    return store, FeatureDataset(Classification(3), store, has_all_places=True)
+    return store, FeatureDataset(Classification(3), store, numbers_left_out=True)
 
 
 def add(data: FeatureDataset, layer: str, x: Tensor, batch: int, views: int = 1) -> None:
@@ -140,7 +140,11 @@ def test_views_have_the_label_and_the_position_of_their_sample(max_bytes: int) -
     x = torch.arange(samples).float().view(-1, 1).repeat(2, 1)
     store, data = held(max_bytes)
     add(data, "two views", x, 64, views=2)
-    ((layer, _, y, folds),) = data.by_layer(["never seen", "two views"], Ranks(), "cpu")
+    read_layer = data.reader(Ranks(), "cpu")
+    assert read_layer("never seen") is None
+    given = read_layer("two views")
+    assert given is not None
+    layer, _, y, folds = given
     assert layer == "two views"
     store, data = held(max_bytes)  # it was given out and is gone
     add(data, "two views", x, 64, views=2)
@@ -184,7 +188,9 @@ def test_soft_labels_are_kept_as_they_are() -> None:
     _, data = held(100)
     data.add(LayerBatch({"layer": torch.randn(8, 2)}, soft))
     data.add(LayerBatch({"layer": torch.randn(4, 2)}, torch.eye(3)[torch.tensor([0, 0, 1, 2])]))
-    ((_, _, targets, _),) = data.by_layer(["layer"], Ranks(), "cpu")
+    given = data.reader(Ranks(), "cpu")("layer")
+    assert given is not None
+    targets = given.targets
     assert torch.equal(targets[:8], soft)
     assert torch.equal(
         data.target_sums,

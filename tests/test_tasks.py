@@ -52,7 +52,7 @@ class YesOrNo(Task):
     def is_counted(self, targets: Tensor) -> Tensor:
         return ~targets.isnan().any(dim=1)
 
-    def bias(self, mean: Tensor) -> Tensor:
+    def constant(self, mean: Tensor) -> Tensor:
         return mean.logit(eps=1e-6)
 
     def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ def test_classification_is_of_the_exponential_family() -> None:
     (gradient,) = torch.autograd.grad(task.loss(scores, targets), scores)
     torch.testing.assert_close(task.expectation(scores.detach()) - targets, gradient)
     mean = targets.mean(dim=1)
-    torch.testing.assert_close(task.expectation(task.bias(mean)[:, None])[:, 0], mean)
+    torch.testing.assert_close(task.expectation(task.constant(mean)[:, None])[:, 0], mean)
     bent: Any = torch.func.hessian(lambda s: task.loss(s[:, None], targets[:, :1]))(scores.detach()[:, 0])
     expected = bent.diagonal().mean()
     torch.testing.assert_close(task.curvature(task.expectation(scores.detach()))[0], expected)

@@ -1,4 +1,4 @@
-"""Finds input, labels and mask in a batch, and reads the labels of one batch after another."""
+"""Find input, labels and mask in a batch, and reads the labels of one batch after another."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def _labels_of(module: nn.Module) -> int | None:
 
 
 class LabelReader:
-    """Reads labels strictly from the first batch, so that a mistake shows before training; later ones end no run.
+    """Read labels strictly from the first batch, so that a mistake shows before training; later ones end no run.
 
     Args:
         target: where in a batch the labels are.
@@ -283,7 +283,7 @@ class LabelReader:
             check_labels(self._learn(pick(batch, self._target, "target")), self.task)
             self.present_in_validation = True
         except UnknownOutputsError as error:
-            self._previewed = error
+            self._previewed = error.with_traceback(None)  # its frames would hold the batch
         except Exception:  # whatever a user's function raises; a mistake will show in training
             pass
 

@@ -1,4 +1,4 @@
-"""Extracts from a network what probes need: a batch goes in, targets and every layer's features come out."""
+"""Extract from a network what probes need: a batch goes in, targets and every layer's features come out."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lightning_probes.probes.dataset import LayerBatch
 from lightning_probes.probes.tasks import Task
 
 INPUT = "input"
-"""Names the raw input among the layers: the probe at depth 0."""
+"""Name the raw input among the layers: the probe at depth 0."""
 
 
 class LayerExtractor:
-    """Knows the layers of a network, their hooks, and what a batch says about them.
+    """Know the layers of a network, their hooks, and what a batch says about them.
 
     :meth:`attach` begins, :meth:`open` and :meth:`close` stand around each batch, :meth:`detach` ends.
 
@@ -41,6 +41,7 @@ class LayerExtractor:
         reducer: makes features of activations.
         has_input: whether the raw input is one of the layers.
         mask: which tokens of the batch that was opened last count; ``None`` if that batch does not say.
+        is_ordered: whether the layers and their order are fixed, in all processes.
     """
 
     def __init__(self, layers: Any, exclude: Any, reading: Reading) -> None:
@@ -58,7 +59,7 @@ class LayerExtractor:
         self._reading = reading
         self._input_channels_first = False
         self._unfit: dict[str, str] = {}
-        self._is_ordered = False
+        self.is_ordered = False
         self._targets: Tensor | None = None
 
     @property
@@ -87,8 +88,7 @@ class LayerExtractor:
         task = find_task(known or None, *owners, model)
         modules, note = select_layers(model, self._patterns, self._exclude)
         self.notes = [note] if note else []
-        if self.reducer.kind != "pool":
-            self.notes.append(f"features: a random {self.reducer.kind} of at most {self.reducer.max_features} values")
+        self.notes += [self.reducer.note] if self.reducer.note else []
         parents = {child: parent for parent in model.modules() for child in parent.children()}
         channels = {layer: is_channels_first(module, parents) for layer, module in modules.items()}
         for pattern, kind in (self._reading["layout"] or {}).items():
@@ -102,18 +102,18 @@ class LayerExtractor:
         self.layers = [INPUT] * self.has_input + list(modules)
         self.selected = list(self.layers)
         self.labels.begin(task, is_checked=order is not None)
-        self._is_ordered = False
+        self.is_ordered = False
         self._unfit = {}
-        if order is not None:
-            self.restore(order)
         self.modules = modules
         self.recorder.attach(modules, channels, compiled_parts(model)[1])
+        if order is not None:
+            self.restore(order)
 
     def restore(self, order: Sequence[str]) -> None:
         """Keep to the layers of an earlier run, in its order; remove the hooks of others."""
         self.layers = list(order)
         self.has_input = INPUT in order and self.has_input
-        self._is_ordered = True
+        self.is_ordered = True
         for layer in self.modules.keys() - set(self.layers):
             self.recorder.detach(layer)
 
@@ -143,6 +143,11 @@ class LayerExtractor:
         self.recorder.start(len(self._targets), only, self.mask)
         if self.has_input:
             self._record_input(batch)
+
+    def abandon(self) -> None:
+        """Let go of a batch that was opened and whose step did not end."""
+        self._targets = None
+        self.recorder.stop()
 
     def count_only(self, samples: int | None) -> None:
         """Leave out all samples of the open batch but the first so many; ``None`` leaves out none."""
@@ -209,7 +214,7 @@ class LayerExtractor:
     def _settle(self, found: Recording) -> None:
         """Order the layers as the first batch called them, and leave out those that do not fit and nobody named."""
         self.labels.is_checked = True
-        if self._is_ordered:
+        if self.is_ordered:
             return
         if self.has_input and INPUT not in found.features:
             self.notes.append("raw input skipped: the batch has no such float tensor")
@@ -232,7 +237,7 @@ class LayerExtractor:
         Args:
             gather: returns what each process has.
         """
-        if self._is_ordered:
+        if self.is_ordered:
             return
         known = gather((self.labels.is_checked, self.layers, self.task, self.recorder.widths))
         self.labels.task = max((task for *_, task, _ in known), key=lambda task: task.outputs)

@@ -1,4 +1,4 @@
-"""Hooks layers: what a layer puts out becomes detached float features, reduced inside the hook."""
+"""Hook layers: what a layer puts out becomes detached float features, reduced inside the hook."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_probes.network.torch_internals import (
 from lightning_probes.options import Calls
 
 HEARD_BY = "_lightning_probes_heard_by"
-"""Names the attribute of the modules of a network that is run outside of all steps: the only recorder to listen."""
+"""Name the attribute of the modules of a network that is run outside of all steps: the only recorder to listen."""
 
 _LENGTH_MODULES = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d)
 _NOT_HEARD = "it never ran, or in code that was compiled before the probes came: call torch.compiler.reset() before fit"
@@ -59,7 +59,7 @@ def is_channels_first(module: nn.Module, parents: Mapping[nn.Module, nn.Module])
 
 @dataclass
 class Recording:
-    """Holds what the layers put out in one step.
+    """Hold what the layers put out in one step.
 
     Attributes:
         samples: number of labels of the batch.
@@ -81,7 +81,7 @@ class Recording:
 
 
 class ActivationRecorder:
-    """Hooks layers and, while it records a step, keeps the reduced features of each.
+    """Hook layers and, while it records a step, keeps the reduced features of each.
 
     Args:
         reducer: makes features of activations.
@@ -146,7 +146,8 @@ class ActivationRecorder:
             self.memory.pop(name, None)
         if layer is None:
             self._is_on = False
-            # The raw input has memory too, but no hook.
+            # The raw input has features and memory too, but no hook.
+            self.recording = Recording(0)
             self.memory = {}
 
     def start(self, samples: int, only: Container[str] | None = None, mask: Tensor | None = None) -> None:

@@ -10,10 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_probes.network.torch_internals import DROPOUTS, LOSSES
-
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""Name the path segments that compilation, FSDP and activation checkpointing insert and that no user wrote."""
+from lightning_probes.network.torch_internals import DROPOUTS, LOSSES, WRAPPERS
 
 MAX_DEFAULT_LAYERS = 40
 """Limit how many layers are probed when the user names none."""

@@ -86,6 +86,11 @@ class Reducer:
             flat = (flat * signs.to(flat.dtype)).view(len(flat), self.max_features, -1).sum(dim=2)
         return _into(out, flat)
 
+    @property
+    def note(self) -> str:
+        """Say how features are made where that is not the default; empty where it is."""
+        return "" if self.kind == "pool" else f"features: a random {self.kind} of at most {self.max_features} values"
+
     def state_dict(self) -> dict[str, Any]:
         """Return the subsets and projections that were drawn, as tensors on the host and plain types."""
         draws = {
@@ -106,12 +111,14 @@ class Reducer:
             signs = torch.zeros(0, dtype=torch.int8)
             if self.kind == "subset":
                 order = order[: self.max_features].sort().values
-            else:
+            elif self.kind == "projection":
                 # All sums need equally many values to be taken at once: values repeated with the sign 0 fill them up.
                 size = math.ceil(values / self.max_features) * self.max_features
                 signs = 2 * torch.randint(2, (size,), generator=generator, dtype=torch.int8) - 1
                 signs[values:] = 0
                 order = torch.cat([order, order[: size - values]])
+            else:
+                raise ValueError(f"reduction: nothing is drawn for {self.kind!r}")
             self._draws[layer] = values, order, signs
         drawn_for, places, signs = self._draws[layer]
         if drawn_for != values:

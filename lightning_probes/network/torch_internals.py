@@ -1,4 +1,4 @@
-"""Reaches what torch and Lightning do not promise to keep: all of it is here, and only here.
+"""Reach what torch and Lightning do not promise to keep: all of it is here, and only here.
 
 Each entry says why nothing public serves, and what is lost where a version no longer has it: a feature, never a run.
 ``tests/test_torch_internals.py`` names each of them, so that an upgrade shows what it took.
@@ -22,18 +22,23 @@ __all__ = ["tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 Listener = Callable[[Tensor | None], None]
-"""Names what is told the first floating-point tensor of a module's output, or ``None`` if it has none."""
+"""Name what is told the first floating-point tensor of a module's output, or ``None`` if it has none."""
 
 # Modules
 
 LOSSES: tuple[type, ...] = tuple(filter(None, [getattr(nn.modules.loss, "_Loss", None)]))
-"""Lists the base classes of torch's losses. Without them losses are known by their names, which end in "Loss"."""
+"""List the base classes of torch's losses. Without them losses are known by their names, which end in "Loss"."""
 
 DROPOUTS: tuple[type, ...] = tuple(filter(None, [getattr(nn.modules.dropout, "_DropoutNd", None)]))
-"""Lists the base classes of torch's dropout. Without them dropout is known by its names, which begin with "Drop"."""
+"""List the base classes of torch's dropout. Without them dropout is known by its names, which begin with "Drop"."""
 
 HOOK_ATTRIBUTES = frozenset(name for name in vars(nn.Module()) if "hooks" in name)
-"""Lists the attributes in which a module keeps its hooks: a handle finds its hook in the dict that it was given."""
+"""List the attributes in which a module keeps its hooks: a handle finds its hook in the dict that it was given."""
+
+
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+"""Name the path segments that compilation, FSDP, activation checkpointing and Lightning's strategies insert. Where a
+wrapper has another name it stands in the names of layers."""
 
 
 def version_of(tensor: Tensor) -> int:
@@ -95,7 +100,7 @@ def run_eagerly(module: nn.Module, attributes: dict[str, Any]) -> None:
 
 
 class Interception:
-    """Calls functions before and after a module that is compiled in place, whose own hooks are part of its code.
+    """Call functions before and after a module that is compiled in place, whose own hooks are part of its code.
 
     Args:
         module: a module that was compiled by its ``compile()``.
@@ -180,7 +185,7 @@ def _tell(activation: Tensor | None, place: int) -> None:
 tell: Any = torch.library.custom_op(
     "lightning_probes::tell", _tell, mutates_args=(), schema="(Tensor? activation, int place) -> ()"
 )
-"""Tells the listener at a place an activation."""
+"""Tell the listener at a place an activation."""
 tell.register_fake(lambda activation, place: None)
 # The operator has no result: without this it would be left out as dead code.
 torch.fx.node.has_side_effect(torch.ops.lightning_probes.tell.default)
@@ -229,7 +234,7 @@ def starts_processes(trainer: Any) -> bool:
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
-def is_no_override(method: F, of: Any) -> F:
+def hide_override(method: F, of: Any) -> F:
     """Let Lightning take ``method`` for no override of the method ``of`` of a base class.
 
     A Trainer refuses callbacks with equal state keys before their ``setup`` can say what to do about it. Without this

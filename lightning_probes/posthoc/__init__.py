@@ -1,1 +1,1 @@
-"""Probes networks that are not being trained, and checkpoints."""
+"""Probe networks that are not being trained, and checkpoints."""

@@ -20,7 +20,7 @@ from lightning_probes.options import Where
 from lightning_probes.probes.dataset import LayerBatch
 
 Take = Callable[[int, LayerBatch], None]
-"""Receives the index of a batch's loader, and what the layers said to the batch."""
+"""Receive the index of a batch's loader, and what the layers said to the batch."""
 
 
 class Pass(LightningModule):

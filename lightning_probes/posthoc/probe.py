@@ -1,4 +1,4 @@
-"""Defines ``probe()``: the probes of networks that are trained already, or not at all, and of checkpoints."""
+"""Define ``probe()``: the probes of networks that are trained already, or not at all, and of checkpoints."""
 
 from __future__ import annotations
 
@@ -145,11 +145,11 @@ def _hint(value: Any) -> str:
 
 
 class Interruption(str):
-    """Notes in a report of :func:`probe` that the user interrupted it, and tells that from other notes."""
+    """Note in a report of :func:`probe` that the user interrupted it, and tells that from other notes."""
 
 
 class _Posthoc:
-    """Fits and scores the probes of one network after the other."""
+    """Fit and scores the probes of one network after the other."""
 
     def __init__(self, network: LayerExtractor, runner: Runner, max_bytes: int) -> None:
         self.report = ProbeReport(cost={"seconds": 0.0, "share": 0.0, "kept_bytes": 0, "weights_bytes": 0})
@@ -238,13 +238,13 @@ class _Posthoc:
         def keep(dataloader: int, batch: LayerBatch) -> None:
             nonlocal dataset
             if dataset is None:  # the first labels may have told what the task has to know
-                dataset = FeatureDataset(self._network.task, store, has_all_places=True)
+                dataset = FeatureDataset(self._network.task, store, numbers_left_out=True)
             dataset.add(batch)
 
         self._runner.run(model, "train", keep)
         ranks, begun = self._runner.ranks, time.perf_counter()
         self._network.agree(ranks.gather)
-        dataset = dataset or FeatureDataset(self._network.task, store, has_all_places=True)
+        dataset = dataset or FeatureDataset(self._network.task, store, numbers_left_out=True)
         layers = self._network.layers
         seen = [dataset.labelled, *(layer in dataset.layers for layer in layers)]
         labelled, *ran = ranks.total(torch.tensor(seen)).tolist()

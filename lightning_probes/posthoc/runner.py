@@ -1,4 +1,4 @@
-"""Runs passes of data through a model by a Trainer, and leaves no trace in either."""
+"""Run passes of data through a model by a Trainer, and leaves no trace in either."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class _Bar(TQDMProgressBar):
-    """Says in the bar of a prediction loop what the pass is for."""
+    """Say in the bar of a prediction loop what the pass is for."""
 
     doing = ""
 
@@ -33,7 +33,7 @@ class _Bar(TQDMProgressBar):
 
 
 class Runner:
-    """Runs passes with one Trainer, which keeps nothing of them.
+    """Run passes with one Trainer, which keeps nothing of them.
 
     Args:
         trainer: the user's Trainer, whose callbacks (but for progress bars) and loggers are set aside meanwhile;

@@ -1,1 +1,1 @@
-"""Holds features and fits linear classifiers on them; knows no network and no Lightning."""
+"""Hold features and fits linear classifiers on them; knows no network and no Lightning."""

@@ -1,9 +1,9 @@
-"""Holds the features of all layers and samples, in memory or on disk, until probes are fitted on them."""
+"""Hold the features of all layers and samples, in memory or on disk, until probes are fitted on them."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol
@@ -16,18 +16,18 @@ from lightning_probes.probes.rows import Parts
 from lightning_probes.probes.tasks import Task
 
 FOLDS = 5
-"""Counts the parts of the samples, one of which is held out to choose a strength."""
+"""Count the parts of the samples, one of which is held out to choose a strength."""
 
 _BLOCK = 2048
-"""Bounds the samples that are read from a store at a time."""
+"""Bound the samples that are read from a store at a time."""
 
 _LARGEST = 3e4
-"""Bounds what is kept in half precision, in deviations of a layer's first batch; float16 ends at 65 504."""
+"""Bound what is kept in half precision, in deviations of a layer's first batch; float16 ends at 65 504."""
 
 
 @dataclass
 class LayerBatch:
-    """Holds what the layers of a network put out for the samples of one batch.
+    """Hold what the layers of a network put out for the samples of one batch.
 
     Attributes:
         features: ``{layer: (rows, features)}``. A layer has one row a sample, or several views of the whole batch one
@@ -59,7 +59,7 @@ def draw_folds(samples: int) -> Tensor:
 
 
 class LayerSamples(NamedTuple):
-    """Holds one layer's features of all samples of this process."""
+    """Hold one layer's features of all samples of this process."""
 
     layer: str
     features: Tensor | Parts
@@ -71,7 +71,7 @@ class LayerSamples(NamedTuple):
 
 
 class Store(Protocol):
-    """Keeps features of layers, part by part."""
+    """Keep features of layers, part by part."""
 
     def put(self, layer: str, x: Tensor) -> None:
         """Keep ``(rows, features)`` of a layer, after what was kept of it before."""
@@ -90,13 +90,13 @@ class Store(Protocol):
 
 
 class FeatureDataset:
-    """Holds features, targets and the place of each sample of this process; gives them out one layer after the other.
+    """Hold features, targets and the place of each sample of this process; gives them out one layer after the other.
 
     Args:
         task: knows which targets count.
         store: keeps the features.
-        has_all_places: whether samples that are left out have a place among the others: in a whole pass over a dataset
-            they do, in training a sampler may have added them.
+        numbers_left_out: whether samples that are left out are numbered with the others, which decides the folds. In a
+            whole pass over a dataset they are; in training a sampler may have added them.
 
     Attributes:
         samples: number of samples so far.
@@ -104,12 +104,12 @@ class FeatureDataset:
         layers: layers that have been seen, in that order.
     """
 
-    def __init__(self, task: Task, store: Store, *, has_all_places: bool = False) -> None:
+    def __init__(self, task: Task, store: Store, *, numbers_left_out: bool = False) -> None:
         self.samples = 0
         self.labelled = 0
         self._task = task
         self._store = store
-        self._has_all_places = has_all_places
+        self._numbers_left_out = numbers_left_out
         self._targets: list[Tensor] = []
         self._places: list[Tensor] = []
         self._batches: dict[str, list[tuple[int, int]]] = {}
@@ -136,7 +136,7 @@ class FeatureDataset:
         """
         targets = batch.targets
         counted = self._task.is_counted(targets).cpu()
-        if self._has_all_places:
+        if self._numbers_left_out:
             self._places.append(self.samples + torch.arange(len(targets)))
         else:
             self._places.append((self.labelled - 1 + counted.cumsum(dim=0)).clamp(min=0))
@@ -149,38 +149,40 @@ class FeatureDataset:
             self._batches.setdefault(layer, []).append((len(self._targets) - 1, len(x)))
             self._store.put(layer, x)
 
-    def by_layer(self, layers: Sequence[str], ranks: Ranks, device: torch.device | str) -> Iterator[LayerSamples]:
-        """Give out the layers that any process has, in the given order, and let go of each afterwards.
+    def reader(self, ranks: Ranks, device: torch.device | str) -> Callable[[str], LayerSamples | None]:
+        """Return what gives out a layer, once: it is let go of when whoever fits on it does.
 
         The same samples are in the same folds, however many processes share them.
 
         Args:
-            layers: their order.
-            ranks: the processes that share the samples.
+            ranks: the processes that share the samples; each calls this, and reads the same layers.
             device: where tensors are put.
 
-        Yields:
-            What this process has of a layer, which may be nothing. Of several widths that of the first process counts.
+        Returns:
+            A function of a layer's name: what this process has of the layer, which may be no row, or ``None`` where no
+            process has any. Where processes have other widths, that of the first one counts.
         """
         shapes = ranks.union(self._shapes)
-        # If no sample counts, all rows are in one fold.
-        samples = max(int(ranks.total(torch.tensor(self.samples if self._has_all_places else self.labelled))), 1)
+        # Places are taken modulo this, which must not be 0.
+        samples = max(int(ranks.total(torch.tensor(self.samples if self._numbers_left_out else self.labelled))), 1)
         folds = draw_folds(samples)
-        for layer in layers:
+
+        def read(layer: str) -> LayerSamples | None:
             if layer not in shapes:
-                continue
+                return None
             if self._shapes.get(layer) != shapes[layer]:
                 width, dtype = shapes[layer]
-                none = torch.zeros(0, width, dtype=dtype, device=device)
-                yield LayerSamples(layer, none, none.new_zeros(0, self._task.outputs).float(), folds[:0].to(device))
-                continue
+                nothing = torch.zeros(0, width, dtype=dtype, device=device)
+                targets = torch.zeros(0, self._task.outputs, device=device)
+                return LayerSamples(layer, nothing, targets, folds[:0].to(device))
             batches = self._batches[layer]
             each = [LayerBatch({}, self._targets[i].float()).targets_of(rows) for i, rows in batches]
             place = torch.cat([self._places[i].repeat(rows // len(self._places[i])) for i, rows in batches])
             fold = folds[(place * ranks.number + ranks.rank) % samples]
-            # Nothing here holds the features: they are gone as soon as whoever fits on them lets go.
-            yield LayerSamples(layer, self._features(layer, device), torch.cat(each).to(device), fold.to(device))
-            self._store.drop(layer)
+            features = self._features(layer, device)
+            return LayerSamples(layer, features, torch.cat(each).to(device), fold.to(device))
+
+        return read
 
     def _features(self, layer: str, device: torch.device | str) -> Tensor | Parts:
         parts = self._store.read(layer)
@@ -196,7 +198,7 @@ class FeatureDataset:
 
 
 class MemoryStore:
-    """Keeps features as they are.
+    """Keep features as they are.
 
     Args:
         copy: makes a copy that may be kept, if features may not stay where they are.
@@ -230,7 +232,7 @@ class MemoryStore:
 
 @dataclass(frozen=True)
 class _Filed:
-    """Says where in a layer's file of one precision some rows are."""
+    """Say where in a layer's file of one precision some rows are."""
 
     path: Path
     first: int
@@ -239,7 +241,7 @@ class _Filed:
 
 
 class HalfPrecisionStore:
-    """Keeps features in half their bytes, in memory up to a budget and after that in temporary files.
+    """Keep features in half their bytes, in memory up to a budget and after that in temporary files.
 
     float32 is kept as float16, in deviations from the mean of the layer's first batch that has some: the relative
     rounding of 2^-11 is far below what a probe can tell. What would overflow there, and float64, is kept as it is.
@@ -249,8 +251,8 @@ class HalfPrecisionStore:
             layer larger than a quarter of it is read part by part while its probe is fitted.
 
     Attributes:
-        memory_bytes: bytes of features in memory.
-        file_bytes: bytes of features in files.
+        memory_bytes: bytes of the features that were kept in memory.
+        file_bytes: bytes of those in files.
     """
 
     def __init__(self, max_bytes: int) -> None:

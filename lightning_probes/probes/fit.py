@@ -1,4 +1,4 @@
-"""Fits the probe of every layer of a dataset to its optimum, and chooses its strength of L2."""
+"""Fit the probe of every layer of a dataset to its optimum, and chooses its strength of L2."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from lightning_probes.distributed import Ranks, Total, alone
 from lightning_probes.probes.dataset import FOLDS, FeatureDataset, LayerSamples, draw_folds
 from lightning_probes.probes.heads import StackedProbes
 from lightning_probes.probes.rows import Parts, Rows, statistics
-from lightning_probes.probes.solver import TOLERANCE, Solution, solve, tally_of
+from lightning_probes.probes.solver import TOLERANCE, Solution, solve, tally_on
 from lightning_probes.probes.standardise import standardise_
 from lightning_probes.probes.tasks import Task
 
 STRENGTHS = (1e-2, 1e-3, 1e-4)
-"""Lists the strengths of L2 among which that of a probe is chosen."""
+"""List the strengths of L2 among which that of a probe is chosen."""
 
 _FEWEST = 20
-"""Counts the samples below which a fifth of them says nothing about a strength."""
+"""Count the samples below which a fifth of them says nothing about a strength."""
 
 _ROUGHLY = 10
-"""Multiplies the tolerance at which strengths are tried; the chosen one must be the best at the tolerance itself."""
+"""Multiply the tolerance at which strengths are tried; the chosen one must be the best at the tolerance itself."""
 
 _CLEARLY = 1.01
-"""Bounds a held-out loss relative to the best one; a higher one has passed its minimum."""
+"""Bound a held-out loss relative to the best one; a higher one has passed its minimum."""
 
 
 @dataclass(frozen=True)
 class FittedProbes:
-    """Holds the probes of a network at their optimum, and what is known of them.
+    """Hold the probes of a network at their optimum, and what is known of them.
 
     Attributes:
         probes: scores with them.
         known: ``{layer: {"fitted_on": {"data", "samples"}, "converged"}}``, as rows of a report have it.
         tally: ``(statistics, layers)`` on the samples fitted on, in one process for all; ``None`` for restored probes.
-        held_out: likewise of samples in folds, each scored by a probe of the other folds, if there were folds to score.
+        crossed_tally: tally of samples that were each scored by a probe fitted on other folds; ``None`` where they were
+            not cross-fitted.
         target_sums: sums over the targets of the samples that this process fitted on.
         faults: ``{layer: what was raised}`` of the layers that have no probe.
     """
@@ -47,15 +48,15 @@ class FittedProbes:
     probes: StackedProbes
     known: dict[str, dict[str, Any]]
     tally: Tensor | None = None
-    held_out: Tensor | None = None
+    crossed_tally: Tensor | None = None
     target_sums: Tensor | None = None
     faults: dict[str, Exception] = field(default_factory=dict)
 
 
 class Track(Protocol):
-    """Shows how far a loop is: gives back its items."""
+    """Show how far a loop is: gives back its items."""
 
-    def __call__(self, name: str, items: Iterable[LayerSamples], total: int) -> Iterable[LayerSamples]:
+    def __call__(self, name: str, items: Iterable[str], total: int) -> Iterable[str]:
         """Yield ``items``, of which there are ``total``."""
 
 
@@ -94,15 +95,19 @@ def fit_layers(
     solutions: dict[str, Solution] = {}
     crossed: dict[str, Tensor] = {}
     faults: dict[str, Exception] = {}
-    for samples in track("layer", dataset.by_layer(layers, ranks, device), len(layers)):
+    read = dataset.reader(ranks, device)
+    for layer in track("layer", layers, len(layers)):
+        if (samples := read(layer)) is None:
+            continue
         try:
-            solutions[samples.layer] = fit_samples(task, samples, ranks.total)
             if is_crossed:
-                crossed[samples.layer] = _cross_scored(task, samples, ranks.total)
+                crossed[layer] = _cross_scored(task, samples, ranks.total)
+            solutions[layer] = fit_samples(task, samples, ranks.total)
         except Exception as error:
             if ranks.number > 1:
                 raise
-            faults[samples.layer] = error.with_traceback(None)  # its frames would hold the layer's features
+            faults[layer] = error.with_traceback(None)  # its frames would hold the layer's features
+        del samples
     if not solutions and faults:
         raise next(iter(faults.values()))
     if not solutions:
@@ -117,9 +122,9 @@ def fit_layers(
     # A solver's tallies are those of all processes, and will be summed over processes once more.
     own = {layer: found.tally for layer, found in solutions.items() if ranks.rank == 0}
     tally = _side_by_side(task, layers, own, device)
-    held_out = _side_by_side(task, layers, crossed, device) if is_crossed else None
+    crossed_tally = _side_by_side(task, layers, crossed, device) if is_crossed else None
     sums = dataset.target_sums.to(device)
-    return FittedProbes(StackedProbes.of(layers, task, solutions), known, tally, held_out, sums, faults)
+    return FittedProbes(StackedProbes.of(layers, task, solutions), known, tally, crossed_tally, sums, faults)
 
 
 def fit_samples(task: Task, samples: LayerSamples, total: Total) -> Solution:
@@ -191,7 +196,7 @@ def score(task: Task, solution: Solution, features: Tensor, targets: Tensor) -> 
     """
     x = features.to(solution.weight.dtype, copy=True)
     x = standardise_(x[None], solution.mean[None, None], solution.variance[None, None])[0]
-    return tally_of(task, Rows.of(x), targets, solution.weight, solution.bias)
+    return tally_on(task, Rows.of(x), targets, solution.weight, solution.bias)
 
 
 def _cross_scored(task: Task, samples: LayerSamples, total: Total) -> Tensor:
@@ -233,7 +238,9 @@ def _choose(
     """Return the strength with the lowest held-out loss, and the weight and bias that had it."""
     if x.total(y.new_tensor(float(len(y)))) < _FEWEST or len(strengths) == 1:
         return strengths[0], None
-    held = part == part.max() if len(part) else part > 0
+    # The last fold of all that any process has samples of.
+    present = x.total(torch.bincount(part, minlength=FOLDS).to(y.dtype)).nonzero()
+    held = part == present.max()
     fit, rest = x.where(~held), x.where(held)
     # Never from a probe that has seen the held-out part: short of its optimum it would remember it.
     starts: dict[float, tuple[Tensor, Tensor]] = {}
@@ -243,7 +250,7 @@ def _choose(
     def attempt(l2: float, start: tuple[Tensor, Tensor] | None, tolerance: float) -> None:
         tried = solver(fit, y[~held], l2, start=start, tolerance=tolerance)
         starts[l2] = tried.weight, tried.bias
-        losses[l2] = float(tally_of(task, rest, y[held], *starts[l2])[-2])
+        losses[l2] = float(tally_on(task, rest, y[held], *starts[l2])[-2])
 
     for l2 in strengths:
         attempt(l2, start, _ROUGHLY * tolerance)

@@ -1,4 +1,4 @@
-"""Stacks the linear classifiers of all layers by width, and scores them together."""
+"""Stack the linear classifiers of all layers by width, and scores them together."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from lightning_probes.probes.standardise import merged_statistics, standardise_
 from lightning_probes.probes.tasks import Labels, Task
 
 _CHUNKS = 4
-"""Runs into which the layers are cut on the host: copies stay in the cache, and small beside the features."""
+"""Run into which the layers are cut on the host: copies stay in the cache, and small beside the features."""
+
+_ORDERS = 64
+"""Bound the sets of layers whose index tensors are kept."""
 
 _STATISTICS = ("mean", "variance", "alive")
 
 
 class Stack:
-    """Holds the probes of all layers of one width as tensors whose first dimension is the layer.
+    """Hold the probes of all layers of one width as tensors whose first dimension is the layer.
 
     Attributes:
         layers: their names.
@@ -74,7 +77,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Run:
-    """Selects neighbours in a stack that saw the same samples and have been updated equally often."""
+    """Select neighbours in a stack that saw the same samples and have been updated equally often."""
 
     stack: Stack
     rows: slice
@@ -95,7 +98,7 @@ class Run:
 
 
 class BatchLabels:
-    """Works out the labels of a batch once for each number of rows a sample and each precision."""
+    """Work out the labels of a batch once for each number of rows a sample and each precision."""
 
     def __init__(self, task: Task, batch: LayerBatch) -> None:
         self._task = task
@@ -110,7 +113,7 @@ class BatchLabels:
 
 
 class StackedProbes:
-    """Scores a linear classifier on the standardised features of each layer, those of equal width at once.
+    """Score a linear classifier on the standardised features of each layer, those of equal width at once.
 
     Args:
         layers: names of all layers; their order is that of every vector over layers.
@@ -159,7 +162,7 @@ class StackedProbes:
         """Return the tally ``(statistics, layers)`` of a batch; update nothing."""
         parts: dict[tuple[str, ...], Tensor] = {}
         labels = BatchLabels(self.task, batch)
-        for run in self._runs(self._fitting(batch.features)):
+        for run in self._runs(self._of_known_width(batch.features)):
             x = torch.stack(run.features).to(run["weight"].dtype)
             x = standardise_(x, run["mean"], run["variance"])
             parts[run.layers] = self.task.tally(run.scores(x), labels.of(x.shape[1], x.dtype))
@@ -192,7 +195,7 @@ class StackedProbes:
         self._stacks[width] = stack
         self._width.update(dict.fromkeys(stack.layers, width))
 
-    def _fitting(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _of_known_width(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {layer: x for layer, x in features.items() if self._width.get(layer) == x.shape[1]}
 
     def _runs(self, features: Mapping[str, Tensor]) -> Iterator[Run]:
@@ -221,10 +224,12 @@ class StackedProbes:
 
     def _gathered(self, parts: Mapping[tuple[str, ...], Tensor], device: torch.device) -> Tensor:
         """Put the tallies of runs into one of all layers, zero for the layers in no run."""
-        order = tuple(layer for run in parts for layer in run)
-        if order not in self._places:
-            self._places[order] = torch.tensor([self._index[layer] for layer in order], dtype=torch.long, device=device)
         if not parts:
             return self.task.no_tally(len(self.layers), device)
+        order = tuple(layer for run in parts for layer in run)
+        if order not in self._places:
+            if len(self._places) >= _ORDERS:  # layers that are dropped at random come in ever new sets
+                self._places.clear()
+            self._places[order] = torch.tensor([self._index[layer] for layer in order], dtype=torch.long, device=device)
         found = torch.cat([*parts.values()], dim=1)
         return found.new_zeros(len(found), len(self.layers)).index_copy_(1, self._places[order], found)

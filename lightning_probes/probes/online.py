@@ -1,4 +1,4 @@
-"""Trains the probes of all layers along with the network: one update for all of them, the gradient written out."""
+"""Train the probes of all layers along with the network: one update for all of them, the gradient written out."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning_probes.probes.heads import BatchLabels, Run, Stack, StackedProbes
 from lightning_probes.probes.standardise import moved_statistics, standardise_, without_rounding
 from lightning_probes.probes.tasks import Task
 
-_SHORTEST_MEMORY = 0.01
-"""Weighs a batch in the running mean and variance once the first hundred have been averaged evenly."""
+_LEAST_WEIGHT = 0.01
+"""Weigh a batch in the running mean and variance once the first hundred have been averaged evenly."""
 
 
 class OnlineProbes(StackedProbes):
-    """Updates a linear classifier on the standardised features of each layer, one step on each batch.
+    """Update a linear classifier on the standardised features of each layer, one step on each batch.
 
     Features are standardised by a running mean and variance without an affine part, so that a probe stays linear. A
     layer joins with its first features, whose width is that of its probe.
@@ -51,7 +51,7 @@ class OnlineProbes(StackedProbes):
         parts: dict[tuple[str, ...], Tensor] = {}
         labels = BatchLabels(self.task, batch)
         self._admit(batch.features)
-        for run in self._runs(self._fitting(batch.features)):
+        for run in self._runs(self._of_known_width(batch.features)):
             x = _track(run, _features_to_consume(run))
             own = labels.of(len(run.features[0]), run["weight"].dtype)
             parts[run.layers], residual = self.task.tally_and_residual(run.scores(x), own)
@@ -139,7 +139,7 @@ def _features_to_consume(run: Run) -> Tensor:
 
 def _track(run: Run, x: Tensor) -> Tensor:
     """Move the running statistics by a batch ``(layers, samples, width)``, and standardise it in place by them."""
-    weight = max(1 / (run.stack.updates[run.rows.start] + 1), _SHORTEST_MEMORY)
+    weight = max(1 / (run.stack.updates[run.rows.start] + 1), _LEAST_WEIGHT)
     mean, variance = moved_statistics(x, run["mean"], run["variance"], weight)
     alive = run["alive"].logical_and_(torch.isfinite(variance).all(dim=2, keepdim=True))
     run["mean"].copy_(torch.where(alive, mean, run["mean"]))

@@ -1,4 +1,4 @@
-"""Solves one convex problem to its optimum: L-BFGS that starts from the Gram matrix of the features.
+"""Solve one convex problem to its optimum: L-BFGS that starts from the Gram matrix of the features.
 
 The first Hessian of L-BFGS is that matrix, scaled or weighted by the current curvature of each sample's loss, plus the
 penalty: conditioning is what costs here, and the Cholesky factor takes most of it away. For a softmax at zero weights
@@ -19,19 +19,19 @@ from lightning_probes.probes.rows import Rows, floating
 from lightning_probes.probes.tasks import Task
 
 TOLERANCE = 5e-4
-"""Bounds the gradient. At twice that a layer's held-out error was up to .14 points off scikit-learn's
+"""Bound the gradient. At twice that a layer's held-out error was up to .14 points off scikit-learn's
 (``tests/benchmarks/solver.py``)."""
 
 _MEMORY = 30
-"""Counts the pairs of steps and changes of gradient that L-BFGS keeps."""
+"""Count the pairs of steps and changes of gradient that L-BFGS keeps."""
 
 _REFRESH = 50
-"""Counts iterations between factors of the Gram matrix: one costs about six iterations at 512 features."""
+"""Count iterations between factors of the Gram matrix: one costs about six iterations at 512 features."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Holds a probe at its optimum.
+    """Hold a probe at its optimum.
 
     Attributes:
         weight: ``(outputs, features)``, on features standardised by ``mean`` and ``variance``.
@@ -101,7 +101,7 @@ def solve(
         return _solve(task, rows, targets[counted].to(rows.dtype), l2, start, gram, tolerance, max_iterations)
 
 
-def tally_of(task: Task, x: Rows, targets: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def tally_on(task: Task, x: Rows, targets: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return the tally ``(statistics,)`` of a probe on some samples, summed over all processes."""
     scores = x.scores(_joined(weight, bias))[None]
     return x.total(task.tally(scores, task.prepare(targets.to(scores)))[:, 0])
@@ -128,19 +128,19 @@ def _solve(
     tolerance: float,
     max_iterations: int,
 ) -> Solution:
-    y = task.exact(targets).T.contiguous()
+    y = task.normalised(targets).T.contiguous()
     samples = float(x.total(targets.new_tensor([float(len(targets))])))
     mean = x.total(y.sum(dim=1)) / max(samples, 1)
     outputs, width = len(y), x.width - 1
     zero = y.new_zeros(width)
     if not samples or not width or not outputs:
         weight = y.new_zeros(outputs, width)
-        bias = task.bias(mean) if samples else torch.zeros_like(mean)
-        tally = tally_of(task, x, targets, weight, bias)
+        bias = task.constant(mean) if samples else torch.zeros_like(mean)
+        tally = tally_on(task, x, targets, weight, bias)
         return Solution(weight, bias, zero, zero + 1, l2, True, 0, 0.0, tally)
     full = _pose(task, x, y, l2, samples)
     cold = y.new_zeros(outputs, x.width)
-    cold[:, -1] = task.bias(mean)
+    cold[:, -1] = task.constant(mean)
     scale = max(float((x.weighted(mean[:, None] - y) / samples).norm()), 1e-3)
     v = cold
     if start is not None:
@@ -162,7 +162,7 @@ def _solve(
     reached = _joined(weight.to(v), bias.to(v))
     exact = full.to(v.dtype)
     norm = float(exact.gradient(reached, exact.scores(reached)).norm()) / scale
-    tally = tally_of(task, x, targets, weight, bias)
+    tally = tally_on(task, x, targets, weight, bias)
     return Solution(weight, bias, zero, zero + 1, l2, norm <= tolerance, iterations, norm, tally)
 
 
@@ -178,7 +178,7 @@ def _joined(weight: Tensor, bias: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Problem:
-    """Poses the mean loss of the scores ``v x^T`` plus ``penalty/2 v^2``; the last of ``x`` is 1, of ``penalty`` 0.
+    """Pose the mean loss of the scores ``v x^T`` plus ``penalty/2 v^2``; the last of ``x`` is 1, of ``penalty`` 0.
 
     Scores and targets are those of the samples of this process; all that is a mean over samples is one over the samples
     of all processes, each of which does the same and comes to the same (on devices that round alike).

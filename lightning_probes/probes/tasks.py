@@ -1,4 +1,4 @@
-"""Defines what is asked of a probe: how targets are read, what is minimised, what is counted, and what to compare with.
+"""Define what is asked of a probe: how targets are read, what is minimised, what is counted, and what to compare with.
 
 Everything else of the package knows a task by the methods of :class:`Task` only.
 """
@@ -22,15 +22,15 @@ from lightning_probes.probes.hints import (
 )
 
 IGNORED = -100
-"""Labels a sample to leave out, as in :func:`torch.nn.functional.cross_entropy`."""
+"""Label a sample to leave out, as in :func:`torch.nn.functional.cross_entropy`."""
 
 
 class UnknownOutputsError(ValueError):
-    """Says that nobody knows how many scores a probe has to give, for example the number of classes."""
+    """Say that nobody knows how many scores a probe has to give, for example the number of classes."""
 
 
 class Labels(NamedTuple):
-    """Holds the targets of some samples, with what every layer needs of them worked out once."""
+    """Hold the targets of some samples, with what every layer needs of them worked out once."""
 
     rows: Tensor
     """Targets ``(samples, outputs)``."""
@@ -43,7 +43,7 @@ class Labels(NamedTuple):
 
 
 class Task(ABC):
-    """Says what is asked of a probe.
+    """Say what is asked of a probe.
 
     A probe gives ``outputs`` scores to each sample, linear in its features. The loss has to be convex in the scores,
     and its derivative has to be the expectation that they stand for minus the target, as for every generalised linear
@@ -102,12 +102,12 @@ class Task(ABC):
 
     # The convex problem
 
-    def exact(self, targets: Tensor) -> Tensor:
+    def normalised(self, targets: Tensor) -> Tensor:
         """Return the targets of samples that count, without what rounding or a user's tolerance left in them."""
         return targets
 
     @abstractmethod
-    def bias(self, mean: Tensor) -> Tensor:
+    def constant(self, mean: Tensor) -> Tensor:
         """Return the scores ``(outputs,)`` whose expectation is ``mean``: the best constant probe."""
 
     @abstractmethod
@@ -143,9 +143,9 @@ class Task(ABC):
     def measures(self, tally: list[float]) -> dict[str, float]:
         """Return ``{metric: value}`` of one layer's column of a tally, ``error`` first; NaN where nothing counts."""
 
-    def lag(self, online: list[float], exact: list[float]) -> float:
+    def lag(self, online: list[float], published: list[float]) -> float:
         """Return how much higher the error of one column is than that of another, on the same samples."""
-        return self.measures(online)["error"] - self.measures(exact)["error"]
+        return self.measures(online)["error"] - self.measures(published)["error"]
 
     @abstractmethod
     def interval(self, tally: list[float]) -> tuple[float, float]:
@@ -187,7 +187,7 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """Asks which of some classes a sample is of: a softmax regression.
+    """Ask which of some classes a sample is of: a softmax regression.
 
     Targets are distributions over the classes; a row of zeros leaves its sample out. The statistics of a tally are
     wrong answers (the likeliest class of a soft target counts as the right one, a tie counts as wrong), the
@@ -283,10 +283,10 @@ class Classification(Task):
         counted = self.is_counted(targets).to(targets.dtype)
         return Labels(targets, targets.argmax(dim=1).view(1, 1, -1), counted, counted.sum())
 
-    def exact(self, targets: Tensor) -> Tensor:
+    def normalised(self, targets: Tensor) -> Tensor:
         return targets / targets.sum(dim=1, keepdim=True)
 
-    def bias(self, mean: Tensor) -> Tensor:
+    def constant(self, mean: Tensor) -> Tensor:
         return mean.clamp(min=1e-12).log()
 
     def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
@@ -324,8 +324,8 @@ class Classification(Task):
             return {"error": math.nan, "cross_entropy": math.nan}
         return {"error": wrong / samples, "cross_entropy": loss / samples}
 
-    def lag(self, online: list[float], exact: list[float]) -> float:
-        return (online[0] - exact[0]) / exact[2] if exact[2] else math.nan
+    def lag(self, online: list[float], published: list[float]) -> float:
+        return (online[0] - published[0]) / published[2] if published[2] else math.nan
 
     def interval(self, tally: list[float]) -> tuple[float, float]:
         return wilson_interval(tally[0], tally[2])

@@ -1,1 +1,1 @@
-"""Writes down the calls of a training step and runs them again on the frozen network."""
+"""Write down the calls of a training step and runs them again on the frozen network."""

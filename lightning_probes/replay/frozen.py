@@ -1,4 +1,4 @@
-"""Freezes a network so that running it leaves no trace: eval mode, no gradients, and everything put back afterwards."""
+"""Freeze a network so that running it leaves no trace: eval mode, no gradients, and everything put back afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_probes.network.hooks import HEARD_BY, ActivationRecorder
 from lightning_probes.network.torch_internals import HOOK_ATTRIBUTES, run_eagerly
 
 _MANY = 1000
-"""Counts the things in a container beyond which it is copied, but not what is in it: a data set, not a state."""
+"""Count the things in a container beyond which it is copied, but not what is in it: a data set, not a state."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Records the outermost module calls of a step by hooks, with copies of their inputs."""
+"""Record the outermost module calls of a step by hooks, with copies of their inputs."""
 
 from __future__ import annotations
 
@@ -37,11 +37,14 @@ from lightning_probes.replay.calls import (
     renumber,
     storage_of,
 )
-from lightning_probes.replay.reservoir import Room
+from lightning_probes.replay.reservoir import Budget
 
 
 class CallRecorder:
     """Records, between :meth:`start` and :meth:`stop`, the calls that a step makes of its modules.
+
+    They are run again in the place of the user's ``training_step``: an extra call of that would step manual optimisers,
+    move queues and count metrics twice.
 
     Recorded are the outermost calls of the modules that are or hold a probed layer (the model itself included) and of
     the modules beside them that a step may call in between. Calls inside backward are not recorded (activation
@@ -51,11 +54,11 @@ class CallRecorder:
     and would be run again as it was.
 
     Args:
-        room: where copies of the inputs are kept.
+        budget: where copies of the inputs are kept.
     """
 
-    def __init__(self, room: Room) -> None:
-        self._room = room
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
         self._model: nn.Module | None = None
         self._names: dict[int, str] = {}
         self._weights: dict[int, tuple[str, Tensor]] = {}
@@ -69,7 +72,7 @@ class CallRecorder:
 
     def __reduce__(self) -> Any:
         """Make a copy that knows no module: hooks travel with a module that is copied or pickled."""
-        return CallRecorder, (self._room,)
+        return CallRecorder, (self._budget,)
 
     def _clear(self) -> None:
         for hook in self._hooks:
@@ -146,6 +149,10 @@ class CallRecorder:
         # The hook before a call comes first, for the inputs as the caller gave them: other hooks change them again.
         before = module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
         return [before, module.register_forward_hook(self._after, always_call=True)]
+
+    def abandon(self) -> None:
+        """End a step without its calls."""
+        self._clear()
 
     def stop(self) -> list[Call]:
         """End the step.
@@ -251,7 +258,7 @@ class CallRecorder:
             )
         if (seen := self._inputs.get(key)) is None or seen[1] != version:
             # Under the same key only the newest matters; calls hold on to the older copies themselves.
-            seen = self._inputs[key] = leaf.detach(), version, self._room.copy(leaf)
+            seen = self._inputs[key] = leaf.detach(), version, self._budget.copy(leaf)
         return seen[2]
 
     def _view_of_an_output(self, leaf: Tensor, version: int) -> Link | None:

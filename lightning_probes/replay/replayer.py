@@ -1,4 +1,4 @@
-"""Runs recorded calls again on the frozen network: what its layers say now, without a call of the user's step."""
+"""Run recorded calls again on the frozen network: what its layers say now, without a call of the user's step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def copy_of_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Replay:
-    """Runs recorded calls of ``model`` without a trace in its parameters and buffers; made and used in ``frozen``.
+    """Run recorded calls of ``model`` without a trace in its parameters and buffers; made and used in ``frozen``.
 
     Whoever wants mixed precision as in training enters the strategy's forward context around it.
 

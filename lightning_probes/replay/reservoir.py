@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Room:
+class Budget:
     """Hold how much of the training data may be kept, and where."""
 
     samples: int
@@ -35,7 +35,7 @@ class Reservoir(Generic[T]):
     replaces one of the earlier stretches.
 
     Args:
-        room: limits on samples and bytes.
+        budget: limits on samples and bytes.
         seed: seed of the random choice of batches.
 
     Attributes:
@@ -44,8 +44,8 @@ class Reservoir(Generic[T]):
         num_bytes: bytes that are kept.
     """
 
-    def __init__(self, room: Room, seed: int = 0) -> None:
-        self._room = room
+    def __init__(self, budget: Budget, seed: int = 0) -> None:
+        self._budget = budget
         self._seed = seed
         # A generator of its own leaves the global random states as they are.
         self._random = Random(seed)
@@ -90,7 +90,7 @@ class Reservoir(Generic[T]):
             return
         place, self._place = self._place, None
         own_samples, own_bytes = _sizes(self._kept)
-        fits = own_samples + samples <= self._room.samples and own_bytes + num_bytes <= self._room.num_bytes
+        fits = own_samples + samples <= self._budget.samples and own_bytes + num_bytes <= self._budget.num_bytes
         if not self._is_full and not fits:
             self._is_full, place = True, self._draw(self.seen)
             if place >= len(self._kept):
@@ -99,7 +99,7 @@ class Reservoir(Generic[T]):
         self._before = self._before[1:]
         self._count()
         # Batches differ in size, so the limits may be exceeded: earlier stretches give way first, then random batches.
-        while self.samples > self._room.samples or self.num_bytes > self._room.num_bytes:
+        while self.samples > self._budget.samples or self.num_bytes > self._budget.num_bytes:
             if self._before:
                 self._before.pop(0)
             else:
@@ -118,7 +118,7 @@ class Reservoir(Generic[T]):
         if not self._kept:
             return 0, 0
         _, samples, num_bytes, _ = self._kept[0]
-        most = int(min(batches, self._room.samples // max(samples, 1), self._room.num_bytes // max(num_bytes, 1)))
+        most = int(min(batches, self._budget.samples // max(samples, 1), self._budget.num_bytes // max(num_bytes, 1)))
         return most, most * num_bytes
 
     def items(self) -> list[T]:

@@ -1,1 +1,1 @@
-"""Turns scores into rows, tables and figures."""
+"""Turn scores into rows, tables and figures."""

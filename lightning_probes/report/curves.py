@@ -1,4 +1,4 @@
-"""Adds up the tallies of probes, and turns them into the rows of a point on every curve."""
+"""Add up the tallies of probes, and turns them into the rows of a point on every curve."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from lightning_probes.probes.tasks import Task
 from lightning_probes.report.report import ProbeReport, Row
 
 Curve = tuple[str, int]
-"""Names a curve: ``(stage, dataloader)``."""
+"""Name a curve: ``(stage, dataloader)``."""
 
 
 class Kind(Enum):
-    """Tells apart the probes of the same layers whose tallies are added up between two publications."""
+    """Tell apart the probes of the same layers whose tallies are added up between two publications."""
 
     PUBLISHED = "published"
-    """Probes that are published: at their optimum where they can be."""
+    """Probe that are published: at their optimum where they can be."""
     ONLINE = "online"
-    """Probes trained along with the network, scored beside those that are published on the same samples."""
+    """Probe trained along with the network, scored beside those that are published on the same samples."""
     TRAINED_ALONG = "trained along"
     """The same on the batches of training, each before its step: published where nothing else can be."""
     START = "start"
-    """Probes of the network as ``fit`` found it."""
+    """Probe of the network as ``fit`` found it."""
 
 
 class LayerFacts:
-    """Knows the layers of a run, in the order of every vector over them, and what every row says of its layer.
+    """Know the layers of a run, in the order of every vector over them, and what every row says of its layer.
 
     Args:
         network: whose layers they are.
@@ -99,7 +99,7 @@ class LayerFacts:
 
 @dataclass
 class Scores:
-    """Holds what a point on the curves of all layers is made of.
+    """Hold what a point on the curves of all layers is made of.
 
     Attributes:
         tallies: a column of the tally for each layer, as :class:`~lightning_probes.probes.tasks.Task` has it.
@@ -140,7 +140,7 @@ def rows_of(task: Task, about: Mapping[str, Row], scores: Scores, stage: str, **
 
 
 class Curves:
-    """Adds up what has been scored since the last publication, by different kinds of probes of the same layers.
+    """Add up what has been scored since the last publication, by different kinds of probes of the same layers.
 
     A layer that never ran or whose features were not finite is told of once.
 

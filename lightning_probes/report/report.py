@@ -44,7 +44,7 @@ the error of the online probe is, which was only trained along with the network.
 """
 
 VERSION = 1
-"""Numbers the form in which reports are saved."""
+"""Number the form in which reports are saved."""
 
 _STAGES = ("val", "test", "train")
 

@@ -1,1 +1,1 @@
-"""Probes a network while it trains: from batches to points on curves."""
+"""Probe a network while it trains: from batches to points on curves."""

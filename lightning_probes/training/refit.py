@@ -1,4 +1,4 @@
-"""Brings the probes of a network to their optimum when a point is due, and scores them.
+"""Bring the probes of a network to their optimum when a point is due, and scores them.
 
 Training batches that were kept are run again on the frozen network. Where they cannot be, probes are cross-fitted on
 validation, or those that were trained along are published.
@@ -24,44 +24,46 @@ from lightning_probes.probes.dataset import FeatureDataset, LayerBatch, MemorySt
 from lightning_probes.probes.fit import FittedProbes, fit_layers
 from lightning_probes.probes.heads import StackedProbes
 from lightning_probes.progress import Progress, size
-from lightning_probes.replay.batches import Context, RecordedBatch, RecordedBatches, device_of
 from lightning_probes.replay.calls import CannotRunAgainError
+from lightning_probes.replay.recorded_batches import Context, RecordedBatch, RecordedBatches, device_of
 from lightning_probes.replay.replayer import copy_of_weights
-from lightning_probes.replay.reservoir import Reservoir, Room
+from lightning_probes.replay.reservoir import Budget, Reservoir
 from lightning_probes.report.curves import Curve, Curves, Kind
 from lightning_probes.report.method import CROSS_FITTED
 
 Faults = dict[str, Exception]
-"""Names what was raised on behalf of layers."""
+"""Name what was raised on behalf of layers."""
 
 
 class Refit:
-    """Fits and scores the probes that are published.
+    """Fit and scores the probes that are published.
 
     Args:
         network: hooked.
         curves: takes tallies, of the kinds ``PUBLISHED``, ``START`` and, on the same samples, ``ONLINE``.
-        room: bounds the training samples to fit on; without any nothing is fitted, and the online probes are published.
+        budget: bounds the training samples to fit on; without any nothing is fitted, and online probes are published.
         ranks: the processes that train together; each keeps samples of its own, the probes are those of all.
         progress: shows how far a fit is.
 
     Attributes:
-        room: as given.
+        budget: as given.
         fitted: the probes at their optimum, on the network as it was when the last point was due.
         cost: as in :class:`~lightning_probes.ProbeReport`, without the share.
         note: why the probes are fitted in another way than on training run again, or why the starting point is missing.
     """
 
-    def __init__(self, network: LayerExtractor, curves: Curves, room: Room, ranks: Ranks, progress: Progress) -> None:
-        self.room = room
+    def __init__(
+        self, network: LayerExtractor, curves: Curves, budget: Budget, ranks: Ranks, progress: Progress
+    ) -> None:
+        self.budget = budget
         self.fitted: FittedProbes | None = None
         self.cost: dict[str, float] = {"seconds": 0.0, "kept_bytes": 0, "weights_bytes": 0}
-        self.note = "" if room.samples else "the online probes are published: fit_samples is 0"
+        self.note = "" if budget.samples else "the online probes are published: fit_samples is 0"
         self._network = network
         self._curves = curves
         self._ranks = ranks
         self._progress = progress
-        self._batches = RecordedBatches(network, room)
+        self._batches = RecordedBatches(network, budget)
         self._start = StartingPoint()
         self._validation: defaultdict[int, Reservoir[LayerBatch]] | None = None
         self._online: Tensor | None = None
@@ -79,7 +81,7 @@ class Refit:
         Returns:
             A note for readers of the report; empty if there is nothing to say.
         """
-        if not self.room.samples:
+        if not self.budget.samples:
             return ""
         self._batches.attach(model)
         if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
@@ -104,6 +106,7 @@ class Refit:
 
     def forget(self) -> None:
         """Discard what was made of an unfinished validation."""
+        self._batches.abandon()
         self._start.fitted = None
         self._validation = None
 
@@ -113,7 +116,7 @@ class Refit:
 
     def open(self) -> bool:
         """Return before a training step whether its batch will be kept."""
-        return self.room.samples > 0 and self._batches.open()
+        return self.budget.samples > 0 and self._batches.open()
 
     def close(self, seen: LayerBatch | None) -> None:
         """Keep a copy of what a training step showed, if its batch was wanted."""
@@ -128,11 +131,11 @@ class Refit:
             batches: number of batches of an epoch.
             has_validation: as for :meth:`prepare`.
         """
-        if not self.room.samples:
+        if not self.budget.samples:
             return "keeps no training batch (fit_samples=0)"
         if self._batches.refusal is not None:
-            samples, values = self.room.samples, sum(self._network.recorder.widths.values())
-            most = size(min(4 * samples * values, self.room.num_bytes))
+            samples, values = self.budget.samples, sum(self._network.recorder.widths.values())
+            most = size(min(4 * samples * values, self.budget.num_bytes))
             instead = f" but features of validation, up to {samples:,} samples ({most})" * has_validation
             return f"keeps no training batch{instead}: {self._batches.refusal}"
         count, num_bytes = self._batches.kept.most(batches)
@@ -163,7 +166,7 @@ class Refit:
         self.fitted = None
         self._online = None
         self.forget()
-        if not self.room.samples:
+        if not self.budget.samples:
             return
         try:
             with self._timed("Fitting probes"):
@@ -270,7 +273,7 @@ class Refit:
             CannotRunAgainError: they cannot be run again, in one process at least.
         """
         task = self._network.task
-        dataset = FeatureDataset(task, MemoryStore(self.room.copy))
+        dataset = FeatureDataset(task, MemoryStore(self.budget.copy))
         # All processes or none, before and after: a module may wait for the others as well, and so does the fit.
         self._agree_on(self._batches.refusal)
         refusal: CannotRunAgainError | None = None
@@ -316,14 +319,14 @@ class Refit:
     # Cross-fitting on validation
 
     def _no_batches(self) -> defaultdict[int, Reservoir[LayerBatch]]:
-        return defaultdict(lambda: Reservoir[LayerBatch](self.room))
+        return defaultdict(lambda: Reservoir[LayerBatch](self.budget))
 
     def _keep(self, kept: Reservoir[LayerBatch], seen: LayerBatch) -> None:
         """Keep a copy of the features of a batch of validation; of more than there is room for, a fair sample."""
         if kept.wants():
-            features = {layer: self.room.copy(x) for layer, x in seen.features.items()}
+            features = {layer: self.budget.copy(x) for layer, x in seen.features.items()}
             num_bytes = sum(x.numel() * x.element_size() for x in features.values())
-            kept.add(len(seen.targets), LayerBatch(features, self.room.copy(seen.targets)), num_bytes)
+            kept.add(len(seen.targets), LayerBatch(features, self.budget.copy(seen.targets)), num_bytes)
 
     def _cross_fit(self, kept: defaultdict[int, Reservoir[LayerBatch]]) -> None:
         """Score each sample of validation by probes that were fitted on others, and fit probes on all of them."""
@@ -337,8 +340,8 @@ class Refit:
                 dataset.add(batch)
             kept[dataloader].clear()
             found = self._fit_on(dataset, CROSS_FITTED, self._ranks.device, is_crossed=True)
-            if found is not None and found.held_out is not None and found.target_sums is not None:
-                self._curves.add(Kind.PUBLISHED, ("val", dataloader), found.held_out, found.target_sums)
+            if found is not None and found.crossed_tally is not None and found.target_sums is not None:
+                self._curves.add(Kind.PUBLISHED, ("val", dataloader), found.crossed_tally, found.target_sums)
                 # Of several loaders the first one's probes are those of the stage "train".
                 self.fitted = self.fitted or found
 
@@ -392,7 +395,7 @@ class Refit:
 
 
 class StartingPoint:
-    """Holds the first point of each curve while it is due: the weights of the network as it was found.
+    """Hold the first point of each curve while it is due: the weights of the network as it was found.
 
     Attributes:
         weights: the first weights by name; ``None`` if no starting point is due.
@@ -422,7 +425,10 @@ class StartingPoint:
 
     def weights_on(self, device: torch.device) -> dict[str, Tensor]:
         """Move the weights to a device, on which they stay: each batch of validation is run on them."""
-        self.weights = {name: tensor.to(device) for name, tensor in (self.weights or {}).items()}
+        known = self.weights or {}
+        # A tied tensor is moved once and stays tied.
+        moved = {id(tensor): tensor.to(device) for tensor in known.values()}
+        self.weights = {name: moved[id(tensor)] for name, tensor in known.items()}
         return self.weights
 
     def conclude(self) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Decides what of a checkpoint's probes fits the run that resumes from it."""
+"""Decide what of a checkpoint's probes fits the run that resumes from it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_probes.options import first_of
 from lightning_probes.probes.online import OnlineProbes
 
 _NAMED = 8
-"""Counts the layers that a message names."""
+"""Count the layers that a message names."""
 
 
 class Restored:
-    """Holds the probes of a checkpoint until the first batch of the run has shown the layers' order and widths.
+    """Hold the probes of a checkpoint until the first batch of the run has shown the layers' order and widths.
 
     Args:
         probes: those that may go on; ``None`` for none.

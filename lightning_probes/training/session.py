@@ -1,4 +1,4 @@
-"""Turns the batches of a run into points on curves: what happens to the probes in each of its phases."""
+"""Turn the batches of a run into points on curves: what happens to the probes in each of its phases."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch import Tensor, nn
 from lightning_probes.distributed import Ranks
 from lightning_probes.network.extractor import INPUT, LayerExtractor
 from lightning_probes.progress import Progress, size
-from lightning_probes.replay.batches import Context
-from lightning_probes.replay.reservoir import Room
+from lightning_probes.replay.recorded_batches import Context
+from lightning_probes.replay.reservoir import Budget
 from lightning_probes.report.curves import Curve, Curves, Kind, LayerFacts
 from lightning_probes.report.method import NO_VALIDATION, ONLINE
 from lightning_probes.report.report import ProbeReport, Row
-from lightning_probes.training.online import OnlineTraining
+from lightning_probes.training.online_training import OnlineTraining
 from lightning_probes.training.refit import Refit
 
 
 class ProbingSession:
-    """Probes a network while it is trained or evaluated.
+    """Probe a network while it is trained or evaluated.
 
     Whatever the probes' own code raises sets layers aside, and never ends a training run.
 
     Args:
         network: hooked; it opens each batch, the session closes it.
         learning_rate: step size of the online probes.
-        room: bounds the samples that probes are brought to their optimum on; without any, online probes are published.
+        budget: bounds the samples that probes are fitted on; without any, online probes are published.
         ranks: the processes that train together.
         progress: shows how far a fit is, and tells the user of the layers once they are known.
 
@@ -47,14 +47,14 @@ class ProbingSession:
     """
 
     def __init__(
-        self, network: LayerExtractor, learning_rate: float, room: Room, ranks: Ranks, progress: Progress
+        self, network: LayerExtractor, learning_rate: float, budget: Budget, ranks: Ranks, progress: Progress
     ) -> None:
         self.network = network
         self.ranks = ranks
         self.curves = Curves(network, ranks)
         self.facts = LayerFacts(network)
         self.online = OnlineTraining(network, learning_rate, ranks)
-        self.refit = Refit(network, self.curves, room, ranks, progress)
+        self.refit = Refit(network, self.curves, budget, ranks, progress)
         self.point = 0, 0
         self.now = 0, 0
         self.doubts = ""
@@ -145,12 +145,13 @@ class ProbingSession:
         """
         self.now = now
         seen = self.network.close()
-        if self._is_first_step:  # which all processes have, with labels or not
+        if is_first := self._is_first_step:  # all processes have it, with labels or not
             self._is_first_step = False
             with self._around("agreeing on layers", together=True):
                 self.network.agree(self.ranks.gather)
-            if seen is not None:  # of which some layers may be left out by now
-                seen = seen.only(self.network.layers)
+        if seen is not None and (is_first or not self.network.is_ordered):
+            # Some of the layers may be left out by now.
+            seen = seen.only(self.network.layers)
         if seen is not None:
             self.check(seen.features)
             seen = self.online.accept(seen)
@@ -187,9 +188,12 @@ class ProbingSession:
             has_validation: as for :meth:`Refit.prepare`.
         """
         with self._around("fitting their probes", Kind.PUBLISHED, ("train", 0), together=True):
+            # Where no process had labels in its first step they have yet to agree.
+            self.network.agree(self.ranks.gather)
             self.online.merge()
-            coming = {"is_validation": is_validation, "has_validation": has_validation}
-            self.refit.prepare(model, context, self.online.probes, **coming)
+            self.refit.prepare(
+                model, context, self.online.probes, is_validation=is_validation, has_validation=has_validation
+            )
         self.curves.blame(self.refit.pop_faults(), "fitting its probe", self.now)
         if self.refit.fitted is not None:
             _note(report, gap)
@@ -203,16 +207,17 @@ class ProbingSession:
 
     def score(self, stage: str, dataloader: int, model: nn.Module, context: Context) -> None:
         """Score the probes on the batch that was just evaluated."""
-        seen = self.network.close()
-        if seen is not None:
-            self.curves.blame(seen.faults, "taking its activation", self.now)
         with self._around("scoring their probes", Kind.PUBLISHED, (stage, dataloader)):
+            seen = self.network.close()
+            if seen is not None:
+                self.curves.blame(seen.faults, "taking its activation", self.now)
             self.refit.score((stage, dataloader), seen, self.online.probes, model, context)
         self._greet()
 
     def forget(self) -> None:
         """Discard the scores of an unfinished validation; what was seen in training stays."""
         self.curves.clear(Kind.PUBLISHED, Kind.ONLINE, Kind.START)
+        self.network.abandon()
         self.refit.forget()
 
     def _greet(self) -> None:

@@ -1,4 +1,4 @@
-"""Puts a session into a checkpoint, and takes it out again into the session of a resumed run."""
+"""Put a session into a checkpoint, and takes it out again into the session of a resumed run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,19 @@ from lightning_probes.training.resume import differing, refuse
 from lightning_probes.training.session import ProbingSession
 
 VERSION = 1
-"""Numbers the form of the state. Release 0.1.0 wrote no number; its form is the same."""
+"""Number the form of the state. Release 0.1.0 wrote no number; its form is the same."""
 
 
 def state_of(session: ProbingSession, report: ProbeReport) -> dict[str, Any]:
-    """Return everything that a resumed run needs, as tensors and plain types."""
+    """Return everything that a resumed run needs, as tensors and plain types.
+
+    Beside the report there are, under ``probes``: the layers (``selected``, ``facts``: order, depth and size), how
+    features are reduced (``reduction``), the classes (``num_classes``), the probes trained along (``along``) and those
+    at their optimum with what is known of them (``optimum``), epoch and step of the last point and of the last step
+    (``point``, ``now``), layers set aside and the running tally of the probes trained along (``points``), the note on
+    classes that never occur (``missing``), and whether training has no labels (``trains_without_labels``). The keys are
+    those of release 0.1.0. No batch and no feature is saved.
+    """
     network = session.network
     probes = {
         "facts": session.facts.state_dict(),
@@ -50,7 +58,7 @@ def restore(
         state: the probes' part of the state in the checkpoint.
         device: where the probes go on.
         strict: whether they must be those of the layers and classes of this run; else those that are not start afresh.
-        is_training: whether the run trains; else the layers of the checkpoint are scored, whichever they are.
+        is_training: whether the run trains; else those layers of the checkpoint are scored that this run selects.
 
     Raises:
         ValueError: the probes are not those of this run, and must be.

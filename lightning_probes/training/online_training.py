@@ -1,4 +1,4 @@
-"""Trains the online probes of a run, some of the layers in each step, in each process on its own batches."""
+"""Train the online probes of a run, some of the layers in each step, in each process on its own batches."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lightning_probes.probes.online import OnlineProbes
 from lightning_probes.training.resume import Restored, only
 
 _LAYERS_A_STEP = 21
-"""Counts the probes that are trained in one step: the input and twenty layers."""
+"""Count the probes that are trained in one step: the input and twenty layers."""
 
 
 class OnlineTraining:
-    """Trains probes along with the network, and makes those of several processes the same when a point is due.
+    """Train probes along with the network, and makes those of several processes the same when a point is due.
 
     Args:
         network: hooked.

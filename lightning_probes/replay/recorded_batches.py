@@ -1,4 +1,4 @@
-"""Keeps some batches of training with the calls that they made, and runs them again on the frozen network."""
+"""Keep some batches of training with the calls that they made, and runs them again on the frozen network."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lightning_probes.replay.calls import Call, CannotRunAgainError, num_bytes
 from lightning_probes.replay.frozen import frozen
 from lightning_probes.replay.recorder import CallRecorder
 from lightning_probes.replay.replayer import Replay
-from lightning_probes.replay.reservoir import Reservoir, Room
+from lightning_probes.replay.reservoir import Budget, Reservoir
 
 Context = Callable[[], AbstractContextManager[Any]]
-"""Names what the network runs in, the strategy's mixed precision say; entered anew for each use."""
+"""Name what the network runs in, the strategy's mixed precision say; entered anew for each use."""
 
 
 @dataclass(frozen=True)
 class RecordedBatch:
-    """Holds copies of all that it takes to run a batch through the network again.
+    """Hold copies of all that it takes to run a batch through the network again.
 
     Attributes:
         calls: calls of the network's modules, in order.
@@ -46,23 +46,23 @@ class RecordedBatch:
 
 
 class RecordedBatches:
-    """Keeps a fair sample of the batches of training, and runs batches again when it is asked.
+    """Keep a fair sample of the batches of training, and runs batches again when it is asked.
 
     Args:
         network: hooked. It opens each batch; :meth:`open` and :meth:`close` stand around that.
-        room: bounds what is kept: the inputs, and the features that they will become.
+        budget: bounds what is kept: the inputs, and the features that they will become.
 
     Attributes:
         refusal: why the calls of training cannot be run again; ``None`` as long as they can.
         kept: the batches that are kept.
     """
 
-    def __init__(self, network: LayerExtractor, room: Room) -> None:
+    def __init__(self, network: LayerExtractor, budget: Budget) -> None:
         self.refusal: CannotRunAgainError | None = None
-        self.kept = Reservoir[RecordedBatch](room)
+        self.kept = Reservoir[RecordedBatch](budget)
         self._network = network
-        self._room = room
-        self._recorder = CallRecorder(room)
+        self._budget = budget
+        self._recorder = CallRecorder(budget)
         self._is_open = False
         self._has_kept = False
         self._unrecorded = ""
@@ -110,6 +110,12 @@ class RecordedBatches:
         except Exception as error:  # a module that takes no hooks
             self.refuse(f"hooks cannot be registered: {error}")
 
+    def abandon(self) -> None:
+        """Record no more of a step that did not end."""
+        if self._is_open:
+            self._is_open = False
+            self._recorder.abandon()
+
     def close(self, seen: LayerBatch | None) -> None:
         """Keep what a training step showed, if anything and if its batch was wanted."""
         try:
@@ -117,7 +123,7 @@ class RecordedBatches:
         except CannotRunAgainError as error:
             # A step now and then may differ; a network that never could be run again is not asked any more.
             self._unrecorded = "" if self._has_kept else str(error)
-            self.refusal = None if self._has_kept else error
+            self.refusal = None if self._has_kept else error.with_traceback(None)  # its frames would hold the batch
             return
         if batch is not None and seen is not None:
             # As many rows as the layer with most views has; some layers may not have had their turn.
@@ -138,9 +144,11 @@ class RecordedBatches:
         calls = self._recorder.stop()
         if seen is None or not seen.features:
             return None
-        raw = {INPUT: self._room.copy(seen.features[INPUT])} if INPUT in seen.features else {}
+        raw = {INPUT: self._budget.copy(seen.features[INPUT])} if INPUT in seen.features else {}
         mask = self._network.mask
-        return RecordedBatch(calls, self._room.copy(seen.targets), raw, None if mask is None else self._room.copy(mask))
+        return RecordedBatch(
+            calls, self._budget.copy(seen.targets), raw, None if mask is None else self._budget.copy(mask)
+        )
 
     def run_again(
         self,

@@ -1,1 +1,1 @@
-"""Hold features and fits linear classifiers on them; knows no network and no Lightning."""
+"""Hold features and fit linear classifiers on them, without any knowledge of networks or Lightning."""

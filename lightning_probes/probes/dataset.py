@@ -16,13 +16,13 @@ from lightning_probes.probes.rows import Parts
 from lightning_probes.probes.tasks import Task
 
 FOLDS = 5
-"""Count the parts of the samples, one of which is held out to choose a strength."""
+"""Set into how many parts samples are cut: one is held out to choose a strength, each in turn to cross-fit."""
 
 _BLOCK = 2048
-"""Bound the samples that are read from a store at a time."""
+"""Bound the rows that are read from a store at a time."""
 
 _LARGEST = 3e4
-"""Bound what is kept in half precision, in deviations of a layer's first batch; float16 ends at 65 504."""
+"""Bound the values kept in half precision, in deviations of the layer's first batch; float16 ends at 65 504."""
 
 
 @dataclass
@@ -30,10 +30,10 @@ class LayerBatch:
     """Hold what the layers of a network put out for the samples of one batch.
 
     Attributes:
-        features: ``{layer: (rows, features)}``. A layer has one row a sample, or several views of the whole batch one
-            after the other: rows ``i``, ``i + batch``, ``i + 2 batch`` ... are of sample ``i``.
+        features: ``{layer: (rows, features)}``. A layer has one row for each sample, or several views of the whole
+            batch, one after the other: rows ``i``, ``i + batch``, ``i + 2 batch`` ... are of sample ``i``.
         targets: ``(batch, outputs)``, as the task encodes them.
-        faults: ``{layer: what was raised}`` where taking a layer's features failed.
+        faults: ``{layer: exception}`` of the layers whose features could not be taken.
     """
 
     features: dict[str, Tensor]
@@ -41,18 +41,19 @@ class LayerBatch:
     faults: dict[str, Exception] = field(default_factory=dict)
 
     def targets_of(self, rows: int) -> Tensor:
-        """Return the target of each of so many rows of a layer."""
+        """Return the target of each row of a layer that has this number of rows."""
         return self.targets if len(self.targets) == rows else self.targets.repeat(rows // len(self.targets), 1)
 
     def only(self, layers: Sequence[str] | set[str]) -> LayerBatch:
-        """Return the same with the features of some layers only."""
+        """Return this batch with the features of some layers only."""
         return LayerBatch({x: part for x, part in self.features.items() if x in layers}, self.targets, self.faults)
 
 
 def draw_folds(samples: int) -> Tensor:
-    """Draw ``(samples,)`` of ``0 .. FOLDS - 1`` on the host, parts as even as can be.
+    """Draw the fold of each sample on the host: ``(samples,)`` of ``0 .. FOLDS - 1``, in folds as even as can be.
 
-    A generator of its own draws them: an order in the data must not become a part.
+    Folds are drawn at random so that sorted data do not put one class into one fold. The generator is of its own, so
+    that the global random state is left alone.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     return torch.randperm(samples, generator=generator, device="cpu").remainder(FOLDS)
@@ -63,45 +64,47 @@ class LayerSamples(NamedTuple):
 
     layer: str
     features: Tensor | Parts
-    """``(rows, features)``, or parts that are read again for each product."""
+    """Hold ``(rows, features)``, or parts that are read again for each product."""
     targets: Tensor
-    """``(rows, outputs)``."""
+    """Hold the target of each row, ``(rows, outputs)``."""
     folds: Tensor
-    """``(rows,)``, ``0 .. FOLDS - 1``; views of one sample are in one fold."""
+    """Hold the fold of each row, ``(rows,)`` of ``0 .. FOLDS - 1``; views of one sample are in one fold."""
 
 
 class Store(Protocol):
     """Keep features of layers, part by part."""
 
     def put(self, layer: str, x: Tensor) -> None:
-        """Keep ``(rows, features)`` of a layer, after what was kept of it before."""
+        """Append ``(rows, features)`` to the features that are kept of a layer."""
 
     def read(self, layer: str) -> Parts:
-        """Return all that is kept of a layer, in the order in which it came."""
+        """Return all features that are kept of a layer, in the order in which they were put."""
 
     def is_read_whole(self, layer: str) -> bool:
-        """Return whether all features of a layer are to be in memory at once while its probe is fitted."""
+        """Return whether all features of a layer should be in memory at once while its probe is fitted."""
 
     def drop(self, layer: str) -> None:
-        """Let go of a layer."""
+        """Discard the features of a layer."""
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Discard all features."""
 
 
 class FeatureDataset:
-    """Hold features, targets and the place of each sample of this process; gives them out one layer after the other.
+    """Hold the features and targets of this process, and hand them out one layer after the other.
+
+    The *place* of a sample is its number among the samples, which decides its fold.
 
     Args:
         task: knows which targets count.
         store: keeps the features.
-        numbers_left_out: whether samples that are left out are numbered with the others, which decides the folds. In a
-            whole pass over a dataset they are; in training a sampler may have added them.
+        numbers_left_out: whether samples that are left out have a place too. They have one in a whole pass over a
+            dataset, and none in training, where a sampler may have added them.
 
     Attributes:
         samples: number of samples so far.
         labelled: number of those that count.
-        layers: layers that have been seen, in that order.
+        layers: layers that have been seen, in the order in which they came.
     """
 
     def __init__(self, task: Task, store: Store, *, numbers_left_out: bool = False) -> None:
@@ -129,7 +132,7 @@ class FeatureDataset:
         return sums
 
     def add(self, batch: LayerBatch) -> None:
-        """Keep what a batch showed.
+        """Keep the features and targets of a batch.
 
         Raises:
             OSError: a store on disk has no space left.
@@ -150,20 +153,20 @@ class FeatureDataset:
             self._store.put(layer, x)
 
     def reader(self, ranks: Ranks, device: torch.device | str) -> Callable[[str], LayerSamples | None]:
-        """Return what gives out a layer, once: it is let go of when whoever fits on it does.
+        """Return a function that hands out a layer's samples, once: a whole layer is freed when the caller drops it.
 
-        The same samples are in the same folds, however many processes share them.
+        A sample is in the same fold however many processes share the samples.
 
         Args:
-            ranks: the processes that share the samples; each calls this, and reads the same layers.
-            device: where tensors are put.
+            ranks: the processes that share the samples; each calls this method, and reads the same layers.
+            device: device of the tensors that are handed out.
 
         Returns:
-            A function of a layer's name: what this process has of the layer, which may be no row, or ``None`` where no
-            process has any. Where processes have other widths, that of the first one counts.
+            A function of a layer's name. It returns the samples of this process, which may have no row, or ``None`` if
+            no process has any of the layer. If processes differ in the width of a layer, that of the first one counts.
         """
         shapes = ranks.union(self._shapes)
-        # Places are taken modulo this, which must not be 0.
+        # Places are taken modulo the number of samples, which must not be 0.
         samples = max(int(ranks.total(torch.tensor(self.samples if self._numbers_left_out else self.labelled))), 1)
         folds = draw_folds(samples)
 
@@ -193,15 +196,15 @@ class FeatureDataset:
         return whole
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Discard all features."""
         self._store.close()
 
 
 class MemoryStore:
-    """Keep features as they are.
+    """Keep features in memory as they are.
 
     Args:
-        copy: makes a copy that may be kept, if features may not stay where they are.
+        copy: copies features, in case they will not stay as they are; by default they are kept without a copy.
     """
 
     def __init__(self, copy: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
@@ -209,7 +212,7 @@ class MemoryStore:
         self._kept: dict[str, list[Tensor]] = {}
 
     def put(self, layer: str, x: Tensor) -> None:
-        """Keep a part of a layer."""
+        """Keep a part of the features of a layer."""
         self._kept.setdefault(layer, []).append(self._copy(x))
 
     def read(self, layer: str) -> Parts:
@@ -222,17 +225,17 @@ class MemoryStore:
         return True
 
     def drop(self, layer: str) -> None:
-        """Let go of a layer."""
+        """Discard the features of a layer."""
         self._kept.pop(layer, None)
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Discard all features."""
         self._kept = {}
 
 
 @dataclass(frozen=True)
 class _Filed:
-    """Say where in a layer's file of one precision some rows are."""
+    """Locate some rows in a layer's file of one precision."""
 
     path: Path
     first: int
@@ -243,16 +246,17 @@ class _Filed:
 class HalfPrecisionStore:
     """Keep features in half their bytes, in memory up to a budget and after that in temporary files.
 
-    float32 is kept as float16, in deviations from the mean of the layer's first batch that has some: the relative
-    rounding of 2^-11 is far below what a probe can tell. What would overflow there, and float64, is kept as it is.
+    Features in float32 are kept in float16, in deviations from the mean of the layer's first batch in which features
+    vary: the relative rounding of 2^-11 is far below what a probe can tell. Features that would overflow in float16,
+    and features in float64, are kept as they are.
 
     Args:
-        max_bytes: greatest number of bytes of features in memory; files, one a layer and precision, take the rest. A
-            layer larger than a quarter of it is read part by part while its probe is fitted.
+        max_bytes: greatest number of bytes of features in memory; files, one for each layer and precision, take the
+            rest. A layer larger than a quarter of this is read part by part while its probe is fitted.
 
     Attributes:
         memory_bytes: bytes of the features that were kept in memory.
-        file_bytes: bytes of those in files.
+        file_bytes: bytes of the features that were written to files.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -266,10 +270,10 @@ class HalfPrecisionStore:
         self._widths: dict[str, int] = {}
 
     def put(self, layer: str, x: Tensor) -> None:
-        """Keep a part of a layer.
+        """Keep a part of the features of a layer.
 
         Raises:
-            OSError: there is no space for a file; all files are gone.
+            OSError: there is no space for a file; all files are deleted.
         """
         part = self._encode(layer, x)
         size = part.numel() * part.element_size()
@@ -282,7 +286,7 @@ class HalfPrecisionStore:
             self.file_bytes += size
 
     def read(self, layer: str) -> Parts:
-        """Return a layer in blocks of about 2 048 rows, made anew whenever one is asked for."""
+        """Return a layer in blocks of about 2 048 rows, each of which is decoded anew whenever it is read."""
         blocks = self._blocks(layer)
 
         def block(i: int) -> Tensor:
@@ -296,11 +300,11 @@ class HalfPrecisionStore:
         return 4 * values <= self._max_bytes / 4
 
     def drop(self, layer: str) -> None:
-        """Let go of what is in memory of a layer; its files stay until :meth:`close`."""
+        """Discard what is in memory of a layer; its files stay until :meth:`close`."""
         self._kept.pop(layer, None)
 
     def close(self) -> None:
-        """Let go of everything, files too."""
+        """Discard all features, and delete the files."""
         for file in self._files.values():
             file.close()
         if self._folder is not None:
@@ -314,9 +318,10 @@ class HalfPrecisionStore:
             return x.cpu()
         if layer not in self._shift:
             deviation = x.std(dim=0, unbiased=False)
-            # Features that are constant in the first batch will move later.
+            # Features that are constant in the first batch may vary later, so their scale is not 0.
             scale = deviation + 1e-2 * deviation.mean()
-            if not bool((scale.isfinite() & (scale > 0)).all()):  # a batch of one sample, say: nothing to measure with
+            # A batch of one sample, for example, has no deviation to measure in.
+            if not bool((scale.isfinite() & (scale > 0)).all()):
                 return x.cpu()
             self._shift[layer] = x.mean(dim=0), scale
         mean, scale = (part.to(x.device) for part in self._shift[layer])
@@ -331,7 +336,7 @@ class HalfPrecisionStore:
         return x.float().mul_(scale).add_(mean)
 
     def _blocks(self, layer: str) -> list[list[Tensor | _Filed]]:
-        """Join parts into blocks, and those that follow one another in a file into one."""
+        """Join parts into blocks, and parts that follow one another in a file into one part."""
         blocks: list[list[Tensor | _Filed]] = []
         for part in self._kept[layer]:
             last = blocks[-1] if blocks else []
@@ -368,7 +373,7 @@ class HalfPrecisionStore:
         return _Filed(Path(file.name), first, len(part), part.dtype)
 
     def _map(self, layer: str, filed: _Filed) -> Tensor:
-        # Mapped for as long as the tensor lives, so that pages that were read do not add up.
+        # The file is mapped only as long as the tensor lives, so that pages that were read do not add up.
         width, end = self._widths[layer], filed.first + filed.samples
         rows = torch.from_file(str(filed.path), shared=False, size=end * width, dtype=filed.dtype).view(end, width)
         return rows[filed.first :]

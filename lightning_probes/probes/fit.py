@@ -1,4 +1,4 @@
-"""Fit the probe of every layer of a dataset to its optimum, and chooses its strength of L2."""
+"""Fit the probe of every layer of a dataset to its optimum, and choose its strength of L2."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ STRENGTHS = (1e-2, 1e-3, 1e-4)
 """List the strengths of L2 among which that of a probe is chosen."""
 
 _FEWEST = 20
-"""Count the samples below which a fifth of them says nothing about a strength."""
+"""Give the least number of samples at which a fifth of them can choose a strength."""
 
 _ROUGHLY = 10
-"""Multiply the tolerance at which strengths are tried; the chosen one must be the best at the tolerance itself."""
+"""Multiply the tolerance by this to try strengths; the chosen one must be the best at the tolerance itself."""
 
 _CLEARLY = 1.01
-"""Bound a held-out loss relative to the best one; a higher one has passed its minimum."""
+"""Bound a held-out loss relative to the best one: at a higher loss no weaker strength is tried."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,14 @@ class FittedProbes:
     """Hold the probes of a network at their optimum, and what is known of them.
 
     Attributes:
-        probes: scores with them.
-        known: ``{layer: {"fitted_on": {"data", "samples"}, "converged"}}``, as rows of a report have it.
-        tally: ``(statistics, layers)`` on the samples fitted on, in one process for all; ``None`` for restored probes.
-        crossed_tally: tally of samples that were each scored by a probe fitted on other folds; ``None`` where they were
-            not cross-fitted.
+        probes: the probes, which score batches.
+        known: ``{layer: {"fitted_on": {"data", "samples"}, "converged"}}``, as in the rows of a report.
+        tally: ``(statistics, layers)`` on the samples fitted on: in process 0 the sum over all processes, zeros in the
+            others; ``None`` for restored probes.
+        crossed_tally: tally of the samples of this process, each scored by a probe fitted on other folds; ``None``
+            without cross-fitting.
         target_sums: sums over the targets of the samples that this process fitted on.
-        faults: ``{layer: what was raised}`` of the layers that have no probe.
+        faults: ``{layer: exception}`` of the layers that could not be fitted.
     """
 
     probes: StackedProbes
@@ -54,10 +55,10 @@ class FittedProbes:
 
 
 class Track(Protocol):
-    """Show how far a loop is: gives back its items."""
+    """Show the progress of a loop over items."""
 
     def __call__(self, name: str, items: Iterable[str], total: int) -> Iterable[str]:
-        """Yield ``items``, of which there are ``total``."""
+        """Yield ``items``, of which there are ``total``, and show progress."""
 
 
 def fit_layers(
@@ -71,26 +72,26 @@ def fit_layers(
     track: Track,
     is_crossed: bool = False,
 ) -> FittedProbes | None:
-    """Fit the probe of every layer on a dataset, which is used up.
+    """Fit the probe of every layer on a dataset, which hands out each layer only once.
 
-    What is raised while one layer is fitted is the fault of that layer alone, unless other processes wait for what
-    would have been summed.
+    An exception while one layer is fitted becomes the fault of that layer. With several processes it is raised, since
+    the others wait for a sum.
 
     Args:
         task: what the probes are asked.
         dataset: the samples of this process.
         layers: order of the layers.
-        data: what the rows of a report say that probes were fitted on.
-        ranks: the processes that share the samples; probes are those of all.
+        data: name of the data that probes are fitted on, for the rows of a report.
+        ranks: the processes that share the samples; probes are fitted on the samples of all.
         device: where probes are fitted.
-        track: shows how far the fit is.
-        is_crossed: whether each fold is scored by probes of the other folds as well.
+        track: shows the progress of the fit.
+        is_crossed: whether each fold is also scored by probes fitted on the other folds.
 
     Returns:
-        The probes; ``None`` where no process has a sample.
+        The probes; ``None`` if no process has a sample.
 
     Raises:
-        Exception: what kept all layers from having a probe, or one where other processes wait.
+        Exception: the first fault if no layer could be fitted; with several processes any fault.
     """
     solutions: dict[str, Solution] = {}
     crossed: dict[str, Tensor] = {}
@@ -106,7 +107,7 @@ def fit_layers(
         except Exception as error:
             if ranks.number > 1:
                 raise
-            faults[layer] = error.with_traceback(None)  # its frames would hold the layer's features
+            faults[layer] = error.with_traceback(None)  # The frames of a traceback would hold the features.
         del samples
     if not solutions and faults:
         raise next(iter(faults.values()))
@@ -119,7 +120,7 @@ def fit_layers(
         }
         for layer, found in solutions.items()
     }
-    # A solver's tallies are those of all processes, and will be summed over processes once more.
+    # Only process 0 contributes the solver's tallies: they are sums over processes, and are summed over them again.
     own = {layer: found.tally for layer, found in solutions.items() if ranks.rank == 0}
     tally = _side_by_side(task, layers, own, device)
     crossed_tally = _side_by_side(task, layers, crossed, device) if is_crossed else None
@@ -128,7 +129,7 @@ def fit_layers(
 
 
 def fit_samples(task: Task, samples: LayerSamples, total: Total) -> Solution:
-    """Fit the probe of a layer as :func:`fit_probe`."""
+    """Fit the probe of a layer on its samples, as :func:`fit_probe` does."""
     return fit_probe(task, samples.features, samples.targets, folds=samples.folds, total=total)
 
 
@@ -148,22 +149,23 @@ def fit_probe(
 
     Features are standardised by the statistics of all samples given, in a copy. Strengths are tried from the largest to
     the smallest, each from the solution before; the best is fitted again on all samples. With fewer than 20 samples
-    nothing is chosen: the largest is taken.
+    the largest is taken without a trial.
 
     Args:
         task: defines the loss.
-        features: ``(samples, features)``; parts are read again for each product and never all there. A value or
-            variance that is not finite makes the probe NaN.
+        features: ``(samples, features)``; parts are read again for each product, and never all in memory at once. A
+            value or variance that is not finite makes the probe NaN.
         targets: ``(samples, outputs)``; rows that do not count are left out.
-        folds: ``(samples,)``: the fold of each sample; views of one sample are in one. Of those that occur the last one
-            is held out. By default they are drawn for each sample.
-        total: sums over the processes among which the samples are shared out; each calls this with its own.
+        folds: ``(samples,)``: the fold of each sample; views of one sample are in one fold. The last fold that has
+            samples is held out. By default folds are drawn at random.
+        total: sums a tensor over the processes that share the samples; each calls this function with its own samples.
         strengths: strengths of the L2 penalty, each at least 0.
         tolerance: bound on the gradient, see :func:`~lightning_probes.probes.solver.solve`.
         max_iterations: bound on the iterations of each fit.
 
     Raises:
-        ValueError: there is no strength, or as in :func:`~lightning_probes.probes.solver.solve`; never on data.
+        ValueError: ``strengths`` is empty, or as in :func:`~lightning_probes.probes.solver.solve`. Values of data never
+            raise.
     """
     if not strengths:
         raise ValueError("strengths is empty")
@@ -191,7 +193,7 @@ def score(task: Task, solution: Solution, features: Tensor, targets: Tensor) -> 
     Args:
         task: what the probe is asked.
         solution: from :func:`fit_probe`.
-        features: ``(samples, features)``, as they are.
+        features: ``(samples, features)``, not standardised.
         targets: ``(samples, outputs)``; rows that do not count are left out.
     """
     x = features.to(solution.weight.dtype, copy=True)
@@ -200,7 +202,7 @@ def score(task: Task, solution: Solution, features: Tensor, targets: Tensor) -> 
 
 
 def _cross_scored(task: Task, samples: LayerSamples, total: Total) -> Tensor:
-    """Return the tally of all samples, each scored by a probe fitted on the folds that it is not in."""
+    """Return the tally of all samples, each scored by a probe that was fitted on the other folds."""
     layer, x, y, folds = samples
     assert isinstance(x, Tensor)
     tally = task.no_tally(1, x.device)[:, 0]
@@ -219,7 +221,7 @@ def _side_by_side(task: Task, layers: Sequence[str], tallies: dict[str, Tensor],
 
 
 def _mean_gram(x: Rows) -> Tensor | None:
-    """Return the Gram matrix over the number of samples, unless no solution will need it and it may not fit."""
+    """Return the Gram matrix divided by the number of samples; ``None`` for wide problems, which do not need it."""
     if x.is_wide:
         return None
     own = x.gram()
@@ -235,14 +237,14 @@ def _choose(
     solver: Callable[..., Solution],
     tolerance: float,
 ) -> tuple[float, tuple[Tensor, Tensor] | None]:
-    """Return the strength with the lowest held-out loss, and the weight and bias that had it."""
+    """Return the strength with the lowest held-out loss, and the weight and bias that were fitted at it."""
     if x.total(y.new_tensor(float(len(y)))) < _FEWEST or len(strengths) == 1:
         return strengths[0], None
-    # The last fold of all that any process has samples of.
+    # The last fold of which any process has samples is held out.
     present = x.total(torch.bincount(part, minlength=FOLDS).to(y.dtype)).nonzero()
     held = part == present.max()
     fit, rest = x.where(~held), x.where(held)
-    # Never from a probe that has seen the held-out part: short of its optimum it would remember it.
+    # No fit starts from a probe that has seen the held-out part: a fit short of its optimum would remember that part.
     starts: dict[float, tuple[Tensor, Tensor]] = {}
     losses: dict[float, float] = {}
     start: tuple[Tensor, Tensor] | None = None
@@ -257,7 +259,7 @@ def _choose(
         start = starts[l2]
         if losses[l2] > _CLEARLY * min(losses.values()):
             break
-    # Short of its optimum a weak penalty looks better than it is, like a training that is stopped early.
+    # A fit short of its optimum makes a weak penalty look better than it is, like training that is stopped early.
     exact: set[float] = set()
     while (best := min(losses, key=lambda l2: losses[l2])) not in exact:
         attempt(best, starts[best], tolerance)

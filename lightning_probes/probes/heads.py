@@ -1,4 +1,4 @@
-"""Stack the linear classifiers of all layers by width, and scores them together."""
+"""Stack the linear classifiers of all layers by width, and score them together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_probes.probes.standardise import merged_statistics, standardise_
 from lightning_probes.probes.tasks import Labels, Task
 
 _CHUNKS = 4
-"""Run into which the layers are cut on the host: copies stay in the cache, and small beside the features."""
+"""Set into how many runs layers are cut on the CPU: copies stay in the cache, and small beside the features."""
 
 _ORDERS = 64
 """Bound the sets of layers whose index tensors are kept."""
@@ -29,12 +29,13 @@ class Stack:
     """Hold the probes of all layers of one width as tensors whose first dimension is the layer.
 
     Attributes:
-        layers: their names.
-        updates: how often the probe of each has been updated.
-        tensors: ``weight`` ``(layers, outputs, width)``, ``bias`` ``(layers, outputs, 1)``, ``mean`` and ``variance``
-            ``(layers, 1, width)``, ``alive`` ``(layers, 1, 1)``: whether all features so far were finite; of a bank
-            that is trained also the optimiser's moments.
-        lent: memory in which features lie side by side, if some was lent, as a whole and by layer.
+        layers: names of the layers.
+        updates: number of updates of each layer's probe.
+        tensors: the tensors by name: ``weight`` is ``(layers, outputs, width)``, ``bias`` ``(layers, outputs, 1)``,
+            ``mean`` and ``variance`` of the features ``(layers, 1, width)``, and ``alive``, true for a layer whose
+            features were all finite so far, ``(layers, 1, 1)``. Probes that are trained also have Adam's moments here.
+        lent: memory that was lent for features, ``(layers, samples, width)``, and its part for each layer; ``None`` if
+            none was lent.
     """
 
     def __init__(self, layers: Sequence[str], updates: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
@@ -59,7 +60,7 @@ class Stack:
             self.tensors[name] = torch.cat([tensor, new])
 
     def take(self, layers: Sequence[str]) -> Stack:
-        """Return the probes of some of its layers, in this order."""
+        """Return a stack of the probes of ``layers``, in their order."""
         places = [self.layers.index(layer) for layer in layers]
         tensors = {name: tensor[places] for name, tensor in self.tensors.items()}
         return Stack(layers, [self.updates[i] for i in places], tensors)
@@ -77,7 +78,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Run:
-    """Select neighbours in a stack that saw the same samples and have been updated equally often."""
+    """Hold neighbouring layers of a stack with equally many rows and updates."""
 
     stack: Stack
     rows: slice
@@ -89,7 +90,7 @@ class Run:
         return tuple(self.stack.layers[self.rows])
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return their rows of a tensor of the stack."""
+        """Return the part of a tensor of the stack that belongs to these layers."""
         return self.stack.tensors[name][self.rows]
 
     def scores(self, x: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class Run:
 
 
 class BatchLabels:
-    """Work out the labels of a batch once for each number of rows a sample and each precision."""
+    """Compute the labels of a batch once for each number of rows of a layer and each precision."""
 
     def __init__(self, task: Task, batch: LayerBatch) -> None:
         self._task = task
@@ -106,17 +107,17 @@ class BatchLabels:
         self._known: dict[tuple[int, torch.dtype], Labels] = {}
 
     def of(self, rows: int, dtype: torch.dtype) -> Labels:
-        """Return the labels for features with so many rows."""
+        """Return the labels for a layer with this number of rows."""
         if (rows, dtype) not in self._known:
             self._known[rows, dtype] = self._task.prepare(self._batch.targets_of(rows).to(dtype))
         return self._known[rows, dtype]
 
 
 class StackedProbes:
-    """Score a linear classifier on the standardised features of each layer, those of equal width at once.
+    """Score a linear classifier for each layer on its standardised features, layers of equal width at once.
 
     Args:
-        layers: names of all layers; their order is that of every vector over layers.
+        layers: names of all layers, in the order of every vector over layers.
         task: what the probes are asked.
     """
 
@@ -131,7 +132,7 @@ class StackedProbes:
 
     @classmethod
     def of(cls, layers: Sequence[str], task: Task, solutions: Mapping[str, Solution]) -> StackedProbes:
-        """Stack probes that a solver found, which may be those of some of the layers."""
+        """Stack the probes that a solver found for all or some of the layers."""
         probes = cls(layers, task)
         widths: dict[int, list[str]] = {}
         for layer, found in solutions.items():
@@ -184,7 +185,7 @@ class StackedProbes:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], device: torch.device | str | None = None) -> None:
-        """Take over what :meth:`state_dict` gave, on ``device`` or where it is."""
+        """Restore what :meth:`state_dict` returned, on ``device``; with ``None`` tensors stay on their device."""
         self._stacks = {}
         self._width = {}
         for width, saved in state.items():
@@ -201,8 +202,8 @@ class StackedProbes:
     def _runs(self, features: Mapping[str, Tensor]) -> Iterator[Run]:
         """Cut the layers in ``features`` into slices of their stacks.
 
-        On the host a run has a quarter of the layers. Elsewhere it is as long as can be, since there each further
-        kernel costs more than memory does.
+        On the CPU a run has at most a quarter of the layers. On other devices it is as long as can be, since there each
+        further kernel costs more than memory does.
         """
         present = len(features)
         for stack in self._stacks.values():
@@ -223,12 +224,12 @@ class StackedProbes:
                 start = max(stop, start + 1)
 
     def _gathered(self, parts: Mapping[tuple[str, ...], Tensor], device: torch.device) -> Tensor:
-        """Put the tallies of runs into one of all layers, zero for the layers in no run."""
+        """Join the tallies of runs into the tally of all layers, with zeros for layers that are in no run."""
         if not parts:
             return self.task.no_tally(len(self.layers), device)
         order = tuple(layer for run in parts for layer in run)
         if order not in self._places:
-            if len(self._places) >= _ORDERS:  # layers that are dropped at random come in ever new sets
+            if len(self._places) >= _ORDERS:  # Layers that are dropped at random come in ever new sets.
                 self._places.clear()
             self._places[order] = torch.tensor([self._index[layer] for layer in order], dtype=torch.long, device=device)
         found = torch.cat([*parts.values()], dim=1)

@@ -1,4 +1,4 @@
-"""Train the probes of all layers along with the network: one update for all of them, the gradient written out."""
+"""Train the probes of all layers along with the network, in one update, with the gradient in closed form."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lightning_probes.probes.standardise import moved_statistics, standardise_, 
 from lightning_probes.probes.tasks import Task
 
 _LEAST_WEIGHT = 0.01
-"""Weigh a batch in the running mean and variance once the first hundred have been averaged evenly."""
+"""Weigh a batch by this in the running mean and variance, after the first hundred, which are averaged evenly."""
 
 
 class OnlineProbes(StackedProbes):
-    """Update a linear classifier on the standardised features of each layer, one step on each batch.
+    """Train a linear classifier for each layer on its standardised features, by one step on each batch.
 
     Features are standardised by a running mean and variance without an affine part, so that a probe stays linear. A
     layer joins with its first features, whose width is that of its probe.
 
     Args:
-        layers: names of all layers; their order is that of every vector over layers.
+        layers: names of all layers, in the order of every vector over layers.
         task: what the probes are asked.
         learning_rate: step size of Adam (Kingma and Ba 2015), whose moments are the usual .9 and .999.
     """
@@ -56,7 +56,7 @@ class OnlineProbes(StackedProbes):
             own = labels.of(len(run.features[0]), run["weight"].dtype)
             parts[run.layers], residual = self.task.tally_and_residual(run.scores(x), own)
             gradients = [torch.bmm(residual, x), residual.sum(dim=2, keepdim=True)]
-            # Without a gradient Adam would still coast on its momentum.
+            # Adam moves by its momentum even at zero gradient, so the first moments of layers set aside are zeroed.
             for moment in ("weight_mean_gradient", "bias_mean_gradient"):
                 run[moment].mul_(run["alive"])
             _adam_step(run, [torch.where(run["alive"], g, 0.0) for g in gradients], self.learning_rate)
@@ -75,16 +75,16 @@ class OnlineProbes(StackedProbes):
         return memory
 
     def release(self) -> None:
-        """Let go of the memory that was lent."""
+        """Release the memory that was lent."""
         for stack in self._stacks.values():
             stack.lent = None
 
     @torch.no_grad()
     def merge(self, ranks: Ranks) -> None:
-        """Make the probes of all processes the same: means, weighted by the updates of each process.
+        """Replace the probes of all processes by their mean, weighted by the updates of each process.
 
-        A layer that a process has not seen counts there for nothing. Means and variances become those of all samples;
-        a layer that was not finite in one process is not finite.
+        A process that has not seen a layer has no weight in that layer's mean. Running means and variances become those
+        of the samples of all processes; a layer that was not finite in one process is not finite in any.
         """
         known = ranks.gather(
             [(width, stack.dtype, stack.layers, stack.updates) for width, stack in self._stacks.items()]
@@ -129,7 +129,7 @@ class OnlineProbes(StackedProbes):
 
 
 def _features_to_consume(run: Run) -> Tensor:
-    """Return ``(layers, samples, width)`` that may be written over, without a copy if they lie in lent memory."""
+    """Return features ``(layers, samples, width)`` to write over; copy them unless they lie in lent memory."""
     if run.stack.lent is not None:
         whole, places = run.stack.lent
         if all(x is place for x, place in zip(run.features, places[run.rows], strict=True)):
@@ -138,7 +138,7 @@ def _features_to_consume(run: Run) -> Tensor:
 
 
 def _track(run: Run, x: Tensor) -> Tensor:
-    """Move the running statistics by a batch ``(layers, samples, width)``, and standardise it in place by them."""
+    """Update the running statistics by a batch ``(layers, samples, width)``, and standardise the batch in place."""
     weight = max(1 / (run.stack.updates[run.rows.start] + 1), _LEAST_WEIGHT)
     mean, variance = moved_statistics(x, run["mean"], run["variance"], weight)
     alive = run["alive"].logical_and_(torch.isfinite(variance).all(dim=2, keepdim=True))
@@ -150,7 +150,7 @@ def _track(run: Run, x: Tensor) -> Tensor:
 def _adam_step(run: Run, gradients: list[Tensor], learning_rate: float) -> None:
     """Make one fused step of Adam (Kingma and Ba 2015) with the gradients of weight and bias."""
     done = run.stack.updates[run.rows.start]
-    # Filled on the device: a tensor made from a number on the host would wait for the copy.
+    # The count of steps is filled in on the device: a tensor made from a number on the host would wait for the copy.
     steps = [torch.full((), float(done), device=g.device) for g in gradients]
     adam(
         [run["weight"], run["bias"]],

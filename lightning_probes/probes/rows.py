@@ -20,7 +20,7 @@ def floating(x: Tensor) -> Tensor:
 
 
 class Parts(Sequence[Tensor]):
-    """Read a layer's samples as a sequence of tensors, each made anew on access, so that one fits into memory.
+    """Read a layer's samples as a sequence of tensors, each made anew on access, so that only one is in memory.
 
     Args:
         lengths: number of samples of each part.

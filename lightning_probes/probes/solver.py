@@ -1,4 +1,4 @@
-"""Solve one convex problem to its optimum: L-BFGS that starts from the Gram matrix of the features.
+"""Solve one convex problem to its optimum, by L-BFGS that starts from the Gram matrix of the features.
 
 The first Hessian of L-BFGS is that matrix, scaled or weighted by the current curvature of each sample's loss, plus the
 penalty: conditioning is what costs here, and the Cholesky factor takes most of it away. For a softmax at zero weights
@@ -19,14 +19,14 @@ from lightning_probes.probes.rows import Rows, floating
 from lightning_probes.probes.tasks import Task
 
 TOLERANCE = 5e-4
-"""Bound the gradient. At twice that a layer's held-out error was up to .14 points off scikit-learn's
+"""Bound the gradient. At twice this bound a layer's held-out error was up to .14 points off scikit-learn's
 (``tests/benchmarks/solver.py``)."""
 
 _MEMORY = 30
-"""Count the pairs of steps and changes of gradient that L-BFGS keeps."""
+"""Limit the pairs of steps and changes of gradient that L-BFGS keeps."""
 
 _REFRESH = 50
-"""Count iterations between factors of the Gram matrix: one costs about six iterations at 512 features."""
+"""Set how many iterations use one factor of the Gram matrix, which costs about six iterations at 512 features."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Solution:
         l2: strength of the penalty.
         converged: whether the gradient at ``weight`` and ``bias``, computed afresh, is within the tolerance.
         iterations: number of iterations of the last fit; those of the choice of a strength are not counted.
-        gradient_norm: norm of that gradient, relative to the scale that :func:`solve` documents.
+        gradient_norm: norm of the gradient, relative to the scale that :func:`solve` documents.
         tally: ``(statistics,)`` on the samples fitted on; see :class:`~lightning_probes.probes.tasks.Task`.
     """
 
@@ -72,24 +72,24 @@ def solve(
 
     The criterion is the norm of the gradient over weights and bias, relative to a scale: the norm of the loss's
     gradient at the best constant probe, at least 1e-3. What float32 cannot reach is finished in float64. There is an
-    answer for
-    all finite data: a class that never occurs has a very negative bias, a lone class is certain, separable data without
-    a penalty stop at the tolerance, and without samples the answer is zero.
+    answer for all finite data: a class that never occurs has a very negative bias, a lone class is certain, separable
+    data without a penalty stop at the tolerance, and without samples the answer is zero.
 
     Args:
         task: defines the loss.
         x: ``(samples, features)``, standardised, finite; computed in its own precision, at least float32. Rows may be
-            read part by part, and may be shared out among processes, each of which calls this with its own.
+            read part by part, and may be shared out among processes, each of which calls this with its own rows.
         targets: ``(samples, outputs)``; rows that do not count are left out.
         l2: strength of the penalty, at least 0.
         start: ``(weight, bias)`` to begin from, unless zero weights are better.
-        gram: ``(features + 1, features + 1)``, if it is known: the mean of ``x x^T`` over these samples or more of the
-            kind, of rows that end in a 1.
+        gram: mean of ``x x^T`` over rows that end in a 1, ``(features + 1, features + 1)``, of these samples or of more
+            of the same kind; ``None`` if it is not known.
         tolerance: greatest value of the criterion.
         max_iterations: bound on the iterations; ``converged`` says whether it was enough.
 
     Raises:
-        ValueError: ``x`` and ``targets`` differ in length, or ``l2`` or ``tolerance`` is negative; never on data.
+        ValueError: ``x`` and ``targets`` differ in length, or ``l2`` or ``tolerance`` is negative. Values of data never
+            raise.
     """
     rows = x if isinstance(x, Rows) else Rows.of(floating(x))
     if rows.samples != len(targets) or l2 < 0 or tolerance < 0:
@@ -109,7 +109,7 @@ def tally_on(task: Task, x: Rows, targets: Tensor, weight: Tensor, bias: Tensor)
 
 @contextmanager
 def _in_full_precision() -> Iterator[None]:
-    """Compute products in full precision, since a checked gradient does not bear what a user allowed for training."""
+    """Compute products in full precision: a gradient within a tolerance needs more than a user allows for training."""
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -146,16 +146,16 @@ def _solve(
     if start is not None:
         warm = _joined(start[0].to(y), start[1].to(y))
         v = warm if full.objective(warm) <= full.objective(cold) else cold
-    # A step moves weights only within the span of the samples: few of them are a problem as small as they are.
+    # Steps move weights only within the span of the samples, so that few samples make a problem of few dimensions.
     basis, small = None, full
     if x.is_wide and x.whole is not None:
         basis, across = torch.linalg.qr(x.whole[:, :-1].T)
         size = across.norm(dim=1, keepdim=True)
-        # Collinear samples leave directions that are rounding, along which without a penalty anything can be fitted.
+        # Collinear samples leave directions of mere rounding, along which anything could be fitted without a penalty.
         across = across.where(size > 100 * torch.finfo(y.dtype).eps * size.max(), 0.0)
         small, gram = _pose(task, Rows.of(across.T), y, l2, samples), None
         v = _joined(v[:, :-1] @ basis, v[:, -1])
-    # The margin keeps what rounding adds on the way back from undoing the criterion.
+    # The margin is for the rounding on the way back to all features, which must not undo the criterion.
     v, iterations = _minimise(small, v, 0.9 * tolerance * scale, max_iterations, gram)
     weight = v[:, :-1] if basis is None else v[:, :-1] @ basis.T.to(v)
     weight, bias = weight.to(y.dtype), v[:, -1].to(y.dtype)
@@ -178,24 +178,31 @@ def _joined(weight: Tensor, bias: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Problem:
-    """Pose the mean loss of the scores ``v x^T`` plus ``penalty/2 v^2``; the last of ``x`` is 1, of ``penalty`` 0.
+    """Hold the problem of minimising the mean loss of the scores ``v x^T`` plus ``penalty/2 v^2``.
 
-    Scores and targets are those of the samples of this process; all that is a mean over samples is one over the samples
-    of all processes, each of which does the same and comes to the same (on devices that round alike).
+    Scores and targets are those of the samples of this process. Means are over the samples of all processes, each of
+    which computes the same steps and comes to the same result if their devices round alike.
+
+    Attributes:
+        task: defines the loss.
+        x: ``(samples, features + 1)``, whose last column is 1.
+        y: targets ``(outputs, samples)``.
+        penalty: ``(features + 1,)``, whose last value is 0.
+        samples: number of samples of all processes.
     """
 
     task: Task
-    x: Rows  # (samples, features + 1)
-    y: Tensor  # (outputs, samples)
-    penalty: Tensor  # (features + 1,)
-    samples: float  # of all processes
+    x: Rows
+    y: Tensor
+    penalty: Tensor
+    samples: float
 
     def to(self, dtype: torch.dtype) -> _Problem:
-        """Return the same in another precision."""
+        """Return the same problem in another precision."""
         return _Problem(self.task, self.x.to(dtype), self.y.to(dtype), self.penalty.to(dtype), self.samples)
 
     def scores(self, v: Tensor) -> Tensor:
-        """Return ``(outputs, samples)``."""
+        """Return the scores at ``v``, ``(outputs, samples)``."""
         return self.x.scores(v)
 
     def residual(self, scores: Tensor) -> Tensor:
@@ -203,22 +210,23 @@ class _Problem:
         return self.task.expectation(scores) - self.y
 
     def gradient(self, v: Tensor, scores: Tensor) -> Tensor:
-        """Return ``(outputs, features + 1)`` at ``v``, which has these scores."""
+        """Return the gradient ``(outputs, features + 1)`` at ``v``, which has these scores."""
         return self.x.weighted(self.residual(scores)) / self.samples + self.penalty * v
 
     def objective(self, v: Tensor) -> float:
-        """Return the mean loss with the penalty."""
+        """Return the mean loss plus the penalty at ``v``."""
         loss = self.x.total(self.task.loss(self.scores(v), self.y)) / self.samples
         return float(loss + (self.penalty * v * v).sum() / 2)
 
     def hessian(self, scores: Tensor, gram: Tensor | None = None) -> Tensor:
-        """Return the Gram matrix, its samples weighted by the curvature of their losses, and the penalty.
+        """Return the Gram matrix, whose samples are weighted by the curvature of their losses, plus the penalty.
 
-        With ``gram``, the mean of ``x x^T``, all samples have the same weight: no product with the features is needed.
+        With ``gram``, the mean of ``x x^T``, all samples have one weight, which takes no product with the features.
         """
         weights = self.task.curvature(self.task.expectation(scores))
         mean = self.x.total(weights.sum()) / self.samples
-        # Half way to even weights: from a warm start the curvatures alone took up to a fifth more iterations.
+        # The weights are half way between the curvatures and their mean: from a warm start the curvatures alone took up
+        # to a fifth more iterations.
         found = self.x.gram((weights + mean) / 2) / self.samples if gram is None else mean * gram
         found.diagonal().add_(self.penalty)
         return found
@@ -227,7 +235,7 @@ class _Problem:
 def _minimise(
     problem: _Problem, v: Tensor, limit: float, max_iterations: int, gram: Tensor | None
 ) -> tuple[Tensor, int]:
-    """Return ``v`` with a gradient of at most ``limit``, or the last one, and the iterations that it took."""
+    """Return ``v`` with a gradient of at most ``limit``, or the last ``v``, and the number of iterations."""
     v, iterations, reached = _descend(problem, v, limit, max_iterations, gram)
     if not reached and iterations < max_iterations and v.dtype == torch.float32 and v.device.type != "mps":
         v, more, _ = _descend(problem.to(torch.float64), v.double(), limit, max_iterations - iterations)
@@ -238,7 +246,7 @@ def _minimise(
 def _descend(
     problem: _Problem, v: Tensor, limit: float, max_iterations: int, gram: Tensor | None = None
 ) -> tuple[Tensor, int, bool]:
-    """Iterate L-BFGS until the limit, the last iteration, or where rounding ends all progress."""
+    """Iterate L-BFGS until the gradient is within ``limit``, iterations run out, or rounding ends all progress."""
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []
     scores, factor = problem.scores(v), None
     gradient = problem.gradient(v, scores)
@@ -248,7 +256,7 @@ def _descend(
         since = 0 if norm < 0.99 * best else since + 1
         best = min(best, norm)
         if norm <= limit or iteration % _REFRESH == 0:
-            # Scores have been summed up step by step: what is decided now is decided on those of v itself.
+            # Scores were added up step by step, so a decision needs those that are computed from v itself.
             scores = problem.scores(v)
             gradient = problem.gradient(v, scores)
             if float(gradient.norm()) <= limit:
@@ -298,9 +306,9 @@ def _direction(gradient: Tensor, pairs: Sequence[tuple[Tensor, Tensor, Tensor]],
 def _line_search(
     problem: _Problem, v: Tensor, scores: Tensor, direction: Tensor, change: Tensor, slope: float
 ) -> float:
-    """Return a step at which most of the slope is gone; 0 where rounding hides every descent.
+    """Return a step at which most of the slope is gone; 0 if rounding hides every descent.
 
-    The slope decides and not the objective, differences of which drown in rounding near the optimum long before.
+    The slope decides, and not the objective, whose differences drown in rounding long before the optimum.
     """
     if not slope < 0:
         return 0.0
@@ -317,7 +325,8 @@ def _line_search(
             low, slopes = step, (here, slopes[1])
         else:
             high, slopes = step, (slopes[0], here)
-        # Without an upper end further out, else where a straight slope would cross zero, not too near either end.
+        # Without an upper end the next step is further out. Else it is where a straight slope would cross zero, but not
+        # too near either end.
         share = min(max(slopes[0] / (slopes[0] - slopes[1]), 0.1), 0.9)
         step = low + share * (high - low) if high else 4 * step
     return low

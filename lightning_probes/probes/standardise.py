@@ -37,7 +37,7 @@ def merged_statistics(mean: Tensor, variance: Tensor, share: Tensor, total: Tota
 
     Args:
         mean: mean of the samples of this process.
-        variance: their variance, of the population; shaped like ``mean``.
+        variance: population variance of the samples of this process; shaped like ``mean``.
         share: share of this process among all samples, in [0, 1]; broadcast to ``mean``.
         total: sums over processes.
     """

@@ -1,6 +1,6 @@
 """Define what is asked of a probe: how targets are read, what is minimised, what is counted, and what to compare with.
 
-Everything else of the package knows a task by the methods of :class:`Task` only.
+The rest of the package knows a task only by the methods of :class:`Task`.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from lightning_probes.probes.hints import (
 )
 
 IGNORED = -100
-"""Label a sample to leave out, as in :func:`torch.nn.functional.cross_entropy`."""
+"""Label with this value a sample to leave out, as in :func:`torch.nn.functional.cross_entropy`."""
 
 
 class UnknownOutputsError(ValueError):
-    """Say that nobody knows how many scores a probe has to give, for example the number of classes."""
+    """Signal that the number of scores of a probe is unknown, which is the number of classes in a classification."""
 
 
 class Labels(NamedTuple):
-    """Hold the targets of some samples, with what every layer needs of them worked out once."""
+    """Hold the targets of a batch, and what is computed from them once for all layers."""
 
     rows: Tensor
-    """Targets ``(samples, outputs)``."""
+    """Hold the targets, ``(samples, outputs)``."""
     answers: Tensor
-    """What the task compares answers with; see :meth:`Task.prepare`."""
+    """Hold the likeliest class of each target, or what else :meth:`Task.prepare` puts here."""
     counted: Tensor
-    """``(samples,)``: 1 for a sample that counts, 0 for one that is left out."""
+    """Mark with 1 a sample that counts and with 0 one that is left out, ``(samples,)``."""
     total: Tensor
-    """Number of samples that count, without a dimension."""
+    """Hold the number of samples that count, in a tensor without dimensions."""
 
 
 class Task(ABC):
-    """Say what is asked of a probe.
+    """Define what is asked of a probe.
 
     A probe gives ``outputs`` scores to each sample, linear in its features. The loss has to be convex in the scores,
     and its derivative has to be the expectation that they stand for minus the target, as for every generalised linear
@@ -51,10 +51,10 @@ class Task(ABC):
 
     Scores are ``(..., outputs, samples)``. A *tally* is ``(statistics, layers)``: sums over samples in float64 (float32
     where the device has no float64), which add up over batches and processes. Its last two rows are the loss and the
-    number of samples.
+    number of samples. A *column* is the tally of one layer.
 
     Attributes:
-        outputs: number of scores that a probe gives to a sample; 0 as long as nobody knows.
+        outputs: number of scores that a probe gives to a sample; 0 as long as it is unknown.
         statistics: number of rows of a tally.
         left_out: value that fills the targets of a sample to leave out.
     """
@@ -67,48 +67,49 @@ class Task(ABC):
 
     @abstractmethod
     def learn(self, labels: Tensor) -> tuple[Task, str]:
-        """Return this task with the number of outputs that ``labels`` show, and a note on it where that was unknown.
+        """Return this task with the number of outputs that ``labels`` show, and a note if the number was unknown.
 
         Raises:
-            UnknownOutputsError: the labels do not tell.
-            TypeError, ValueError: they are none.
+            UnknownOutputsError: the labels do not show the number.
+            TypeError, ValueError: the labels are not of this kind.
         """
 
     @abstractmethod
     def check(self, labels: Tensor) -> None:
-        """Raise if :meth:`encode` does not understand ``labels``; look at the values, which waits for a device.
+        """Check labels, values included; this waits for the device.
 
         Raises:
-            TypeError: numbers of another kind are expected.
-            ValueError: another shape, or values without a meaning.
+            TypeError: the labels are numbers of another kind.
+            ValueError: the labels have another shape, or values without a meaning.
         """
 
     @abstractmethod
     def encode(self, labels: Tensor) -> Tensor:
-        """Return the targets ``(samples, outputs)`` of labels, in float32; nothing is synchronised with the host.
+        """Return the targets ``(samples, outputs)`` of labels in float32, without waiting for the device.
 
         Raises:
-            ValueError: the labels have a shape without a meaning. Values without a meaning leave their samples out.
+            ValueError: the labels have a shape without a meaning. Values without a meaning do not raise, but leave
+                their samples out.
         """
 
     @abstractmethod
     def is_counted(self, targets: Tensor) -> Tensor:
-        """Return ``(samples,)``: which rows of ``targets`` are those of samples that count."""
+        """Return which rows of ``targets`` are those of samples that count, ``(samples,)``."""
 
     def prepare(self, targets: Tensor) -> Labels:
-        """Work out once what :meth:`tally` needs of targets ``(samples, outputs)``."""
+        """Compute once for all layers what :meth:`tally` needs of targets ``(samples, outputs)``."""
         counted = self.is_counted(targets).to(targets.dtype)
         return Labels(targets, targets, counted, counted.sum())
 
     # The convex problem
 
     def normalised(self, targets: Tensor) -> Tensor:
-        """Return the targets of samples that count, without what rounding or a user's tolerance left in them."""
+        """Scale the targets of samples that count so that no rounding or tolerance is left: probabilities sum to 1."""
         return targets
 
     @abstractmethod
     def constant(self, mean: Tensor) -> Tensor:
-        """Return the scores ``(outputs,)`` whose expectation is ``mean``: the best constant probe."""
+        """Return the scores of the best constant probe, ``(outputs,)``, whose expectation is ``mean``."""
 
     @abstractmethod
     def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
@@ -116,16 +117,16 @@ class Task(ABC):
 
     @abstractmethod
     def expectation(self, scores: Tensor) -> Tensor:
-        """Return the targets that are expected at some scores; minus the targets, it is the derivative of the loss."""
+        """Return the targets expected at these scores; this minus the targets is the derivative of the loss."""
 
     @abstractmethod
     def curvature(self, expectation: Tensor) -> Tensor:
-        """Return ``(samples,)``: the second derivative of the loss by the scores, the mean over outputs."""
+        """Return the second derivative of each sample's loss by its scores, averaged over outputs, ``(samples,)``."""
 
     # What the online heads need
 
     def tally_and_residual(self, scores: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
-        """Return :meth:`tally`, and the derivative of the mean loss by the scores, zero for samples left out.
+        """Return :meth:`tally`, and the derivative of the mean loss by the scores, which is 0 for samples left out.
 
         ``scores`` are ``(layers, outputs, samples)`` and may be written over.
         """
@@ -137,45 +138,45 @@ class Task(ABC):
 
     @abstractmethod
     def tally(self, scores: Tensor, labels: Labels) -> Tensor:
-        """Return ``(statistics, layers)`` of scores ``(layers, outputs, samples)``."""
+        """Return the tally ``(statistics, layers)`` of scores ``(layers, outputs, samples)``."""
 
     @abstractmethod
     def measures(self, tally: list[float]) -> dict[str, float]:
-        """Return ``{metric: value}`` of one layer's column of a tally, ``error`` first; NaN where nothing counts."""
+        """Return ``{metric: value}`` of a column, ``error`` first; values are NaN if no sample counts."""
 
     def lag(self, online: list[float], published: list[float]) -> float:
-        """Return how much higher the error of one column is than that of another, on the same samples."""
+        """Return the error of the column ``online`` minus that of ``published``, which are of the same samples."""
         return self.measures(online)["error"] - self.measures(published)["error"]
 
     @abstractmethod
     def interval(self, tally: list[float]) -> tuple[float, float]:
-        """Return the 95 % interval of the error of a column: it covers the choice of samples, not the fit."""
+        """Return the 95 % interval of the error of a column, which covers the choice of samples, not the fit."""
 
     @abstractmethod
     def target_sums(self, targets: Tensor) -> Tensor:
-        """Return a vector of sums over targets ``(samples, outputs)`` that :meth:`baseline` and others need."""
+        """Return a vector of sums over targets ``(samples, outputs)``, for :meth:`baseline` and other methods."""
 
     @abstractmethod
     def samples_in(self, target_sums: list[float]) -> float:
-        """Return how many samples there are in :meth:`target_sums`."""
+        """Return the number of samples in a vector of :meth:`target_sums`."""
 
     @abstractmethod
     def baseline(self, target_sums: list[float]) -> float:
         """Return the error of the best constant probe; NaN without samples."""
 
     def doubts(self, target_sums: list[float]) -> str:
-        """Say what is strange about the targets that probes were fitted on; empty where nothing is."""
+        """Say what is strange about the targets that probes were fitted on; empty if nothing is."""
         return ""
 
     # How many samples it takes
 
     @property
     def enough_samples(self) -> int:
-        """Return on how many samples a probe is fitted unless the user says otherwise."""
+        """Return the number of samples that a probe is fitted on unless the user gives another."""
         return 14_000
 
     def objection(self, samples: int) -> str:
-        """Say why so many samples are too few to fit on; empty if they are not."""
+        """Say why this number of samples is too small to fit on; empty if it is not."""
         return ""
 
     # What works for every task
@@ -187,15 +188,15 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """Ask which of some classes a sample is of: a softmax regression.
+    """Ask for the class of each sample, by softmax regression.
 
     Targets are distributions over the classes; a row of zeros leaves its sample out. The statistics of a tally are
-    wrong answers (the likeliest class of a soft target counts as the right one, a tie counts as wrong), the
-    cross-entropy in nats, and samples.
+    the wrong answers (the likeliest class of a soft target counts as the right one, a tie counts as wrong), the
+    cross-entropy in nats, and the number of samples.
 
     Args:
-        outputs: number of classes; 0 where only the labels may tell.
-        unknown: message for users where the labels do not tell either.
+        outputs: number of classes; 0 if only the labels can show it.
+        unknown: message for users if the labels do not show it either.
     """
 
     outputs: int = 0
@@ -236,7 +237,7 @@ class Classification(Task):
                 f"target: labels of shape {shape} are {labels.dtype}; expected integers, or rows of probabilities"
                 f"{hint_of_floats(labels)}"
             )
-        labels = labels.long()  # int8 cannot be compared with 200, nor uint8 with -100
+        labels = labels.long()  # An int8 cannot be compared with 200, nor a uint8 with -100.
         wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= self.outputs))]
         if len(wrong):
             raise ValueError(f"target: label {int(wrong.flatten()[0])} is outside [0, num_classes={self.outputs})")
@@ -249,8 +250,9 @@ class Classification(Task):
             dtype: precision of the result.
 
         Returns:
-            ``(samples, classes)``. A row is a distribution, or zero for a sample to leave out: labelled ``-100``, or
-            (never an error, which would end a long run) outside ``[0, classes)`` or no distribution.
+            ``(samples, classes)``: a distribution for each sample, or zeros for a sample to leave out. Left out are
+            samples labelled ``-100``, and samples whose label is outside ``[0, classes)`` or no distribution, since
+            an error would end a long run.
 
         Raises:
             ValueError: the labels have another shape.
@@ -279,7 +281,7 @@ class Classification(Task):
         return targets.sum(dim=1) > 0
 
     def prepare(self, targets: Tensor) -> Labels:
-        """Work out the likeliest class of each target once: ``answers`` is ``(1, 1, samples)``."""
+        """Find the likeliest class of each target once for all layers: ``answers`` is ``(1, 1, samples)``."""
         counted = self.is_counted(targets).to(targets.dtype)
         return Labels(targets, targets.argmax(dim=1).view(1, 1, -1), counted, counted.sum())
 
@@ -311,7 +313,7 @@ class Classification(Task):
         """Return the tally of log probabilities ``(layers, classes, samples)``, in nats."""
         layers = len(log_probabilities)
         right = log_probabilities.gather(1, labels.answers.expand(layers, 1, -1))
-        # Faster than an argmax across classes: the right class is the only one that is as likely as itself.
+        # An answer is right if no other class is as likely as the right one. An argmax across classes is slower.
         rivals = (log_probabilities >= right).sum(dim=1)
         wrong = ((rivals != 1) * labels.counted).sum(dim=1)
         loss = -torch.einsum("lcn,nc->l", log_probabilities, labels.rows)
@@ -331,7 +333,7 @@ class Classification(Task):
         return wilson_interval(tally[0], tally[2])
 
     def target_sums(self, targets: Tensor) -> Tensor:
-        """Return ``(classes,)``: how often each class is the likeliest of a target that is not left out."""
+        """Return how often each class is the likeliest of a target that counts, ``(classes,)``."""
         labels = self.prepare(targets)
         counts = torch.zeros(targets.shape[1], dtype=accumulator(targets.device), device=targets.device)
         return counts.index_add_(0, labels.answers.flatten(), labels.counted.to(counts.dtype))
@@ -347,11 +349,11 @@ class Classification(Task):
     def doubts(self, target_sums: list[float]) -> str:
         """Say which of the highest classes never occur, unless that may well be chance.
 
-        Classes in between say nothing of the number of classes.
+        A missing class below the highest label says nothing about the number of classes.
         """
         classes = len(target_sums)
         highest = max((label for label, count in enumerate(target_sums) if count), default=classes - 1)
-        # Were all classes equally frequent, so many samples without the highest few would be one chance in a million.
+        # There is doubt if, were all classes equally frequent, the highest would be absent by chance once in a million.
         if highest == classes - 1 or -sum(target_sums) * math.log((highest + 1) / classes) < math.log(1e6):
             return ""
         return (
@@ -361,10 +363,10 @@ class Classification(Task):
 
     @property
     def enough_samples(self) -> int:
-        """Return 14 000, or 200 a class where that is more.
+        """Return 14 000, or 200 for each class if that is more.
 
-        On 8 192 samples an epoch's errors could be 1.7 points too high on average over the layers, with a hundred
-        classes 5 points (``tests/benchmarks/fidelity.py``).
+        On 8 192 samples an epoch's errors could be 1.7 points too high on average over the layers, and 5 points with a
+        hundred classes (``tests/benchmarks/fidelity.py``).
         """
         return max(super().enough_samples, 200 * self.outputs)
 
@@ -374,7 +376,7 @@ class Classification(Task):
 
 
 def wilson_interval(wrong: float, total: float) -> tuple[float, float]:
-    """Return the 95 % interval (Wilson 1927) of an error of ``wrong`` in ``total``; NaN where there is none."""
+    """Return the 95 % interval (Wilson 1927) of an error of ``wrong`` in ``total``; NaN if there is no such error."""
     if not total or math.isnan(wrong):
         return math.nan, math.nan
     z = 1.959963984540054

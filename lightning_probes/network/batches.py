@@ -1,4 +1,4 @@
-"""Find input, labels and mask in a batch, and reads the labels of one batch after another."""
+"""Find input, labels and mask in a batch, and read the labels of one batch after another."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LABEL_NAMES = ("label", "labels", "target", "targets", "y", "class", "classes",
 
 
 def parts_of(value: Any) -> dict[Any, Any]:
-    """Return what a container holds, by index, key or name; empty for all that is no container.
+    """Return the parts of a container by index, key or name; empty if ``value`` is no container.
 
     Containers are mappings, named tuples, lists, tuples and dataclasses.
     """
@@ -38,7 +38,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             yield leaf
-        else:  # a container that nobody registered
+        else:  # A container that is not registered is a leaf of the tree.
             for part in parts_of(leaf).values():
                 yield from tensors_in(part)
 
@@ -86,10 +86,11 @@ def describe(batch: Any, depth: int = 2) -> str:
 
 
 def check_labels(labels: Any, task: Task) -> Tensor:
-    """Return ``labels`` if they are a tensor that the task understands; look at the values, which waits for a device.
+    """Check labels, values included, and return them; this waits for the device.
 
     Raises:
-        TypeError, ValueError: they are not; the message says what to write instead.
+        TypeError, ValueError: the labels are no tensor that the task understands; the message says what to write
+            instead.
     """
     task.check(as_tensor(labels))
     return as_tensor(labels)
@@ -99,7 +100,7 @@ def as_tensor(labels: Any) -> Tensor:
     """Return ``labels`` if they are a tensor.
 
     Raises:
-        TypeError: they are not; the message says what to write instead.
+        TypeError: the labels are no tensor; the message says what to write instead.
     """
     if isinstance(labels, Tensor):
         return labels
@@ -118,7 +119,7 @@ def _hint_of_kind(labels: Any) -> str:
 
 
 def _label_places(batch: Any) -> list[str]:
-    """Return what ``target`` could be for ``batch``, as it would be written: the likeliest first."""
+    """Return what ``target`` could be for ``batch``, as a user would write it, the likeliest first."""
     found: list[tuple[bool, bool, str]] = []
 
     def visit(part: Any, path: tuple[Any, ...], written: str) -> None:
@@ -165,7 +166,7 @@ def pick_mask(batch: Any, where: Where, samples: int) -> Tensor:
 
 
 def unrepeated(loaders: Any, dataloader: int, batch_idx: int) -> int | None:
-    """Return how many samples of a batch count, where a sampler repeats some so that all processes have equally many.
+    """Return how many samples of a batch count, if a sampler repeats some so that all processes have equally many.
 
     Args:
         loaders: a DataLoader, whose samples come in the order of its sampler, or a collection of loaders.
@@ -173,7 +174,7 @@ def unrepeated(loaders: Any, dataloader: int, batch_idx: int) -> int | None:
         batch_idx: index of the batch in this process.
 
     Returns:
-        The number; ``None`` where all samples count.
+        The number; ``None`` if all samples count.
     """
     loader = tree_leaves(loaders)[dataloader]
     sampler = getattr(loader, "sampler", None)
@@ -203,8 +204,8 @@ def find_task(num_classes: int | None, *owners: Any) -> Task:
 def find_num_classes(*owners: Any) -> int:
     """Return the number of classes of the first owner that knows it.
 
-    Looks for an integer ``num_classes`` on each owner (a datamodule, a module), in its ``hparams``, then in the
-    torchmetrics metrics among its submodules, then for ``config.num_labels``, as Hugging Face has it.
+    An integer ``num_classes`` is looked for on each owner (a datamodule, a module) and in its ``hparams``, then in the
+    torchmetrics metrics among its submodules; then ``config.num_labels``, as Hugging Face has it.
 
     Raises:
         UnknownOutputsError: no owner knows it.
@@ -238,22 +239,22 @@ def _labels_of(module: nn.Module) -> int | None:
     found = getattr(getattr(module, "config", None), "num_labels", None)
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         return None
-    # Networks without a head have a configuration too, with the number of another task; heads have one of their own.
+    # A network without a head has a configuration too, with the number of another task; only a head has `num_labels`.
     return found if getattr(module, "num_labels", None) == found else None
 
 
 class LabelReader:
-    """Read labels strictly from the first batch, so that a mistake shows before training; later ones end no run.
+    """Read the labels of batches; raise on a mistake in the first batch, before training, but never in a later one.
 
     Args:
         target: where in a batch the labels are.
-        token_mask: where in a batch the mask of tokens is; ``None``: nowhere.
+        token_mask: where in a batch the mask of tokens is; ``None`` if it is nowhere.
 
     Attributes:
-        task: knows what labels mean; it learns from the first labels what nobody told it.
+        task: knows what labels mean; it learns the number of outputs from the first labels if nothing else tells.
         is_checked: whether a first batch has been read to its end.
         absent_in_training: whether the batches of training have no labels while those of validation have.
-        present_in_validation: whether those of validation are known to have some, so that training needs none.
+        present_in_validation: whether the batches of validation are known to have labels, so that training needs none.
         notes: what a reader of the report should know.
     """
 
@@ -263,7 +264,7 @@ class LabelReader:
         self.begin(Classification(), is_checked=False)
 
     def begin(self, task: Task, *, is_checked: bool) -> None:
-        """Begin a run.
+        """Prepare for the batches of a run.
 
         Args:
             task: what probes are asked.
@@ -278,31 +279,31 @@ class LabelReader:
         self._previewed: UnknownOutputsError | None = None
 
     def preview(self, batch: Any) -> None:
-        """Look at a batch of validation before training: if it has usable labels, those of training need none."""
+        """Look at a batch of validation before training: if it has usable labels, batches of training need none."""
         try:
             check_labels(self._learn(pick(batch, self._target, "target")), self.task)
             self.present_in_validation = True
         except UnknownOutputsError as error:
-            self._previewed = error.with_traceback(None)  # its frames would hold the batch
-        except Exception:  # whatever a user's function raises; a mistake will show in training
+            self._previewed = error.with_traceback(None)  # The frames of a traceback would hold the batch.
+        except Exception:  # A user's function may raise anything; a mistake will show in training.
             pass
 
     def read(self, batch: Any) -> Tensor | None:
-        """Return targets ``(batch, outputs)``; ``None`` where there are none that can be used.
+        """Return targets ``(batch, outputs)``; ``None`` if the batch has no labels that can be used.
 
         Raises:
-            LookupError, TypeError, ValueError: the first batch has no usable labels, and none that was previewed; or
-                they do not tell the number of outputs that nobody knows.
+            LookupError, TypeError, ValueError: the first batch has no usable labels, nor had a previewed one; or the
+                labels do not show the number of outputs, and nothing else tells it.
         """
         try:
             labels = as_tensor(pick(batch, self._target, "target"))
             if not self.is_checked:
                 check_labels(self._learn(labels), self.task)
             return self.task.encode(labels)
-        except Exception as error:  # whatever a user's function raises
+        except Exception as error:  # A user's function may raise anything.
             if not self.is_checked and not self.absent_in_training:
                 if not self.present_in_validation:
-                    if self._previewed is not None:  # there are labels, and a number of outputs is all they lack
+                    if self._previewed is not None:  # There are labels, which lack only the number of outputs.
                         raise self._previewed from error
                     raise
                 self.absent_in_training = True
@@ -313,20 +314,20 @@ class LabelReader:
             return None
 
     def _learn(self, labels: Any) -> Tensor:
-        """Let the task learn what nobody told it, and return the labels."""
+        """Let the task learn the number of outputs if it is unknown, and return the labels."""
         self.task, note = self.task.learn(as_tensor(labels))
         self.notes += [note] * bool(note)
         return as_tensor(labels)
 
     def read_mask(self, batch: Any, samples: int) -> Tensor | None:
-        """Return ``(batch, tokens)``: which tokens count; ``None`` where the batch does not say.
+        """Return which tokens count, ``(batch, tokens)``; ``None`` if the batch has no mask.
 
         Raises:
             LookupError, TypeError, ValueError: the first batch has no usable mask where the user said.
         """
         try:
             return None if self._token_mask is None else pick_mask(batch, self._token_mask, samples)
-        except Exception:  # whatever a user's function raises
+        except Exception:  # A user's function may raise anything.
             if not self.is_checked and self._token_mask != ATTENTION_MASK:
                 raise
             return None

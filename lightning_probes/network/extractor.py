@@ -18,29 +18,31 @@ from lightning_probes.probes.dataset import LayerBatch
 from lightning_probes.probes.tasks import Task
 
 INPUT = "input"
-"""Name the raw input among the layers: the probe at depth 0."""
+"""Name the raw input among the layers; its probe is at depth 0."""
 
 
 class LayerExtractor:
-    """Know the layers of a network, their hooks, and what a batch says about them.
+    """Hook the layers of a network, and extract their features and the targets of each batch.
 
-    :meth:`attach` begins, :meth:`open` and :meth:`close` stand around each batch, :meth:`detach` ends.
+    Call :meth:`attach` first, :meth:`open` before and :meth:`close` after the step of each batch, and :meth:`detach` at
+    the end.
 
     Args:
-        layers: which layers, as for :class:`~lightning_probes.LinearProbeCallback`.
+        layers: layers to probe, as for :class:`~lightning_probes.LinearProbeCallback`.
         exclude: layers to take away.
         reading: the checked options on how batches and activations are read.
 
     Attributes:
-        layers: names of all layers, ``input`` first, in tree order until the first batch, then in order of calls.
-        selected: names of those that were selected, before the first batch showed which do not fit.
+        layers: names of all layers, ``input`` first. They are in tree order before the first batch, and in the order of
+            their calls after it.
+        selected: names of the layers that were selected, also of those that do not fit the first batch.
         modules: the module of each layer but ``input``; empty once detached.
         notes: what a user should know about how the layers were chosen.
         labels: reads the labels of each batch.
         recorder: holds the hooks.
-        reducer: makes features of activations.
+        reducer: reduces activations to features.
         has_input: whether the raw input is one of the layers.
-        mask: which tokens of the batch that was opened last count; ``None`` if that batch does not say.
+        mask: which tokens of the last opened batch count; ``None`` if that batch has no mask.
         is_ordered: whether the layers and their order are fixed, in all processes.
     """
 
@@ -68,7 +70,7 @@ class LayerExtractor:
         return self.labels.task
 
     def learn_outputs(self, outputs: int) -> None:
-        """Let the task learn from a checkpoint how many outputs there are, where nobody else knows."""
+        """Take the number of outputs from a checkpoint, unless it is known already."""
         if outputs and not self.task.outputs:
             self.labels.task = find_task(outputs)
 
@@ -77,8 +79,9 @@ class LayerExtractor:
 
         Args:
             model: the network.
-            owners: who else may know the number of classes, asked before the model (a datamodule).
-            order: layers that were probed before, in their order: nothing is checked or left out any more.
+            owners: other objects that may know the number of classes, such as a datamodule; they are asked before the
+                model.
+            order: layers that were probed before, in their order; if given, nothing is checked or left out any more.
 
         Raises:
             ValueError: the patterns cannot be resolved.
@@ -110,7 +113,7 @@ class LayerExtractor:
             self.restore(order)
 
     def restore(self, order: Sequence[str]) -> None:
-        """Keep to the layers of an earlier run, in its order; remove the hooks of others."""
+        """Keep to the layers of an earlier run, in their order; remove the hooks of other layers."""
         self.layers = list(order)
         self.has_input = INPUT in order and self.has_input
         self.is_ordered = True
@@ -125,15 +128,15 @@ class LayerExtractor:
         self.mask = None
 
     def open(self, batch: Any, only: Container[str] | None = None) -> None:
-        """Take the labels and the raw input of ``batch``, before the step can change them, and begin to record.
+        """Take the labels and the raw input of ``batch``, before the step can change them, and start recording.
 
         Args:
             batch: a batch as Lightning's hooks get it.
             only: layers to record; ``None`` for all.
 
         Raises:
-            LookupError, TypeError, ValueError: the first batch has no usable labels, and none that was previewed; or
-                no usable mask where the user said. Later batches like that are passed over.
+            LookupError, TypeError, ValueError: the first batch has no usable labels, nor had a previewed one; or it has
+                no usable mask where the user said. Later batches like this are passed over.
         """
         self._targets = self.labels.read(batch)
         self.mask = None
@@ -145,18 +148,18 @@ class LayerExtractor:
             self._record_input(batch)
 
     def abandon(self) -> None:
-        """Let go of a batch that was opened and whose step did not end."""
+        """Discard an opened batch whose step did not end."""
         self._targets = None
         self.recorder.stop()
 
     def count_only(self, samples: int | None) -> None:
-        """Leave out all samples of the open batch but the first so many; ``None`` leaves out none."""
+        """Count only the first ``samples`` samples of the open batch; count all with ``None``."""
         if samples is not None and self._targets is not None:
             self._targets = self._targets.clone()
             self._targets[samples:] = self.task.left_out
 
     def observe(self, samples: int, run: Callable[[], None], mask: Tensor | None = None) -> Recording:
-        """Record what layers put out in a ``run`` of theirs outside of all steps, in memory of its own.
+        """Record the layers while ``run`` runs them outside of a step, without lent memory.
 
         Args:
             samples: number of samples that are run.
@@ -175,10 +178,10 @@ class LayerExtractor:
         return found
 
     def check(self) -> None:
-        """Raise in the first step, once its activations are there, if a layer asked for by name cannot be probed.
+        """Raise if a layer that the user named cannot be probed; check the activations of the first batch only.
 
         Raises:
-            ValueError: naming layer, shape and number of labels.
+            ValueError: a layer cannot be probed; the message names layer, shape and number of labels.
         """
         if not self.labels.is_checked and self._patterns is not None and not self.labels.absent_in_training:
             for layer, reason in self.recorder.recording.misfits.items():
@@ -186,7 +189,7 @@ class LayerExtractor:
                     raise ValueError(f"layers: {layer!r} cannot be probed: {reason}")
 
     def close(self) -> LayerBatch | None:
-        """Return what the batch showed; ``None`` if it had no usable labels."""
+        """Stop recording, and return the features and targets of the batch; ``None`` if it had no usable labels."""
         if self._targets is None:
             return None
         targets, self._targets = self._targets, None
@@ -204,7 +207,7 @@ class LayerExtractor:
         assert where is not None
         try:
             value = pick(batch, where, "input")
-        except Exception as error:  # whatever a user's function raises
+        except Exception as error:  # A user's function may raise anything.
             if not self.labels.is_checked and not isinstance(error, LookupError):
                 raise
             value = None
@@ -212,7 +215,7 @@ class LayerExtractor:
             self.recorder.take(INPUT, value, channels_first=self._input_channels_first)
 
     def _settle(self, found: Recording) -> None:
-        """Order the layers as the first batch called them, and leave out those that do not fit and nobody named."""
+        """Order the layers as the first batch called them; leave out misfits unless the user named them."""
         self.labels.is_checked = True
         if self.is_ordered:
             return
@@ -221,7 +224,7 @@ class LayerExtractor:
             self.layers.remove(INPUT)
             self.has_input = False
         if self._patterns is None:
-            # Compiled code may know nothing of its layers: they are heard when it is run again.
+            # Compiled code may not call the hooks of its layers, which are called when the batch is run again.
             fit = found.features.keys() | self.recorder.compiled
             misfits = found.misfits
             self._unfit = {layer: misfits.get(layer, "did not run") for layer in self.layers if layer not in fit}
@@ -230,12 +233,12 @@ class LayerExtractor:
         self.layers.sort(key=lambda layer: calls.get(layer, len(calls)))
 
     def agree(self, gather: Callable[[Any], list[Any]]) -> None:
-        """Make all processes probe what any of them probes, in one order, after the first step.
+        """Make all processes probe, after the first step, the layers that any process probes, in one order.
 
         The hooks of other layers are removed.
 
         Args:
-            gather: returns what each process has.
+            gather: returns the values that all processes give to it.
         """
         if self.is_ordered:
             return

@@ -1,4 +1,4 @@
-"""Hook layers: what a layer puts out becomes detached float features, reduced inside the hook."""
+"""Hook layers, and reduce what each layer puts out to detached float features inside the hook."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_probes.network.torch_internals import (
 from lightning_probes.options import Calls
 
 HEARD_BY = "_lightning_probes_heard_by"
-"""Name the attribute of the modules of a network that is run outside of all steps: the only recorder to listen."""
+"""Name the attribute set on all modules during a replay: the recorder that alone listens."""
 
 _LENGTH_MODULES = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d)
 _NOT_HEARD = "it never ran, or in code that was compiled before the probes came: call torch.compiler.reset() before fit"
@@ -41,14 +41,14 @@ def first_float_tensor(output: Any) -> Tensor | None:
 
 
 def is_channels_first(module: nn.Module, parents: Mapping[nn.Module, nn.Module]) -> bool:
-    """Return whether three dimensions out of ``module`` mean ``(batch, channels, length)``, not tokens and width.
+    """Return whether three dimensions of a module's output mean ``(batch, channels, length)``, not tokens and width.
 
-    They do if the module is or holds a Conv1d or BatchNorm1d, or is an element without parameters (an activation, a
+    That is so if the module is or holds a Conv1d or BatchNorm1d, or is an element without parameters (an activation, a
     pooling) directly beside one.
 
     Args:
         module: a module of a network.
-        parents: the parent of each of its modules.
+        parents: the parent of each module of the network.
     """
     if any(isinstance(below, _LENGTH_MODULES) for below in module.modules()):
         return True
@@ -66,9 +66,9 @@ class Recording:
         only: layers to record; ``None`` for all.
         mask: which tokens of each sample count, ``(batch, tokens)``; ``None`` for all.
         features: ``{layer: (rows, features)}`` in the order of the calls.
-        misfits: ``{layer: what was wrong}`` of the calls that could not be used.
-        faults: ``{layer: what was raised}`` by hooks.
-        counts: ``{layer: number of calls}`` that were used.
+        misfits: ``{layer: reason}`` of the calls that could not be used.
+        faults: ``{layer: exception}`` of the hooks that raised.
+        counts: ``{layer: number of calls that were used}``.
     """
 
     samples: int
@@ -81,19 +81,20 @@ class Recording:
 
 
 class ActivationRecorder:
-    """Hook layers and, while it records a step, keeps the reduced features of each.
+    """Hook layers, and keep the reduced features of each while a step is recorded.
 
     Args:
-        reducer: makes features of activations.
+        reducer: reduces activations to features.
         calls: which of several calls of a layer counts, of those whose first dimension is a multiple of the batch: the
             last, the first, or the mean of all that have as many rows as the first.
 
     Attributes:
-        recording: what was recorded in the step that is under way, or in the last one.
+        recording: what is recorded in the step under way; after :meth:`stop` only the reasons why layers are missing.
         widths: ``{layer: features}`` of every layer seen so far.
         totals: ``{layer: values per sample before reduction}`` of every layer seen so far.
-        memory: ``{layer: (samples, features)}``, lent by whoever uses the features: where to put those that fit.
-        compiled: layers in compiled code: code that is older than their hooks does not call them.
+        memory: ``{layer: (samples, features)}``, lent by the probes that use the features; features of this shape are
+            written there.
+        compiled: layers in compiled code, which does not call hooks that are newer than the code.
     """
 
     def __init__(self, reducer: Reducer, calls: Calls = "last") -> None:
@@ -111,17 +112,17 @@ class ActivationRecorder:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Say why layers may have no features, as far as is known from the last step and from compiled code."""
+        """Return ``{layer: reason}`` why layers may have no features, as the last step and compiled code tell."""
         return dict.fromkeys(self.compiled, _NOT_HEARD) | self.recording.misfits
 
     def attach(
         self, layers: Mapping[str, nn.Module], channels_first: Mapping[str, bool], compiled: Container[int] = ()
     ) -> None:
-        """Register one hook a layer; leave the modules as they are but for it.
+        """Register one hook on each layer, and change nothing else in the modules.
 
         Args:
             layers: the modules by layer.
-            channels_first: whether three dimensions out of them mean ``(batch, channels, length)``.
+            channels_first: whether three dimensions of a layer's output mean ``(batch, channels, length)``, by layer.
             compiled: ids of modules in compiled code.
         """
         self.detach()
@@ -136,7 +137,7 @@ class ActivationRecorder:
             self._hooks[layer] = module.register_forward_hook(self._hook(layer, module, channels_first[layer]))
 
     def detach(self, layer: str | None = None) -> None:
-        """Remove the hook of ``layer``, or all of them, and what was recorded."""
+        """Remove the hook of ``layer``, or all hooks, and discard what was recorded."""
         for name in [layer] if layer is not None else list(self._hooks):
             if name in self._hooks:
                 self._hooks.pop(name).remove()
@@ -151,24 +152,24 @@ class ActivationRecorder:
             self.memory = {}
 
     def start(self, samples: int, only: Container[str] | None = None, mask: Tensor | None = None) -> None:
-        """Record a step from now on; the arguments are those of :class:`Recording`."""
+        """Start recording a step; the arguments are those of :class:`Recording`."""
         self.recording = Recording(samples, only, mask, misfits=dict(self._unhookable))
         self._is_on = True
 
     def stop(self) -> Recording:
-        """End the step; return what was recorded, and keep only why layers were not."""
+        """Stop recording and return the recording; keep only the reasons for missing layers."""
         found = self.recording
         self._is_on = False
         self.recording = Recording(0, misfits=dict(found.misfits))
         return found
 
     def take(self, layer: str, output: Any, *, channels_first: bool = False) -> None:
-        """Record as :meth:`record`, in the midst of training: keep what is raised with the recording."""
+        """Record an output as :meth:`record` does; store exceptions in the recording, do not raise."""
         try:
             self.record(layer, output, channels_first=channels_first)
         except Exception as error:
             self.recording.misfits[layer] = f"{type(error).__name__}: {error}"
-            self.recording.faults[layer] = error.with_traceback(None)  # its frames would hold the activation
+            self.recording.faults[layer] = error.with_traceback(None)  # The frames of a traceback would hold it.
 
     def record(self, layer: str, output: Any, *, channels_first: bool = False) -> None:
         """Reduce and keep one output of a layer; note in ``misfits`` what does not fit the batch."""
@@ -194,7 +195,7 @@ class ActivationRecorder:
         if so_far is not None and len(so_far) != len(activation):
             found.misfits[layer] = f"its calls have {len(so_far)} and {len(activation)} samples, which have no mean"
             return
-        # The mean of earlier calls lies in the memory that is lent.
+        # Lent memory already holds the mean of earlier calls, so a later call is not written there.
         memory = self.memory.get(layer) if so_far is None else None
         try:
             features = self._reducer(layer, activation, channels_first=channels_first, out=memory, mask=found.mask)
@@ -211,20 +212,20 @@ class ActivationRecorder:
 
     def _hook(self, layer: str, module: nn.Module, channels_first: bool) -> Any:
         def heard(output: Any) -> None:
-            # Activation checkpointing runs a layer again inside backward: the same samples a second time.
+            # Activation checkpointing runs a layer again inside backward, where the same samples come a second time.
             if vars(module).get(HEARD_BY, self) is self and not is_in_backward():
                 self.take(layer, output, channels_first=channels_first)
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            # Asked first: of what changes from step to step nothing may become a condition of compiled code.
+            # This is asked first: nothing that changes from step to step may become a condition of compiled code.
             if torch.compiler.is_compiling():
                 found = first_float_tensor(output)
                 tell(None if found is None else found.detach(), place)
-            # Of many layers most are not asked for in a step: they leave here.
+            # Most of many layers are not asked for in a step, and leave here.
             elif self._is_asked_for(layer):
                 take(output)
 
-        # Nor is what happens here compiled on its own, where a compiler leaves a module to python.
+        # A compiler that leaves a module to python may compile its hooks on their own, so `heard` is kept from it.
         take = never_compiled(heard)
         place = self._places[layer] = listen(module, take)
         return part_of_a_graph(hook)

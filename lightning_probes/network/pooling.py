@@ -171,7 +171,7 @@ def reduce(
 
 
 def _masked_mean(activation: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Average over the tokens that count, to zeros where none does; repeat the mask for further views of the batch."""
+    """Average over the tokens that count (0 if none does); repeat the mask for further views of the batch."""
     keep = mask.to(activation.device).repeat(len(activation) // len(mask), 1)
     # A product with the mask would keep the NaN that the other tokens may hold.
     sums = activation.masked_fill(~keep.unsqueeze(2), 0).sum(dim=1, dtype=dtype)

@@ -1,6 +1,6 @@
 """Reach what torch and Lightning do not promise to keep: all of it is here, and only here.
 
-Each entry says why nothing public serves, and what is lost where a version no longer has it: a feature, never a run.
+Each entry says why nothing public serves, and what is lost in a version without it: a feature, never a run.
 ``tests/test_torch_internals.py`` names each of them, so that an upgrade shows what it took.
 """
 
@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-# Lightning imports the same module: the day it goes, Lightning goes first. There is no public walker over containers.
+# Nothing public walks over containers. Lightning imports this private module too, and would break before this package.
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = ["tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]
@@ -22,7 +22,7 @@ __all__ = ["tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 Listener = Callable[[Tensor | None], None]
-"""Name what is told the first floating-point tensor of a module's output, or ``None`` if it has none."""
+"""Take the first floating-point tensor of a module's output, or ``None`` if it has none."""
 
 # Modules
 
@@ -33,18 +33,19 @@ DROPOUTS: tuple[type, ...] = tuple(filter(None, [getattr(nn.modules.dropout, "_D
 """List the base classes of torch's dropout. Without them dropout is known by its names, which begin with "Drop"."""
 
 HOOK_ATTRIBUTES = frozenset(name for name in vars(nn.Module()) if "hooks" in name)
-"""List the attributes in which a module keeps its hooks: a handle finds its hook in the dict that it was given."""
+"""List the attributes in which a module keeps its hooks. They are never copied: a handle finds its hook in the dict
+that it was given."""
 
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
 """Name the path segments that compilation, FSDP, activation checkpointing and Lightning's strategies insert. Where a
-wrapper has another name it stands in the names of layers."""
+wrapper has another name, that name is part of the names of layers."""
 
 
 def version_of(tensor: Tensor) -> int:
-    """Return how often a tensor was written to, as far as that is counted.
+    """Return how often a tensor was written to, as far as torch counts it.
 
-    Without the count a tensor that was written to between two calls of a step is taken for the one that it was.
+    Without it, a tensor changed between two calls of a step counts as unchanged.
     """
     return 0 if tensor.is_inference() else getattr(tensor, "_version", 0)
 
@@ -52,7 +53,7 @@ def version_of(tensor: Tensor) -> int:
 def is_in_backward() -> bool:
     """Return whether autograd is running: activation checkpointing calls layers a second time there.
 
-    Without it the second call of a layer counts, which has the same samples.
+    Without it, the second call of a layer counts, which has the same samples.
     """
     current = getattr(torch._C, "_current_graph_task_id", None)
     return current is not None and current() != -1
@@ -64,7 +65,7 @@ def is_in_backward() -> bool:
 def original_of(module: nn.Module) -> nn.Module | None:
     """Return the module that ``torch.compile(module)`` wrapped; ``None`` if ``module`` is no such wrapper.
 
-    The class of wrappers has moved before; where it is not found, they are known by what they hold, ``_orig_mod``.
+    The class of wrappers has moved before. Where it is not found, wrappers are known by their attribute ``_orig_mod``.
     """
     wrapper = getattr(getattr(torch, "_dynamo", None), "OptimizedModule", None)
     original = getattr(module, "_orig_mod", None)
@@ -75,9 +76,9 @@ def original_of(module: nn.Module) -> nn.Module | None:
 def compiled_parts(model: nn.Module) -> tuple[list[nn.Module], set[int]]:
     """Return the outermost modules that are compiled in place, and the ids of all that are called in compiled code.
 
-    In compiled code are what a compiled module holds, itself too if it was compiled in place, and all of a model whose
-    steps a Trainer compiled. Where torch or Lightning keep it elsewhere, layers in compiled code may not be heard,
-    which the report says.
+    Modules are called in compiled code if a compiled module holds them, if they were compiled in place, or if a Trainer
+    compiled the steps of the model. Without what is read here, layers in compiled code may not be heard, which the
+    report says.
     """
     outermost: list[nn.Module] = []
     inside: set[int] = set()
@@ -92,7 +93,7 @@ def compiled_parts(model: nn.Module) -> tuple[list[nn.Module], set[int]]:
 
 
 def run_eagerly(module: nn.Module, attributes: dict[str, Any]) -> None:
-    """Change the own ``attributes`` of a compiled module so that it runs in python; nothing if it is not compiled."""
+    """Change the ``attributes`` of a module so that it runs in python; change nothing if it is not compiled."""
     if "_compiled_call_impl" in attributes:
         attributes["_compiled_call_impl"] = None
     if (original := original_of(module)) is not None:
@@ -127,16 +128,17 @@ class Interception:
         module._compiled_call_impl = call
 
     def remove(self) -> None:
-        """Put back what the module had."""
+        """Restore the compiled call of the module."""
         if self._module._compiled_call_impl is self._call:
             self._module._compiled_call_impl = self._compiled
 
 
 def part_of_a_graph(hook: F) -> F:
-    """Keep a compiler from taking up a hook alone where it leaves the hook's module to python.
+    """Stop torch.compile from compiling the hook on its own.
 
-    The hook asks first whether it is compiled, and could not tell one from the other. Without this it may be compiled
-    on its own, which costs time.
+    A compiler that leaves a module to python may compile the module's hook alone. The hook asks first whether it is
+    compiled, and cannot tell that from being part of the compiled module. Without this the hook may be compiled on its
+    own, which costs time.
     """
     evaluation = getattr(getattr(torch, "_dynamo", None), "eval_frame", None)
     if (skip := getattr(evaluation, "skip_code", None)) is not None:
@@ -149,16 +151,17 @@ def never_compiled(function: F) -> F:
     return torch.compiler.disable(function)  # type: ignore[no-any-return, no-untyped-call]
 
 
-# One operator that no compiler looks into stands in compiled code for a hook, in the place of a graph break or a guard.
+# In compiled code a hook calls one operator that no compiler looks into, so that it causes no graph break and no guard.
 
 _LISTENERS: list[Listener | None] = []
 _PLACES: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
 
 
 def listen(module: nn.Module, listener: Listener) -> int:
-    """Return a place for a listener of ``module``, to be given to :data:`tell`.
+    """Register a listener of ``module``, and return its place, which :data:`tell` takes.
 
-    Code that was compiled with an earlier hook of the module goes on telling the place of that hook: it is taken again.
+    Code that was compiled with an earlier hook of the module still tells the place of that hook, so a place that was
+    left is used again.
     """
     places = _PLACES.setdefault(module, [])
     place = next((place for place in places if _LISTENERS[place] is None), None)
@@ -171,12 +174,12 @@ def listen(module: nn.Module, listener: Listener) -> int:
 
 
 def leave(place: int) -> None:
-    """Let nobody listen at ``place`` any more."""
+    """Remove the listener at ``place``."""
     _LISTENERS[place] = None
 
 
 def _tell(activation: Tensor | None, place: int) -> None:
-    # What is recorded in a CUDA graph is written again at each replay, wherever that memory belongs then.
+    # A CUDA graph writes to the memory that it recorded at each replay, whatever that memory holds by then.
     is_captured = activation is not None and activation.is_cuda and torch.cuda.is_current_stream_capturing()
     if (listener := _LISTENERS[place]) is not None and not is_captured:
         listener(activation)
@@ -185,7 +188,7 @@ def _tell(activation: Tensor | None, place: int) -> None:
 tell: Any = torch.library.custom_op(
     "lightning_probes::tell", _tell, mutates_args=(), schema="(Tensor? activation, int place) -> ()"
 )
-"""Tell the listener at a place an activation."""
+"""Give an activation to the listener at a place."""
 tell.register_fake(lambda activation, place: None)
 # The operator has no result: without this it would be left out as dead code.
 torch.fx.node.has_side_effect(torch.ops.lightning_probes.tell.default)
@@ -195,27 +198,27 @@ torch.fx.node.has_side_effect(torch.ops.lightning_probes.tell.default)
 
 
 def is_step(module: nn.Module) -> bool:
-    """Return whether a module's ``forward`` stands for the training step at this moment, as under DDP.
+    """Return whether the ``forward`` of a module stands for the training step at this moment, as under DDP.
 
-    Lightning leaves the class's own forward behind as an attribute.
+    An attribute ``forward`` that is the class's own does not count: Lightning leaves it behind after a step.
     """
     forward = vars(module).get("forward")
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def batches_that_stepped(trainer: Any) -> int | None:
-    """Return the step under which loggers show what is logged now; without it rows have no ``logged_step``.
+    """Return the step under which loggers show what is logged now; without it, rows have no ``logged_step``.
 
-    It counts batches that stepped, and counts the last one only once its validation is over.
+    The step is the number of batches that stepped; the last batch counts only once its validation is over.
     """
     step = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
     return step if isinstance(step, int) else None
 
 
 def was_restarted(trainer: Any) -> tuple[bool, bool]:
-    """Return whether training was resumed inside an epoch, and whether between its last batch and its validation.
+    """Return whether training was resumed inside an epoch, and whether this was between last batch and validation.
 
-    Without it a report does not say which point a resumed run lacks.
+    Without it, a report does not say which point a resumed run lacks.
     """
     loop = trainer.fit_loop
     is_inside = bool(getattr(loop, "restarted_mid_epoch", False))
@@ -225,7 +228,7 @@ def was_restarted(trainer: Any) -> tuple[bool, bool]:
 def starts_processes(trainer: Any) -> bool:
     """Return whether a Trainer runs a model in processes that it starts itself, as ``ddp_spawn`` does.
 
-    Without it ``probe()`` ends in an error of Lightning's there, not in one that says what to do.
+    Without it, ``probe()`` ends in an error of Lightning's there, which does not say what to do.
     """
     try:
         from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -235,7 +238,7 @@ def starts_processes(trainer: Any) -> bool:
 
 
 def hide_override(method: F, of: Any) -> F:
-    """Let Lightning take ``method`` for no override of the method ``of`` of a base class.
+    """Hide from Lightning that ``method`` overrides the method ``of`` of a base class.
 
     A Trainer refuses callbacks with equal state keys before their ``setup`` can say what to do about it. Without this
     Lightning's own message is shown.
@@ -245,13 +248,13 @@ def hide_override(method: F, of: Any) -> F:
 
 
 def trainer_of(model: nn.Module) -> Any:
-    """Return the Trainer that a LightningModule knows; ``None`` if it knows none, where its property would raise."""
+    """Return the Trainer of a LightningModule; ``None`` if it has none, for which its property raises."""
     return getattr(model, "_trainer", None)
 
 
 @contextmanager
 def without_trainers(model: nn.Module) -> Iterator[None]:
-    """Take away the Trainer that LightningModules know meanwhile: a copy of a model must not hold a copy of it."""
+    """Hide the Trainers of LightningModules inside this context, so that a copy of a model has no copy of a Trainer."""
     known = [(vars(m), vars(m)["_trainer"]) for m in model.modules() if "_trainer" in vars(m)]
     try:
         for own, _ in known:
@@ -262,8 +265,8 @@ def without_trainers(model: nn.Module) -> Iterator[None]:
             own["_trainer"] = trainer
 
 
-# Progress bars: their public parts raise where there is no bar yet. Whatever these functions raise is caught by their
-# caller: without the private parts no fit is shown in a bar.
+# The public parts of progress bars raise while there is no bar. Callers of these functions catch whatever they raise:
+# without the private parts no fit is shown in a bar.
 
 
 def is_tqdm_bar(callback: Any) -> bool:
@@ -272,13 +275,13 @@ def is_tqdm_bar(callback: Any) -> bool:
 
 
 def tqdm_lines(callback: Any) -> list[Any]:
-    """Return the lines of a ``TQDMProgressBar`` that there are; tqdm sets their ``disable`` when it closes them."""
+    """Return the existing lines of a ``TQDMProgressBar``; tqdm sets the ``disable`` of a line when it closes it."""
     lines = (callback._train_progress_bar, callback._val_progress_bar, callback._predict_progress_bar)
     return [line for line in lines if line is not None]
 
 
 def has_tqdm_main_line(callback: Any) -> bool:
-    """Return whether the line of training is shown by a ``TQDMProgressBar``."""
+    """Return whether a ``TQDMProgressBar`` shows the line of training."""
     line = callback._train_progress_bar
     return line is not None and not line.disable
 
@@ -294,7 +297,7 @@ def has_rich_display(callback: Any) -> bool:
 
 
 def start_rich_display(callback: Any) -> None:
-    """Let a ``RichProgressBar`` display; the next stage of a Trainer begins a new display in any case."""
+    """Start the display of a ``RichProgressBar``; the next stage of a Trainer starts a new one in any case."""
     callback._init_progress(callback.trainer)
 
 

@@ -1,1 +1,1 @@
-"""Write down the calls of a training step and runs them again on the frozen network."""
+"""Record the calls of a training step, and run them again on the frozen network."""

@@ -19,27 +19,28 @@ from lightning_probes.network.hooks import HEARD_BY, ActivationRecorder
 from lightning_probes.network.torch_internals import HOOK_ATTRIBUTES, run_eagerly
 
 _MANY = 1000
-"""Count the things in a container beyond which it is copied, but not what is in it: a data set, not a state."""
+"""Bound the items of a container that are copied with it: a container of more is a data set, not a state."""
 
 
 @contextmanager
 def frozen(model: nn.Module, heard_by: ActivationRecorder | None = None) -> Iterator[None]:
-    """Keep the network in eval mode without gradients; put it back as it was, also after an exception.
+    """Keep the network in eval mode without gradients; restore it afterwards, also after an exception.
 
-    What comes back: every submodule's ``training`` flag, one by one; the states of the random generators (torch on the
-    CPU and CUDA, numpy, python, and those that modules hold); the modules' attributes, what they were and, for buffers,
-    other tensors, arrays and containers, what was in them. Modules that are held in lists and dicts without being
-    registered count as well. Hooks that are added or removed inside stay so. ``self.log`` of a LightningModule does
-    nothing inside; compiled submodules run eagerly, so that hooks in them fire.
+    Restored are the ``training`` flag of each submodule; the states of the random generators (torch on the CPU and
+    CUDA, numpy, python, and those that modules hold); and the attributes of modules, with their contents for buffers,
+    other tensors, arrays and containers. Modules in lists and dicts that are not registered are restored as well. Hooks
+    that are added or removed inside stay so. ``self.log`` of a LightningModule does nothing inside; compiled submodules
+    run eagerly, so that hooks in them fire.
 
-    Parameters are guarded by :class:`~lightning_probes.replay.replayer.Replay`, and by nothing when the network is
+    Parameters are guarded by :class:`~lightning_probes.replay.replayer.Replay`, and are not guarded if the network is
     called in another way.
 
     Args:
         model: the network.
         heard_by: the only recorder that listens to what is run inside, for a run outside of all steps.
     """
-    # It puts the states back only if nothing is raised inside of it: it is closed here and not left by an exception.
+    # isolate_rng restores the states only if nothing is raised inside of it, so it is closed here and not left by an
+    # exception.
     rng = ExitStack()
     rng.enter_context(isolate_rng(include_cuda=torch.cuda.is_initialized()))  # type: ignore[no-untyped-call]
     modules = _all_modules(model)
@@ -69,7 +70,7 @@ def _stand_in(module: nn.Module, memo: dict[int, Any]) -> None:
     for name, value in own.items():
         if name not in HOOK_ATTRIBUTES:
             own[name] = _copied(value, memo)
-    # Into the dict and not by train(), eval() or setattr, which users override.
+    # The flag is written into the dict, since users override train(), eval() and setattr.
     own["training"] = False
     if hasattr(type(module), "log_dict"):
         own["log"] = own["log_dict"] = _do_nothing
@@ -117,7 +118,7 @@ def _all_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _restoring(value: Any) -> list[Callable[[], Any]]:
-    """Return what puts a random generator back into the state that it has now; nothing for other values."""
+    """Return functions that restore the present state of a random generator; none for other values."""
     if isinstance(value, torch.Generator):
         return [partial(value.set_state, value.get_state())]
     if isinstance(value, random.Random):

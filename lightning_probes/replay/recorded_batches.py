@@ -1,4 +1,4 @@
-"""Keep some batches of training with the calls that they made, and runs them again on the frozen network."""
+"""Keep some batches of training with the calls that they made, and run them again on the frozen network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_probes.replay.replayer import Replay
 from lightning_probes.replay.reservoir import Budget, Reservoir
 
 Context = Callable[[], AbstractContextManager[Any]]
-"""Name what the network runs in, the strategy's mixed precision say; entered anew for each use."""
+"""Make the context that the network runs in, such as the strategy's mixed precision; each use makes a new one."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class RecordedBatch:
     Attributes:
         calls: calls of the network's modules, in order.
         targets: ``(batch, outputs)``.
-        raw: ``{"input": features}`` of the raw input, which no call gives; empty where it is not probed.
+        raw: ``{"input": features}`` of the raw input, which is in no call; empty if the input is not probed.
         mask: which tokens count, ``(batch, tokens)``; ``None`` for all.
     """
 
@@ -41,16 +41,17 @@ class RecordedBatch:
 
     @property
     def num_bytes(self) -> int:
-        """Return the bytes of what is given to the network, and of the mask."""
+        """Return the bytes of the inputs of the calls, and of the mask."""
         return num_bytes(self.calls) + (0 if self.mask is None else self.mask.numel())
 
 
 class RecordedBatches:
-    """Keep a fair sample of the batches of training, and runs batches again when it is asked.
+    """Keep a fair sample of the batches of training, and run batches again on the frozen network.
 
     Args:
-        network: hooked. It opens each batch; :meth:`open` and :meth:`close` stand around that.
-        budget: bounds what is kept: the inputs, and the features that they will become.
+        network: extractor whose layers are hooked. Call :meth:`open` before the extractor opens a batch, and
+            :meth:`close` after the extractor has closed it.
+        budget: limits on what is kept: the inputs, and the features that will be computed from them.
 
     Attributes:
         refusal: why the calls of training cannot be run again; ``None`` as long as they can.
@@ -72,22 +73,22 @@ class RecordedBatches:
         self._recorder.attach(model, self._network.modules)
 
     def detach(self) -> None:
-        """Let go of the model and of everything that is kept."""
+        """Release the model, and discard everything that is kept."""
         self._recorder.detach()
         self.kept.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run would find out anew, perhaps in another way, as plain types."""
+        """Return whether batches could be recorded so far, and why not, as plain types."""
         return {"has_kept": self._has_kept, "unrecorded": self._unrecorded}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""
         self._has_kept = state["has_kept"]
         self._unrecorded = state["unrecorded"]
         self.refusal = CannotRunAgainError(self._unrecorded) if self._unrecorded else None
 
     def refuse(self, reason: str) -> None:
-        """Keep and run nothing from now on, for this reason."""
+        """Keep and run no batch from now on, because of ``reason``."""
         self.refusal = CannotRunAgainError(reason)
 
     def open(self) -> bool:
@@ -98,7 +99,7 @@ class RecordedBatches:
         return self._is_open
 
     def watch(self, batch: Any) -> None:
-        """Record the calls of a step outside of training, whose batch this is."""
+        """Start recording the calls of a step outside of training, which runs on ``batch``."""
         self._is_open = False
         if self.refusal is None:
             self._start(batch)
@@ -107,36 +108,38 @@ class RecordedBatches:
         try:
             self._recorder.start(batch)
             self._is_open = True
-        except Exception as error:  # a module that takes no hooks
+        except Exception as error:  # A module may take no hooks.
             self.refuse(f"hooks cannot be registered: {error}")
 
     def abandon(self) -> None:
-        """Record no more of a step that did not end."""
+        """Discard the recording of a step that did not end."""
         if self._is_open:
             self._is_open = False
             self._recorder.abandon()
 
     def close(self, seen: LayerBatch | None) -> None:
-        """Keep what a training step showed, if anything and if its batch was wanted."""
+        """Keep the batch of a training step that has ended, if it was wanted and has features."""
         try:
             batch = self.take(seen)
         except CannotRunAgainError as error:
-            # A step now and then may differ; a network that never could be run again is not asked any more.
+            # One odd step is tolerated once a batch has been kept. Before that it is taken for the rule.
             self._unrecorded = "" if self._has_kept else str(error)
-            self.refusal = None if self._has_kept else error.with_traceback(None)  # its frames would hold the batch
+            # The frames of a traceback would hold the batch.
+            self.refusal = None if self._has_kept else error.with_traceback(None)
             return
         if batch is not None and seen is not None:
-            # As many rows as the layer with most views has; some layers may not have had their turn.
+            # The features of a replay are estimated with the most rows that any layer had: a replay has all layers, and
+            # this step may have recorded only some of them.
             rows = max(len(x) for x in seen.features.values())
             values = rows * sum(self._network.recorder.widths.values()) + batch.targets.numel()
             self.kept.add(len(batch.targets), batch, batch.num_bytes + 4 * values)
             self._has_kept = self._has_kept or self.kept.samples > 0
 
     def take(self, seen: LayerBatch | None) -> RecordedBatch | None:
-        """Return copies of a step that was opened or watched; ``None`` if it was neither, or showed nothing.
+        """Return a copy of the batch of an opened or watched step; ``None`` if it was neither, or has no features.
 
         Raises:
-            CannotRunAgainError: why the calls of the step cannot be run again.
+            CannotRunAgainError: the calls of the step cannot be run again; the message says why.
         """
         if not self._is_open:
             return None
@@ -157,17 +160,17 @@ class RecordedBatches:
         context: Context,
         weights: Mapping[str, Tensor] | None = None,
     ) -> Generator[LayerBatch, None, None]:
-        """Run each of ``batches`` through the frozen network, and give what its layers say now.
+        """Run each of ``batches`` through the frozen network, and yield the features of its layers as they are now.
 
         Args:
-            batches: what to run.
+            batches: batches to run.
             model: the network as it is now.
-            context: what it runs in.
-            weights: weights to run with in the place of its own, as for
-            :class:`~lightning_probes.replay.replayer.Replay`.
+            context: makes the context that the network runs in.
+            weights: weights to run with in the place of the network's own, as for
+                :class:`~lightning_probes.replay.replayer.Replay`.
 
         Raises:
-            CannotRunAgainError: a module raises something, whatever it is: a probe never ends a training run.
+            CannotRunAgainError: a module raised any exception, which must not end a training run.
         """
         device = device_of(model)
         try:
@@ -185,5 +188,5 @@ class RecordedBatches:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's parameters; the host for a model without any."""
+    """Return the device of a model's parameters; the CPU for a model without parameters."""
     return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))

@@ -41,17 +41,17 @@ from lightning_probes.replay.reservoir import Budget
 
 
 class CallRecorder:
-    """Records, between :meth:`start` and :meth:`stop`, the calls that a step makes of its modules.
+    """Record, between :meth:`start` and :meth:`stop`, the calls that a step makes of its modules.
 
-    They are run again in the place of the user's ``training_step``: an extra call of that would step manual optimisers,
-    move queues and count metrics twice.
+    The calls are run again in the place of the user's ``training_step``: an extra call of that would step manual
+    optimisers, move queues and count metrics twice.
 
     Recorded are the outermost calls of the modules that are or hold a probed layer (the model itself included) and of
-    the modules beside them that a step may call in between. Calls inside backward are not recorded (activation
-    checkpointing), nor is a root whose ``forward`` stands for the training step at that moment (DDP).
+    the modules beside them that a step may call in between. Not recorded are calls inside backward (activation
+    checkpointing) and those of a root whose ``forward`` stands for the training step at that moment (DDP).
 
     Limit: a value computed between two calls with its gradient cut, other than by ``.detach()`` alone, looks like data
-    and would be run again as it was.
+    and is run again as it was.
 
     Args:
         budget: where copies of the inputs are kept.
@@ -71,7 +71,7 @@ class CallRecorder:
         self._clear()
 
     def __reduce__(self) -> Any:
-        """Make a copy that knows no module: hooks travel with a module that is copied or pickled."""
+        """Make a copy that knows no module, since hooks travel with a module that is copied or pickled."""
         return CallRecorder, (self._budget,)
 
     def _clear(self) -> None:
@@ -84,7 +84,7 @@ class CallRecorder:
         self._raised: set[int] = set()
         self._open: nn.Module | None = None
         self._depth = 0
-        # Detached aliases are held until the step ends: no graph is kept, and no address is used a second time.
+        # Detached aliases are held until the step ends, so that no graph is kept and no address is used a second time.
         self._outputs: dict[Any, tuple[Tensor, int, Link]] = {}
         self._inputs: dict[Any, tuple[Tensor, int, Tensor]] = {}
         self._computed: set[Any] = set()
@@ -93,8 +93,8 @@ class CallRecorder:
     def attach(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         """Find the modules to hook.
 
-        They have hooks only while a step is recorded, so that other steps pay nothing. Modules in compiled code have
-        them all the time: each new hook would have the code compiled again.
+        Modules have hooks only while a step is recorded, so that other steps pay nothing. Modules in compiled code have
+        hooks all the time, since each new hook would have the code compiled again.
 
         Args:
             model: the network.
@@ -111,7 +111,7 @@ class CallRecorder:
         self._model = model
         self._holders = {id(module) for module in holders}
         self._names = {id(module): name for name, module in model.named_modules()}
-        # Holding the tensors keeps their ids theirs.
+        # The tensors are held so that no other tensor gets their ids.
         self._weights = {id(t): (name, t) for name, t in chain(model.named_parameters(), model.named_buffers())}
         compiled, inside = compiled_parts(model)
         self._compiled = [module for module in compiled if id(module) in self._hooked]
@@ -119,7 +119,7 @@ class CallRecorder:
         self._lasting = [hook for key in inside & self._hooked.keys() for hook in self._on(self._hooked[key])]
 
     def detach(self) -> None:
-        """Remove all hooks, and let go of the model and of what was recorded."""
+        """Remove all hooks, release the model, and discard what was recorded."""
         self._hooks += self._lasting
         self._clear()
         self._lasting = []
@@ -132,11 +132,11 @@ class CallRecorder:
         self._holders = set()
 
     def start(self, batch: Any = None) -> None:
-        """Record from now on, whatever state an earlier step ended in.
+        """Start recording, whatever state an earlier step ended in.
 
         Args:
-            batch: batch of a step without gradients, where what is computed between modules cannot be told from data:
-                once a module has been called, nothing but tensors of the batch and outputs of modules may be an input.
+            batch: batch of a step without gradients, where values computed between modules cannot be told from data:
+                once a module has been called, only tensors of the batch and outputs of modules may be inputs.
         """
         self._clear()
         self._data = None if batch is None else {storage_of(tensor): tensor for tensor in tensors_in(batch)}
@@ -146,12 +146,12 @@ class CallRecorder:
         self._is_on = True
 
     def _on(self, module: nn.Module) -> list[Handle]:
-        # The hook before a call comes first, for the inputs as the caller gave them: other hooks change them again.
+        # The hook before a call comes first, to see the caller's inputs: in a replay other hooks change them again.
         before = module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
         return [before, module.register_forward_hook(self._after, always_call=True)]
 
     def abandon(self) -> None:
-        """End a step without its calls."""
+        """End the step, and discard its calls."""
         self._clear()
 
     def stop(self) -> list[Call]:
@@ -161,7 +161,7 @@ class CallRecorder:
             The calls that the probed layers need, in order.
 
         Raises:
-            CannotRunAgainError: why they cannot be run again.
+            CannotRunAgainError: the calls cannot be run again; the message says why.
         """
         calls, reasons, raised = self._calls, self._reasons, self._raised
         self._clear()
@@ -181,11 +181,11 @@ class CallRecorder:
 
     @part_of_a_graph
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        # Asked first: while a compiler traces the hook nothing of the recorder's state may become part of the graph.
+        # This is asked first: nothing of the recorder's state may become part of a graph that a compiler traces.
         if torch.compiler.is_compiling() or not self._is_on or HEARD_BY in vars(module):
             return
         if self._open is not None:
-            self._depth += module is self._open  # most calls end here: those inside a recorded one
+            self._depth += module is self._open  # Most calls, inside a recorded one, end here.
         elif id(module) in self._hooked and not is_in_backward():
             self._try(self._enter, module, args, kwargs)
 
@@ -196,7 +196,7 @@ class CallRecorder:
 
     @never_compiled
     def _try(self, step: Callable[..., None], module: nn.Module, *args: Any) -> None:
-        """Keep what is raised as a reason: inside of the user's forward nothing may come out of here."""
+        """Keep an exception as a reason, since none of this package's own may reach the user's forward."""
         try:
             step(module, *args)
         except Exception as error:
@@ -227,7 +227,7 @@ class CallRecorder:
         self._remember(index, output)
 
     def _remember(self, index: int, output: Any) -> None:
-        """Remember the tensors of ``output``, to know them again when they are given to a later call."""
+        """Remember the tensors of ``output``, to recognise them as inputs of later calls."""
         data = {storage_of(held) for held, _, _ in self._inputs.values()}
         for position, tensor in enumerate(tensors_in(output)):
             alias = tensor.detach()
@@ -257,13 +257,13 @@ class CallRecorder:
                 "module; move that code into a forward()"
             )
         if (seen := self._inputs.get(key)) is None or seen[1] != version:
-            # Under the same key only the newest matters; calls hold on to the older copies themselves.
+            # Under one key only the newest tensor matters; calls hold the copies of older ones themselves.
             seen = self._inputs[key] = leaf.detach(), version, self._budget.copy(leaf)
         return seen[2]
 
     def _view_of_an_output(self, leaf: Tensor, version: int) -> Link | None:
         for output, its_version, link in reversed(self._outputs.values()):
-            # Views count their changes together.
+            # The views of a storage have one count of changes.
             shares = storage_of(output) == storage_of(leaf) and its_version == version
             if shares and (view := View.of(leaf, output)) is not None:
                 return replace(link, view=view)
@@ -271,10 +271,10 @@ class CallRecorder:
 
 
 def _children_called_by_steps(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the children of ``module``, and also those of a container that cannot be called, as ModuleList."""
+    """Yield the children of ``module``, and also those of a container that cannot be called, such as a ModuleList."""
     for child in module.children():
         if isinstance(child, torch.jit.ScriptModule):
-            continue  # takes no such hooks
+            continue  # TorchScript takes no such hooks.
         yield child
         if type(child).forward is nn.Module.forward:
             yield from _children_called_by_steps(child)

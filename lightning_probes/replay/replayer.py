@@ -1,4 +1,4 @@
-"""Run recorded calls again on the frozen network: what its layers say now, without a call of the user's step."""
+"""Run recorded calls again on the frozen network, without a call of the user's step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_probes.replay.calls import Call, Link, Weight
 
 
 def copy_of_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copy parameters and buffers under all their names to the host, as :class:`Replay` takes them as ``weights``."""
+    """Copy parameters and buffers to the host under all their names, to be the ``weights`` of a :class:`Replay`."""
     copies: dict[int, Tensor] = {}
     found: dict[str, Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -27,16 +27,17 @@ def copy_of_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Replay:
-    """Run recorded calls of ``model`` without a trace in its parameters and buffers; made and used in ``frozen``.
+    """Run recorded calls of ``model`` without a trace in its parameters and buffers.
 
-    Whoever wants mixed precision as in training enters the strategy's forward context around it.
+    Make and use a replay inside :func:`~lightning_probes.replay.frozen.frozen`. For mixed precision as in training,
+    enter the strategy's forward context around it.
 
     Args:
         model: the network whose calls were recorded.
-        device: where it runs.
-        weights: an older state of the whole model by name, as ``state_dict()`` gives it, which stands in its place
-            during the calls. Buffers that it lacks (non-persistent ones) are the present ones. On ``device`` it costs
-            no transfer.
+        device: device on which the model runs.
+        weights: older state of the whole model by name, like that of ``state_dict()``, which replaces the present state
+            during the calls. Buffers that it lacks (non-persistent ones) are the present ones. Weights that are on
+            ``device`` cost no transfer.
 
     Raises:
         KeyError: ``weights`` lacks a parameter.
@@ -51,7 +52,7 @@ class Replay:
         self._named: dict[str, Tensor] = {}
         self._copies: dict[int, tuple[Tensor, int]] = {}
         self._values: dict[int, Tensor] = {}
-        # A state dict has all names: a tensor in two places has two, and either will do.
+        # A tensor in two places has two names in a state dict, either of which will do.
         for prefix, module in model.named_modules(remove_duplicate=False):
             for name, tensor in _tensors_of(module, prefix):
                 self._named[name] = tensor
@@ -80,7 +81,7 @@ class Replay:
             if isinstance(leaf, Weight):
                 return self._value(self._named[leaf.name]).detach().clone()
             if isinstance(leaf, Tensor):
-                # Always a copy: a network may write into its input. Twice the same tensor stays twice the same.
+                # Inputs are copied, since a network may write into them. A tensor that is given twice is copied once.
                 if id(leaf) not in inputs:
                     inputs[id(leaf)] = leaf.to(self._device, copy=True)
                 return inputs[id(leaf)]
@@ -92,11 +93,11 @@ class Replay:
                 outputs[i] = list(tensors_in(output))
 
     def _value(self, tensor: Tensor) -> Tensor:
-        """Return what stands for a parameter or buffer: an older state of it, or itself."""
+        """Return the value of a parameter or buffer: the older one from ``weights``, or else the present one."""
         return self._values.get(id(tensor), tensor)
 
     def _held(self, tensor: Tensor) -> Tensor:
-        """Return a copy that is made once, and again if the network wrote to it."""
+        """Return a copy of a tensor's value, which is kept and made anew only if the network wrote to it."""
         held, version = self._copies.get(id(tensor), (None, 0))
         if held is None or version_of(held) != version:
             held = self._value(tensor).detach().clone()
@@ -105,8 +106,8 @@ class Replay:
 
     def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if id(module) not in self._slots:
-            # Each place once, by the first path to its module: functional_call would not find back from a place that
-            # it filled twice. Tied tensors are tied by giving each place the same one.
+            # Each place is named once, by the first path to its module: functional_call could not restore a place that
+            # it filled twice. Tied tensors stay tied, since each of their places gets the same tensor.
             slots = (slot for path, below in module.named_modules() for slot in _tensors_of(below, path))
             self._slots[id(module)] = list(slots)
         copies: dict[int, Tensor] = {}
@@ -116,7 +117,7 @@ class Replay:
         for name, tensor in self._slots[id(module)]:
             if (is_careful or not isinstance(tensor, nn.Parameter)) and id(tensor) not in copies:
                 copies[id(tensor)] = self._value(tensor).detach().clone()
-            # Never the network's own memory: another input may take another way, on which it is written to.
+            # A call never gets the network's own memory: another input may take a path on which that is written to.
             state[name] = copies[id(tensor)] if id(tensor) in copies else self._held(tensor)
         given = dict(state)
         output = torch.func.functional_call(module, state, args, kwargs, tie_weights=False)
@@ -130,7 +131,7 @@ class Replay:
 
 
 def _tensors_of(module: nn.Module, path: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and tensor of the parameters and buffers that a module holds itself, names below ``path``."""
-    # Unbound, since users override them with fewer arguments.
+    """Yield name and tensor of the parameters and buffers that a module holds itself, with names below ``path``."""
+    # The methods are called unbound, since users override them with fewer arguments.
     parameters = nn.Module.named_parameters(module, path, recurse=False, remove_duplicate=False)
     yield from chain(parameters, nn.Module.named_buffers(module, path, recurse=False, remove_duplicate=False))

@@ -16,20 +16,20 @@ from lightning_probes.probes.online import OnlineProbes
 from lightning_probes.training.resume import Restored, only
 
 _LAYERS_A_STEP = 21
-"""Count the probes that are trained in one step: the input and twenty layers."""
+"""Limit the probes that are trained in one step to the input and twenty layers."""
 
 
 class OnlineTraining:
-    """Train probes along with the network, and makes those of several processes the same when a point is due.
+    """Train probes along with the network, and merge those of all processes when a point is due.
 
     Args:
-        network: hooked.
+        network: extractor whose layers are hooked.
         learning_rate: step size of Adam.
         ranks: the processes that train together.
 
     Attributes:
-        probes: the probes; ``None`` before the first batch with labels, which tells layers and widths.
-        samples: number of samples that they were trained on in this process.
+        probes: the probes; ``None`` before the first batch with labels, which shows layers and widths.
+        samples: number of samples that the probes were trained on in this process.
     """
 
     def __init__(self, network: LayerExtractor, learning_rate: float, ranks: Ranks) -> None:
@@ -45,13 +45,13 @@ class OnlineTraining:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Return ``{layer: features}``."""
+        """Return ``{layer: features}`` of the layers that have a probe."""
         return self.probes.widths if self.probes is not None else {}
 
     def due(self) -> set[str] | None:
         """Return the layers whose probes are trained on the next batch; ``None`` for all.
 
-        Of more than 21 layers some have their turn in each step: a step costs the same whatever their number.
+        More than 21 layers take turns, so that a step costs the same whatever the number of layers.
         """
         if self.probes is None or (turns := math.ceil(len(self.probes.layers) / _LAYERS_A_STEP)) <= 1:
             return None
@@ -60,30 +60,33 @@ class OnlineTraining:
         return set(self.probes.layers[first : first + share])
 
     def open(self, due: set[str] | None) -> set[str] | None:
-        """Return which layers to record in a step, of which those that are ``due`` will be trained."""
+        """Return the layers to record in a step whose probes are trained for the layers in ``due``."""
         self._due = due
-        # All of them once, to see whether restored probes fit.
+        # All layers are recorded once, to see whether restored probes fit.
         return None if self._restored.is_unchecked else due
 
     def check(self, features: Mapping[str, Tensor]) -> set[str]:
-        """Start restored probes of other widths than ``features`` afresh; return their layers.
+        """Restart restored probes whose widths differ from those of ``features``; return their layers.
 
         Raises:
-            ValueError: there are some, and there must not be.
+            ValueError: the run is strict, and widths differ.
         """
         if afresh := self._restored.check(features):
             self._network.recorder.memory = {}
         return afresh
 
     def accept(self, batch: LayerBatch) -> LayerBatch:
-        """Return what :meth:`update` and a fit may have of a batch: of the first one after resuming, what is due."""
+        """Return the batch to train and fit on, which has all layers or those that are due.
+
+        The first batch after resuming is recorded with all layers, of which those that are not due are left out here.
+        """
         if not self._restored.is_unchecked:
             return batch
         self._restored.is_unchecked = False
         return batch if self._due is None else batch.only(self._due)
 
     def update(self, batch: LayerBatch) -> Tensor:
-        """Train the probes that are due by one step; return what :meth:`OnlineProbes.update` does."""
+        """Train the probes of the layers in ``batch`` by one step; return the tally of :meth:`OnlineProbes.update`."""
         self._steps += 1
         self.samples += len(batch.targets)
         is_first = self.probes is None
@@ -91,23 +94,23 @@ class OnlineTraining:
             self.probes = self._new_probes()
         tally = self.probes.update(batch)
         if is_first:
-            # Once, with the first batch's size; activations of another size find their own memory.
+            # Memory is lent for the size of the first batch; features of another size get memory of their own.
             self._batch_size = len(batch.targets)
             self.lend()
         return tally
 
     def lend(self) -> None:
-        """Let the network's hooks write where the update finds it."""
+        """Lend the network's hooks the memory in which the update expects features."""
         if self.probes is not None and self._batch_size:
             self._network.recorder.memory = self.probes.lend(self._batch_size)
 
     def release(self) -> None:
-        """Let go of that memory."""
+        """Release the memory that was lent."""
         if self.probes is not None:
             self.probes.release()
 
     def merge(self) -> None:
-        """Make the probes that each process has trained the same."""
+        """Replace the probes of all processes by their mean."""
         if self._ranks.number > 1 and any(self._ranks.gather(self.probes is not None)):
             self.probes = self.probes or self._new_probes()
             self.probes.merge(self._ranks)
@@ -122,7 +125,7 @@ class OnlineTraining:
         return self._restored.go_on(new)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain types."""
+        """Return the probes and counts as tensors and plain types."""
         probes = self.probes.state_dict() if self.probes is not None else None
         return {"bank": probes, "steps": self._steps, "samples": self.samples, "batch_size": self._batch_size}
 
@@ -136,15 +139,15 @@ class OnlineTraining:
         is_training: bool,
         goes_on: bool,
     ) -> None:
-        """Take over what :meth:`state_dict` gave.
+        """Restore what :meth:`state_dict` returned.
 
         Args:
             state: state in the checkpoint.
             layers: layers whose probes may go on.
-            device: where they go on.
+            device: device of the restored probes.
             strict: as for :class:`~lightning_probes.training.resume.Restored`.
-            is_training: whether any batch will be trained on.
-            goes_on: whether these layers, in this order, are those of the checkpoint; else the first batch tells.
+            is_training: whether the run trains.
+            goes_on: whether ``layers`` are those of the checkpoint, in the same order; else the first batch shows them.
         """
         probes = OnlineProbes(layers, self._network.task, self._learning_rate)
         probes.load_state_dict(only(state["bank"] or {}, layers), device)

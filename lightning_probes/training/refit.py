@@ -1,7 +1,7 @@
-"""Bring the probes of a network to their optimum when a point is due, and scores them.
+"""Fit the probes of a network to their optimum when a point is due, and score them.
 
-Training batches that were kept are run again on the frozen network. Where they cannot be, probes are cross-fitted on
-validation, or those that were trained along are published.
+Training batches that were kept are run again on the frozen network. If that cannot be, probes are cross-fitted on
+validation, or the online probes are published.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from lightning_probes.report.curves import Curve, Curves, Kind
 from lightning_probes.report.method import CROSS_FITTED
 
 Faults = dict[str, Exception]
-"""Name what was raised on behalf of layers."""
+"""Map layers to what was raised for them."""
 
 
 class Refit:
-    """Fit and scores the probes that are published.
+    """Fit and score the probes that are published.
 
     Args:
-        network: hooked.
-        curves: takes tallies, of the kinds ``PUBLISHED``, ``START`` and, on the same samples, ``ONLINE``.
-        budget: bounds the training samples to fit on; without any nothing is fitted, and online probes are published.
-        ranks: the processes that train together; each keeps samples of its own, the probes are those of all.
-        progress: shows how far a fit is.
+        network: extractor whose layers are hooked.
+        curves: adds up tallies, of the kinds ``PUBLISHED``, ``START`` and, on the same samples, ``ONLINE``.
+        budget: limits on the training samples to fit on; with 0 samples the online probes are published.
+        ranks: the processes that train together; each keeps samples of its own, and probes are fitted on those of all.
+        progress: shows the progress of a fit.
 
     Attributes:
         budget: as given.
-        fitted: the probes at their optimum, on the network as it was when the last point was due.
+        fitted: the probes at their optimum for the network as it was when the last point was due.
         cost: as in :class:`~lightning_probes.ProbeReport`, without the share.
-        note: why the probes are fitted in another way than on training run again, or why the starting point is missing.
+        note: why probes are not fitted on training batches that are run again, or why the starting point is missing.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class Refit:
         self._faults: Faults = {}
 
     def begin(self, model: nn.Module, *, gone_before: str, has_start: bool) -> str:
-        """Begin training.
+        """Prepare to keep the batches of a run, and copy the first weights if a starting point is due.
 
         Args:
             model: the network.
-            gone_before: what training there was before; empty if the network as it is now is to be the first point of
+            gone_before: which training came before this run; empty if the network as it is now is the starting point of
                 each curve.
-            has_start: whether that point is there already.
+            has_start: whether the report has a starting point already.
 
         Returns:
             A note for readers of the report; empty if there is nothing to say.
@@ -97,7 +97,7 @@ class Refit:
         return ""
 
     def end(self) -> str:
-        """Let go of the model and of what was kept of its training; return a note for readers of the report."""
+        """Release the model and the kept batches; return a note for readers of the report."""
         was_waiting = self._start.is_due
         self._batches.detach()
         self.forget()
@@ -105,27 +105,27 @@ class Refit:
         return "no starting point: it waited for a validation that never ended" if was_waiting else ""
 
     def forget(self) -> None:
-        """Discard what was made of an unfinished validation."""
+        """Discard the recording, kept batches and probes of an unfinished validation."""
         self._batches.abandon()
         self._start.fitted = None
         self._validation = None
 
     def renew(self, epoch: int) -> None:
-        """Begin an epoch: its batches take the places of those of the epoch before."""
+        """Begin an epoch, whose batches replace those of the epoch before."""
         self._batches.kept.renew(epoch)
 
     def open(self) -> bool:
-        """Return before a training step whether its batch will be kept."""
+        """Decide before a training step whether its batch will be kept, and return that."""
         return self.budget.samples > 0 and self._batches.open()
 
     def close(self, seen: LayerBatch | None) -> None:
-        """Keep a copy of what a training step showed, if its batch was wanted."""
+        """Keep the batch of a training step that has ended, if it was wanted."""
         self._batches.close(seen)
         if self._network.labels.absent_in_training:
             self._batches.refuse("its batches have no usable labels")
 
     def described(self, batches: float, *, has_validation: bool) -> str:
-        """Say what is kept, at most, once training had its first batch.
+        """Describe the most that will be kept; call this after the first training batch.
 
         Args:
             batches: number of batches of an epoch.
@@ -158,10 +158,10 @@ class Refit:
 
         Args:
             model: the network that is trained.
-            context: what it runs in.
-            online: the probes that are trained along.
+            context: makes the context that the network runs in.
+            online: the online probes.
             is_validation: whether a validation follows at once.
-            has_validation: whether there will be any: the starting point waits for it.
+            has_validation: whether the run has any validation, for which the starting point waits.
         """
         self.fitted = None
         self._online = None
@@ -186,14 +186,14 @@ class Refit:
             self._say(f"training cannot be run again ({reason}): the probes are {way}", no_start)
 
     def watch(self, batch: Any) -> None:
-        """Record the calls of a step of validation if they are scored on the starting point too."""
+        """Start recording the calls of a step of validation if the starting point is scored on it too."""
         if self._start.fitted is not None:
             self._batches.watch(batch)
 
     def score(
         self, curve: Curve, seen: LayerBatch | None, online: StackedProbes | None, model: nn.Module, context: Context
     ) -> None:
-        """Score all probes on an evaluated batch."""
+        """Score all probes on a batch that was evaluated."""
         watched: RecordedBatch | None = None
         try:
             watched = self._batches.take(seen)
@@ -204,7 +204,7 @@ class Refit:
             return
         target_sums = self._network.task.target_sums(seen.targets)
         if self._validation is None and curve[0] == "val" and self._is_cross_fitted():
-            # Validated once more: the probes fitted on all of those samples must not score them.
+            # In a further validation the probes that were fitted on all of its samples must not score them.
             self._validation = self._no_batches()
         if self._validation is not None:
             self._keep(self._validation[curve[1]], seen)
@@ -217,10 +217,10 @@ class Refit:
                 self._score_start(watched, curve, model, context)
 
     def conclude(self) -> dict[str, dict[str, Any]]:
-        """Add what the fit itself knows once all samples have been scored; let go of what only this point needs.
+        """Finish a point: add the tallies of the fit, cross-fit if needed, and release what only this point needs.
 
         Returns:
-            :attr:`FittedProbes.known` of the starting point, if it was due.
+            :attr:`FittedProbes.known` of the starting point; empty if it was not due.
         """
         if self._start.fitted is not None and (reason := self._ranks.first(self._start.fault)):
             self._drop_start()
@@ -240,7 +240,7 @@ class Refit:
         return self._start.conclude()
 
     def pop_faults(self) -> Faults:
-        """Return what was raised on behalf of single layers since the last time."""
+        """Return and forget what was raised for single layers since the last call."""
         faults, self._faults = self._faults, {}
         return faults
 
@@ -252,7 +252,7 @@ class Refit:
         return {**known, "bank": self.fitted.probes.state_dict(), "about": self.fitted.known}
 
     def load_state_dict(self, state: Mapping[str, Any], layers: list[str], device: torch.device | str) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""
         self._batches.load_state_dict(state["fitter"])
         self.note = self.note or state["note"]
         if "bank" in state:
@@ -270,11 +270,11 @@ class Refit:
         """Fit all probes on the kept batches of all processes; ``None`` if nothing is kept.
 
         Raises:
-            CannotRunAgainError: they cannot be run again, in one process at least.
+            CannotRunAgainError: the batches of at least one process cannot be run again.
         """
         task = self._network.task
         dataset = FeatureDataset(task, MemoryStore(self.budget.copy))
-        # All processes or none, before and after: a module may wait for the others as well, and so does the fit.
+        # All processes go on or none does, here and below, since modules and the fit may wait for other processes.
         self._agree_on(self._batches.refusal)
         refusal: CannotRunAgainError | None = None
         tally: Tensor | None = None
@@ -322,7 +322,7 @@ class Refit:
         return defaultdict(lambda: Reservoir[LayerBatch](self.budget))
 
     def _keep(self, kept: Reservoir[LayerBatch], seen: LayerBatch) -> None:
-        """Keep a copy of the features of a batch of validation; of more than there is room for, a fair sample."""
+        """Keep a copy of the features of a batch of validation; keep a fair sample if there is no room for all."""
         if kept.wants():
             features = {layer: self.budget.copy(x) for layer, x in seen.features.items()}
             num_bytes = sum(x.numel() * x.element_size() for x in features.values())
@@ -333,7 +333,7 @@ class Refit:
         num_bytes = sum(batches.num_bytes for batches in kept.values())
         self.cost["kept_bytes"] = max(self.cost["kept_bytes"], num_bytes)
         for dataloader in sorted(set(chain(*self._ranks.gather(list(kept))))):
-            # Whatever is raised now, the curve has a point.
+            # The curve gets a point even if the fit raises.
             self._curves.touch(Kind.PUBLISHED, ("val", dataloader), len(self._network.layers))
             dataset = FeatureDataset(self._network.task, MemoryStore())
             for batch in kept[dataloader].items():
@@ -342,7 +342,7 @@ class Refit:
             found = self._fit_on(dataset, CROSS_FITTED, self._ranks.device, is_crossed=True)
             if found is not None and found.crossed_tally is not None and found.target_sums is not None:
                 self._curves.add(Kind.PUBLISHED, ("val", dataloader), found.crossed_tally, found.target_sums)
-                # Of several loaders the first one's probes are those of the stage "train".
+                # Of several loaders the first one gives the probes of the stage "train".
                 self.fitted = self.fitted or found
 
     def _is_cross_fitted(self) -> bool:
@@ -369,7 +369,7 @@ class Refit:
                 self._faults |= seen.faults
                 target_sums = self._network.task.target_sums(seen.targets)
                 self._curves.add(Kind.START, curve, start.fitted.probes.score(seen), target_sums)
-        except Exception as error:  # whatever a module raises: a probe never ends a training run
+        except Exception as error:  # Whatever a module raises must not end a training run.
             reason = str(error) if isinstance(error, CannotRunAgainError) else f"{type(error).__name__}: {error}"
             start.fault = f"validation cannot be run again: {reason}"
 
@@ -379,7 +379,7 @@ class Refit:
         self._curves.clear(Kind.START)
 
     def _say(self, note: str, more: str = "") -> None:
-        """Warn, and keep the warning as the note, unless it was the last thing said."""
+        """Warn, and keep the warning as the note, unless the note begins with it already."""
         if not self.note.startswith(note):
             self.note = note + more
             rank_zero_warn(f"LinearProbeCallback: {self.note}")
@@ -399,8 +399,8 @@ class StartingPoint:
 
     Attributes:
         weights: the first weights by name; ``None`` if no starting point is due.
-        fitted: its probes, while they are scored.
-        fault: why it could not be scored on a batch of validation; empty if it could.
+        fitted: probes of the starting point, while they are scored.
+        fault: why the starting point could not be scored on a batch of validation; empty if it could.
     """
 
     def __init__(self) -> None:
@@ -424,7 +424,7 @@ class StartingPoint:
         self.weights = copy_of_weights(model)
 
     def weights_on(self, device: torch.device) -> dict[str, Tensor]:
-        """Move the weights to a device, on which they stay: each batch of validation is run on them."""
+        """Move the weights to a device, and keep them there, since each batch of validation is run on them."""
         known = self.weights or {}
         # A tied tensor is moved once and stays tied.
         moved = {id(tensor): tensor.to(device) for tensor in known.values()}
@@ -432,7 +432,7 @@ class StartingPoint:
         return self.weights
 
     def conclude(self) -> dict[str, dict[str, Any]]:
-        """Let go of the point if it has been scored, and return what is known of its probes."""
+        """Release the point if it has been scored, and return what is known of its probes."""
         if self.fitted is None:
             return {}
         known = self.fitted.known

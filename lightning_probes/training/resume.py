@@ -12,15 +12,15 @@ from lightning_probes.options import first_of
 from lightning_probes.probes.online import OnlineProbes
 
 _NAMED = 8
-"""Count the layers that a message names."""
+"""Limit the layers that a message names."""
 
 
 class Restored:
     """Hold the probes of a checkpoint until the first batch of the run has shown the layers' order and widths.
 
     Args:
-        probes: those that may go on; ``None`` for none.
-        strict: whether all of them must go on.
+        probes: probes that may go on; ``None`` for none.
+        strict: whether all probes must go on.
 
     Attributes:
         is_unchecked: whether the first batch is still to come.
@@ -33,10 +33,10 @@ class Restored:
         self.is_unchecked = bool(self._widths)
 
     def check(self, features: Mapping[str, Tensor]) -> set[str]:
-        """Leave out the probes of other widths than ``features`` have; return their layers.
+        """Leave out probes whose widths differ from those of ``features``; return their layers.
 
         Raises:
-            ValueError: there are some, and all must go on.
+            ValueError: widths differ, and all probes must go on.
         """
         if self._probes is None or not self.is_unchecked:
             return set()
@@ -50,7 +50,7 @@ class Restored:
         return set(layers)
 
     def go_on(self, probes: OnlineProbes) -> OnlineProbes:
-        """Return new ``probes`` with the state of those that they share with the checkpoint."""
+        """Return new ``probes``, with the state of the checkpoint for the layers that both have."""
         if self._probes is not None:
             probes.load_state_dict(only(self._probes.state_dict(), probes.layers))
         return probes
@@ -59,14 +59,14 @@ class Restored:
 def differing(
     saved: Mapping[str, Any], selected: Collection[str], num_classes: int, reduced: str, reduction: str
 ) -> str:
-    """Say how the probes of a checkpoint differ from those of this run in classes and layers; empty if they do not.
+    """Say how probes of a checkpoint differ from those of this run in classes, reduction or layers; empty if in none.
 
     Args:
         saved: state of a session.
         selected: layers of this run as they were selected, before any was left out.
         num_classes: number of classes in this run.
         reduced: how features were reduced in the run of the checkpoint.
-        reduction: how they are in this run.
+        reduction: how features are reduced in this run.
     """
     if saved["num_classes"] != num_classes:
         return f"num_classes is {saved['num_classes']} in the checkpoint and {num_classes} here"
@@ -81,10 +81,10 @@ def differing(
 
 
 def refuse(difference: str, *, strict: bool) -> None:
-    """Raise, or warn that the probes that differ are started afresh.
+    """Raise, or warn that probes that differ start afresh.
 
     Raises:
-        ValueError: if ``strict``.
+        ValueError: ``strict`` is true.
     """
     if strict:
         raise ValueError(
@@ -95,7 +95,7 @@ def refuse(difference: str, *, strict: bool) -> None:
 
 
 def only(probes: Mapping[str, Mapping[str, Any]], layers: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Return the probes of some layers out of the state of :class:`~lightning_probes.probes.heads.StackedProbes`."""
+    """Return the probes of some layers from the state of :class:`~lightning_probes.probes.heads.StackedProbes`."""
     kept: dict[str, dict[str, Any]] = {}
     for width, stack in probes.items():
         rows = [i for i, layer in enumerate(stack["layers"]) if layer in layers]

@@ -1,4 +1,4 @@
-"""Turn the batches of a run into points on curves: what happens to the probes in each of its phases."""
+"""Turn the batches of a run into points on curves: one method for each event of training and evaluation."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from lightning_probes.training.refit import Refit
 class ProbingSession:
     """Probe a network while it is trained or evaluated.
 
-    Whatever the probes' own code raises sets layers aside, and never ends a training run.
+    An exception in the probes' own code sets layers aside, and never ends a training run.
 
     Args:
-        network: hooked; it opens each batch, the session closes it.
+        network: extractor of the network, whose layers are hooked while the session is used.
         learning_rate: step size of the online probes.
-        budget: bounds the samples that probes are fitted on; without any, online probes are published.
+        budget: limits on the samples that probes are fitted on; with 0 samples the online probes are published.
         ranks: the processes that train together.
-        progress: shows how far a fit is, and tells the user of the layers once they are known.
+        progress: shows the progress of a fit, and logs what is probed once the layers are known.
 
     Attributes:
         network: as given.
@@ -40,9 +40,9 @@ class ProbingSession:
         curves: adds up what is scored.
         facts: knows what rows say of their layers.
         online: trains probes along with the network.
-        refit: brings the probes to their optimum that are published instead of them.
+        refit: fits the probes to their optimum that are published instead of the online probes.
         point: epoch and step of the last publication.
-        now: epoch and step of the last training step, which faults are told with.
+        now: epoch and step of the last training step, which warnings name.
         doubts: note on the targets that probes were fitted on, up to the last publication.
     """
 
@@ -81,41 +81,42 @@ class ProbingSession:
         gone_before: str = "",
         missed: str = "",
     ) -> None:
-        """Begin training.
+        """Start the probes' bookkeeping for a run.
 
         Args:
             model: the network.
-            report: report of the run that goes on, or an empty one.
-            batches: number of batches of an epoch; infinite if nobody knows.
+            report: report of the run that is resumed, or an empty one.
+            batches: number of batches of an epoch; infinite if it is unknown.
             has_validation: whether the run has samples to score on that it is not trained on.
-            gone_before: what training there was before, so that the first point of each curve is not of this run.
-            missed: why that run's last point is not there and will not come.
+            gone_before: which training came before this run, so that the run has no starting point; empty if none did.
+            missed: why the last point of the resumed run is missing for good; empty if it is not.
         """
         self._kept = partial(self.refit.described, batches, has_validation=has_validation)
         has_start = bool(report.select(epoch=0, step=0))
         note = self.refit.begin(model, gone_before=gone_before, has_start=has_start)
-        report.notes = [known for known in report.notes if known != NO_VALIDATION]  # of the run that goes on
+        # A note of the resumed run may not hold for this one.
+        report.notes = [known for known in report.notes if known != NO_VALIDATION]
         _note(report, note, missed, "" if has_validation else NO_VALIDATION)
         if missed:
             self.curves.clear()
-        # From the first step on, or the same sums would be taken of other memory.
+        # Memory is lent from the first step on, since other memory changes the order of sums.
         self.online.lend()
 
     def end(self, report: ProbeReport) -> None:
-        """Let go of everything but the probes, and say in ``report`` what is missing."""
+        """Release everything but the probes, and note in ``report`` what is missing."""
         _note(report, self.refit.end(), *self.curves.notes)
         self.curves.clear()
         self.online.release()
 
     def leave_training(self) -> None:
-        """Let go of probes that were fitted on an earlier network than the one that is evaluated from now on."""
+        """Discard the fitted probes if the network was trained after they were fitted."""
         if self.now != self.point:
             self.refit.fitted = None
 
     # A step of training
 
     def open(self, batch: Any) -> None:
-        """Record a training step from now on.
+        """Start recording a training step.
 
         Raises:
             LookupError, TypeError, ValueError: as :meth:`~lightning_probes.network.extractor.LayerExtractor.open`.
@@ -123,14 +124,14 @@ class ProbingSession:
         due = self.online.due()
         with self._around("recording it"):
             if self.refit.open() and due is not None:
-                due.add(INPUT)  # the only features that cannot be had again
+                due.add(INPUT)  # No replay gives the raw input.
         self.network.open(batch, self.online.open(due))
 
     def check(self, features: Mapping[str, Tensor] | None = None) -> None:
-        """Start restored probes afresh that have other widths than the first ``features`` after resuming.
+        """Restart restored probes whose widths differ from those of the first ``features`` after resuming.
 
         Raises:
-            ValueError: there are some, and there must not be.
+            ValueError: the run is strict, and widths differ.
         """
         known = self.network.recorder.recording.features if features is None else features
         if afresh := self.online.check(known):
@@ -145,7 +146,7 @@ class ProbingSession:
         """
         self.now = now
         seen = self.network.close()
-        if is_first := self._is_first_step:  # all processes have it, with labels or not
+        if is_first := self._is_first_step:  # All processes have one, with labels or not.
             self._is_first_step = False
             with self._around("agreeing on layers", together=True):
                 self.network.agree(self.ranks.gather)
@@ -181,14 +182,14 @@ class ProbingSession:
 
         Args:
             model: the network.
-            context: what it runs in.
-            report: takes notes.
-            gap: what the fit lacks, for a note.
+            context: makes the context that the network runs in.
+            report: report that gets the notes.
+            gap: note on the batches that the fit lacks; empty if it lacks none.
             is_validation: as for :meth:`Refit.prepare`.
             has_validation: as for :meth:`Refit.prepare`.
         """
         with self._around("fitting their probes", Kind.PUBLISHED, ("train", 0), together=True):
-            # Where no process had labels in its first step they have yet to agree.
+            # If no process had labels in its first step, the processes have yet to agree on layers.
             self.network.agree(self.ranks.gather)
             self.online.merge()
             self.refit.prepare(
@@ -199,7 +200,7 @@ class ProbingSession:
             _note(report, gap)
 
     def watch(self, batch: Any, samples: int | None) -> None:
-        """Record a step of evaluation from now on; ``samples``: how many of the batch count, ``None`` for all."""
+        """Start recording a step of evaluation, of which the first ``samples`` samples count, or all with ``None``."""
         with self._around("recording a batch"):
             self.refit.watch(batch)
             self.network.open(batch)
@@ -215,17 +216,17 @@ class ProbingSession:
         self._greet()
 
     def forget(self) -> None:
-        """Discard the scores of an unfinished validation; what was seen in training stays."""
+        """Discard the scores of an unfinished validation, and keep those of training."""
         self.curves.clear(Kind.PUBLISHED, Kind.ONLINE, Kind.START)
         self.network.abandon()
         self.refit.forget()
 
     def _greet(self) -> None:
-        """Tell the user once, when the layers are known, what is probed and kept."""
+        """Log once, as soon as the layers are known, what is probed and kept."""
         if self._has_greeted or not (layers := self.facts.described()):
             return
         self._has_greeted = True
-        with suppress(Exception):  # a line that cannot be said ends no run
+        with suppress(Exception):  # A line that cannot be logged must not end a run.
             held = f" ({size(self.online.probes.num_bytes)})" if self.online.probes is not None else ""
             kept = [self._kept()] if self._kept is not None else []
             self._progress.say("; ".join([f"LinearProbeCallback: {layers}{held}", *kept, *self.network.notes]))
@@ -235,13 +236,14 @@ class ProbingSession:
     def publish(
         self, report: ProbeReport, epoch: int, step: int, logged_step: int | None
     ) -> tuple[list[Row], list[Row]]:
-        """Enter in ``report`` a point of every curve that has been scored since the last time.
+        """Enter in ``report`` a point of every curve that has been scored since the last publication.
 
-        A layer whose features were not finite is set aside: its values are NaN from now on. One warning names it, and
-        one a layer that never ran or whose probe did not reach its optimum.
+        A layer whose features were not finite is set aside: its values are NaN from now on. A layer that is set aside,
+        that never ran, or whose probe did not reach its optimum is named in one warning.
 
         Returns:
-            The rows of the network as it was found, if they were due; those of now.
+            The rows of the network as ``fit`` found it, empty unless they were due; and the rows of the network as it
+            is now.
         """
         rows, new = list[Row](), list[Row]()
         first = dict[str, Row]()
@@ -254,10 +256,11 @@ class ProbingSession:
         with self._around("publishing their scores", together=True):
             at_start = None if logged_step is None else 0
             rows = self.curves.publish(Kind.START, report, first, point=(0, 0), logged_step=at_start)
-            # A validation before the first step comes too late for the network as it was found.
+            # At step 0 the report may have a point already: that of the network as ``fit`` found it.
             if (epoch, step) != (0, 0) or not report.select(epoch=0, step=0):
                 new = self._points_of_now(report, epoch, step, logged_step)
-        if (epoch, step) != self.point:  # else: evaluated outside of training
+        # An evaluation outside of training has the epoch and step of the last point, whose notes are there.
+        if (epoch, step) != self.point:
             report.notes = [note for note in report.notes if note != self.doubts]
             self.doubts = self.curves.doubts
             _note(report, *self.network.notes, *self.network.labels.notes)
@@ -270,7 +273,7 @@ class ProbingSession:
         return rows, new
 
     def sum_up(self, report: ProbeReport, thinner: str) -> None:
-        """Say at the end of training what the probes took; ``thinner`` is what would have halved that, if anything."""
+        """Log at the end of training what the probes cost; ``thinner`` is an argument that would have halved it."""
         if seconds := self.refit.cost["seconds"]:
             self._count_cost(report)
             fitted = self.refit.fitted.known.values() if self.refit.fitted is not None else ()
@@ -291,7 +294,7 @@ class ProbingSession:
         about = self._about(dict.fromkeys(self.facts.layers, along) | (fitted.known if fitted is not None else {}))
         new: list[Row] = []
         for kind in (Kind.PUBLISHED,) if fitted is not None else (Kind.TRAINED_ALONG, Kind.PUBLISHED):
-            # Of many layers that are trained in turn some may not have had theirs yet.
+            # If layers are trained in turn, some may not have had their turn yet.
             is_whole = kind is Kind.PUBLISHED or self.online.due() is None
             new += self.curves.publish(
                 kind,
@@ -315,13 +318,13 @@ class ProbingSession:
     def _around(
         self, doing: str, kind: Kind = Kind.PUBLISHED, curve: Curve | None = None, *, together: bool = False
     ) -> Iterator[None]:
-        """Go on with training whatever is raised inside: set all layers aside, and give a curve a point.
+        """Catch what is raised inside, so that training goes on: set all layers aside, and give a curve a point.
 
         Args:
             doing: what is done inside, for the note.
-            kind: the probes whose curve it is.
-            curve: the curve; ``None`` for none.
-            together: whether processes tell one another things inside: one in which something is raised leaves them.
+            kind: kind of the probes of the curve.
+            curve: curve that gets a point after an exception; ``None`` for none.
+            together: whether the block communicates; on an exception this process leaves the group.
         """
         try:
             yield
@@ -336,5 +339,5 @@ class ProbingSession:
 
 
 def _note(report: ProbeReport, *notes: str) -> None:
-    """Add what the report does not say yet."""
+    """Add notes that are not in the report."""
     report.notes = list(dict.fromkeys(filter(None, [*report.notes, *notes])))

@@ -1,4 +1,4 @@
-"""Put a session into a checkpoint, and takes it out again into the session of a resumed run."""
+"""Put a session into a checkpoint, and restore it in the session of a resumed run."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ def restore(
     strict: bool = True,
     is_training: bool = True,
 ) -> None:
-    """Put the probes of what :func:`state_of` gave into a new session.
+    """Restore the probes of a checkpoint in a new session.
 
     Args:
         session: session of this run.
-        state: the probes' part of the state in the checkpoint.
-        device: where the probes go on.
-        strict: whether they must be those of the layers and classes of this run; else those that are not start afresh.
-        is_training: whether the run trains; else those layers of the checkpoint are scored that this run selects.
+        state: the value under ``probes`` of what :func:`state_of` returned.
+        device: device of the restored probes.
+        strict: whether the probes must have the layers and classes of this run; else probes that differ start afresh.
+        is_training: whether the run trains; else the layers of the checkpoint that this run selects are scored.
 
     Raises:
-        ValueError: the probes are not those of this run, and must be.
+        ValueError: the probes differ from those of this run, and ``strict`` is true.
     """
     network = session.network
     selected = network.selected if is_training else state["selected"]
-    # Checkpoints that do not say it have the mean over space.
+    # In checkpoints without this entry features are means over space.
     reduction = state.get("reduction", {"kind": "pool", "draws": {}})
     outputs = network.task.outputs
     if difference := differing(state, selected, outputs, reduction["kind"], network.reducer.kind):
@@ -82,7 +82,7 @@ def restore(
         state["along"], layers, device, strict=strict, is_training=is_training, goes_on=not difference
     )
     if difference:
-        # The first batch will show their order, which is that of the calls.
+        # The first batch will show the order of the layers, which is that of their calls.
         return
     session.facts.load_state_dict(state["facts"])
     session.refit.load_state_dict(state["optimum"], session.facts.layers, device)

@@ -1,4 +1,4 @@
-"""Add up the tallies of probes, and turns them into the rows of a point on every curve."""
+"""Add up the tallies of probes, and turn them into the rows of a point on every curve."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from lightning_probes.probes.tasks import Task
 from lightning_probes.report.report import ProbeReport, Row
 
 Curve = tuple[str, int]
-"""Name a curve: ``(stage, dataloader)``."""
+"""Identify a curve by its stage and the index of its dataloader."""
 
 
 class Kind(Enum):
-    """Tell apart the probes of the same layers whose tallies are added up between two publications."""
+    """Tell apart the kinds of probes whose tallies are added up between two publications."""
 
     PUBLISHED = "published"
-    """Probe that are published: at their optimum where they can be."""
+    """Mark the probes that are published, at their optimum if they can be fitted."""
     ONLINE = "online"
-    """Probe trained along with the network, scored beside those that are published on the same samples."""
+    """Mark the online probes, scored on the same samples as the published probes."""
     TRAINED_ALONG = "trained along"
-    """The same on the batches of training, each before its step: published where nothing else can be."""
+    """Mark the online probes, scored on each batch of training before its step; published if no others can be."""
     START = "start"
-    """Probe of the network as ``fit`` found it."""
+    """Mark the probes of the network as ``fit`` found it."""
 
 
 class LayerFacts:
-    """Know the layers of a run, in the order of every vector over them, and what every row says of its layer.
+    """Hold the layers of a run, in the order of every vector over layers, and what rows say of each layer.
 
     Args:
-        network: whose layers they are.
+        network: extractor of the layers.
     """
 
     def __init__(self, network: LayerExtractor) -> None:
@@ -50,27 +50,27 @@ class LayerFacts:
 
     @property
     def layers(self) -> list[str]:
-        """Return all layers; their order is fixed as soon as somebody asks."""
+        """Return all layers, whose order is fixed by the first call."""
         if not self._layers:
             self._layers = list(self._network.layers)
             self._first_depth = 0 if self._network.has_input else 1
         return self._layers
 
     def described(self) -> str:
-        """Say how many layers and features there are; empty before any has been seen."""
+        """Say how many layers and features there are; empty before any features have been seen."""
         widths, layers = self._network.recorder.widths, self._network.layers
         features = sum(widths.get(layer, 0) for layer in layers)
         return f"{len(layers)} layer{'s' * (len(layers) > 1)}, {features:,} features" if widths else ""
 
     def agree(self, ranks: Ranks) -> None:
-        """Let all processes know what any of them knows: a layer may run in some only."""
+        """Share the sizes of layers among all processes, since a layer may run in some of them only."""
         self._totals = ranks.union(self._totals | self._network.recorder.totals)
 
     def about(self, known: Mapping[str, Row], widths: Mapping[str, int]) -> dict[str, Row]:
         """Return ``{layer: {"depth", "features", "features_total", "fitted_on", "converged"}}``.
 
         Args:
-            known: what replaces or adds to that, of some layers.
+            known: ``{layer: entries}`` that replace or extend these entries; layers may be missing.
             widths: number of features by layer.
         """
         return {
@@ -86,11 +86,11 @@ class LayerFacts:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain types."""
+        """Return layers and sizes as plain types."""
         return {"layers": self.layers, "totals": self._totals, "first_depth": self._first_depth}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave; the network keeps to its order."""
+        """Restore what :meth:`state_dict` returned, and give the network the same layers in the same order."""
         self._layers = list(state["layers"])
         self._totals = dict(state["totals"])
         self._first_depth = state["first_depth"]
@@ -99,12 +99,13 @@ class LayerFacts:
 
 @dataclass
 class Scores:
-    """Hold what a point on the curves of all layers is made of.
+    """Hold the scores of all layers at one point of a curve.
 
     Attributes:
-        tallies: a column of the tally for each layer, as :class:`~lightning_probes.probes.tasks.Task` has it.
+        tallies: column of each layer, as in the tally of a :class:`~lightning_probes.probes.tasks.Task`.
         target_sums: sums over the targets of the samples.
-        online: columns of the online probes on the same samples; ``None`` for a layer that they did not score.
+        online: columns of the online probes; ``None`` for a layer that was not scored on the same samples. The whole is
+            ``None`` without online probes.
     """
 
     tallies: list[list[float]]
@@ -117,10 +118,10 @@ def rows_of(task: Task, about: Mapping[str, Row], scores: Scores, stage: str, **
 
     Args:
         task: what the probes are asked.
-        about: ``{layer: what its rows say of it}``, in the order of ``scores``.
-        scores: what was scored.
+        about: ``{layer: entries of its rows}``, in the order of ``scores``.
+        scores: scores of all layers.
         stage: ``train``, ``val`` or ``test``.
-        point: what the rows say of the point: ``dataloader``, ``epoch``, ``step``, ``logged_step``.
+        point: entries of all rows: ``dataloader``, ``epoch``, ``step``, ``logged_step``.
     """
     rows: list[Row] = []
     for i, (layer, known) in enumerate(about.items()):
@@ -140,18 +141,19 @@ def rows_of(task: Task, about: Mapping[str, Row], scores: Scores, stage: str, **
 
 
 class Curves:
-    """Add up what has been scored since the last publication, by different kinds of probes of the same layers.
+    """Add up the tallies of each curve since the last publication, by kind of probes.
 
-    A layer that never ran or whose features were not finite is told of once.
+    A layer that never ran or whose features were not finite is named in one warning.
 
     Args:
-        network: whose probes are scored.
+        network: extractor of the layers whose probes are scored.
         ranks: the processes that score together.
 
     Attributes:
-        target_sums: sums over the targets that the probes of a point were fitted on, the highest of all points.
-        set_aside: layers whose features were not finite once: their values are NaN from then on.
-        notes: why layers have no values.
+        target_sums: sums over the targets that probes were fitted on, for each entry the highest of all points.
+        set_aside: layers whose features were not finite, or for which something was raised; their values are NaN from
+            then on.
+        notes: warnings about layers, for the report.
     """
 
     def __init__(self, network: LayerExtractor, ranks: Ranks) -> None:
@@ -166,7 +168,7 @@ class Curves:
 
     @property
     def doubts(self) -> str:
-        """Say what is strange about the targets that probes were fitted on; empty where nothing is."""
+        """Say what is strange about the targets that probes were fitted on; empty if nothing is."""
         return self._network.task.doubts(self.target_sums) if self.target_sums else ""
 
     def add(self, kind: Kind, curve: Curve, tally: Tensor, target_sums: Tensor) -> None:
@@ -177,13 +179,13 @@ class Curves:
         curves[curve] = tally, target_sums
 
     def touch(self, kind: Kind, curve: Curve, layers: int) -> None:
-        """Give a curve a point of which nothing could be scored."""
+        """Give a curve a point with zero samples, so that it is published."""
         task, device = self._network.task, self._ranks.device
         none = task.target_sums(torch.zeros(0, task.outputs, device=device))
         self.add(kind, curve, task.no_tally(layers, device), none)
 
     def fail(self, layers: Iterable[str], doing: str, error: Exception, now: tuple[int, int]) -> None:
-        """Set layers aside for an error of the probes' own, and say so once."""
+        """Set layers aside because the probes' own code raised ``error``, and warn once."""
         new = [layer for layer in layers if layer not in self.set_aside]
         self.set_aside.update(new)
         if new:
@@ -193,7 +195,7 @@ class Curves:
             )
 
     def blame(self, faults: Mapping[str, Exception], doing: str, now: tuple[int, int]) -> None:
-        """Set the layers aside on whose behalf something was raised, with one warning for all that raised the same."""
+        """Set the layers in ``faults`` aside, with one warning for all layers with the same exception."""
         for text in dict.fromkeys(map(repr, faults.values())):
             layers = [layer for layer, error in faults.items() if repr(error) == text]
             self.fail(layers, doing, faults[layers[0]], now)
@@ -204,7 +206,7 @@ class Curves:
         rank_zero_warn(f"LinearProbeCallback: {note}")
 
     def agree(self, layers: int) -> None:
-        """Make a curve of any process one of all, and also a layer that is set aside, before a publication."""
+        """Share curves, layers set aside and notes among all processes, before a publication."""
         if self._ranks.number > 1:
             own = [(kind, curve) for kind, curves in self._sums.items() for curve in curves]
             found = self._ranks.gather((own, self.set_aside, self.notes))
@@ -215,21 +217,22 @@ class Curves:
                 self.touch(kind, curve, layers)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run cannot score again, as tensors and plain types."""
+        """Return layers set aside, notes and the tally of training, which cannot be scored again, for a checkpoint."""
         along = self._sums.get(Kind.TRAINED_ALONG, {}).get(("train", 0))
         sums = [] if along is None else [tensor.clone() for tensor in along]
         return {"set_aside": sorted(self.set_aside), "notes": list(self.notes), "trained_along": sums}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""
         self.set_aside = set(state["set_aside"])
         self.notes = list(state.get("notes", []))
-        if state["trained_along"] and self._ranks.rank == 0:  # of all processes the first one has written it
+        # Process 0 has written the tally, and alone adds it.
+        if state["trained_along"] and self._ranks.rank == 0:
             tally, target_sums = (tensor.to(device) for tensor in state["trained_along"])
             self.add(Kind.TRAINED_ALONG, ("train", 0), tally, target_sums)
 
     def clear(self, *kinds: Kind) -> None:
-        """Forget what was scored by some kinds of probes, or by all."""
+        """Discard the tallies of some kinds of probes, or of all."""
         for kind in kinds or list(self._sums):
             self._sums.pop(kind, None)
 
@@ -244,20 +247,21 @@ class Curves:
         finite: Mapping[str, bool] | None = None,
         reasons: Mapping[str, str] | None = None,
     ) -> list[Row]:
-        """Enter a point of every curve of one kind of probes in ``report``.
+        """Enter in ``report`` a point of every curve of one kind of probes.
 
         Args:
-            kind: which probes.
-            report: takes the rows.
+            kind: kind of the probes.
+            report: report that gets the rows.
             about: ``{layer: {"depth", "features", ...}}`` in the order of the tallies.
             point: epochs completed and ``global_step``.
-            logged_step: the step under which loggers show it; ``None`` if they do not.
-            finite: layers are set aside where this is false, or where their tally is not finite. With ``None`` they
-                have NaN at this point and no more: an untrained network may overflow where the trained one does not.
-            reasons: why a layer has no values; with ``None`` nothing is said of those that have none.
+            logged_step: step under which loggers show the point; ``None`` if they do not show it.
+            finite: ``{layer: whether its features were finite}``. A layer is set aside if they were not, or if its
+                tally is not finite. With ``None`` no layer is set aside, and one whose tally is not finite has NaN at
+                this point only: an untrained network may overflow where the trained one does not.
+            reasons: ``{layer: reason}`` for a warning about layers without values; with ``None`` there is no warning.
 
         Returns:
-            The rows.
+            The rows of the points.
         """
         rows: list[Row] = []
         epoch, step = point
@@ -293,7 +297,7 @@ class Curves:
         return rows
 
     def _total(self, sums: tuple[Tensor, Tensor], about: Mapping[str, Row], now: tuple[int, int]) -> Scores:
-        """Sum over processes; where that fails set all layers aside."""
+        """Sum the tallies over processes; if that fails, set all layers aside."""
         try:
             return self._summed(sums)
         except Exception as error:
@@ -305,7 +309,7 @@ class Curves:
         return Scores(tally.T.tolist(), target_sums.tolist())
 
     def warn_unconverged(self, layers: Iterable[str]) -> None:
-        """Say once of each layer that its probe is not at its optimum."""
+        """Warn once for each layer that its probe is not at its optimum."""
         if new := sorted(set(layers) - self._unconverged - self.set_aside):
             self._unconverged.update(new)
             self._tell(

@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 METRICS = ("error", "cross_entropy", "lag")
-"""Name the metrics of a probe.
+"""List the metrics of a probe.
 
 ``error`` is the classification error, a fraction in [0, 1]; ``cross_entropy`` is in nats; ``lag`` is how much higher
-the error of the online probe is, which was only trained along with the network.
+the error of the online probe is, which is only trained along with the network.
 """
 
 VERSION = 1
@@ -90,7 +90,7 @@ class ProbeReport:
     cost: dict[str, float] = field(default_factory=dict, compare=False)
 
     def enter(self, rows: list[Row], baseline: float | None = None) -> None:
-        """Enter the rows of one point of the curves of a stage and dataloader; replace those that are there for it.
+        """Enter the rows of one point of the curves of a stage and dataloader; replace earlier rows of this point.
 
         Args:
             rows: rows as in :attr:`rows`, all of one stage, dataloader, epoch and step; or none.

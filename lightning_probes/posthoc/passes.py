@@ -20,7 +20,7 @@ from lightning_probes.options import Where
 from lightning_probes.probes.dataset import LayerBatch
 
 Take = Callable[[int, LayerBatch], None]
-"""Receive the index of a batch's loader, and what the layers said to the batch."""
+"""Take the index of a batch's loader, and the features and targets of the batch."""
 
 
 class Pass(LightningModule):

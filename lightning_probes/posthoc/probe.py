@@ -1,4 +1,4 @@
-"""Define ``probe()``: the probes of networks that are trained already, or not at all, and of checkpoints."""
+"""Define ``probe()``, which probes networks that are trained already, or not at all, and checkpoints."""
 
 from __future__ import annotations
 
@@ -57,40 +57,42 @@ def probe(
 
     Args:
         model: a LightningModule, or any module.
-        train_dataloaders: one loader or a list; what the probes are fitted on. Not given: those of the datamodule or
-            the LightningModule.
-        val_dataloaders: likewise; what they are scored on.
-        datamodule: has both.
+        train_dataloaders: loader, or list of loaders, of the data that probes are fitted on. Not given: those of the
+            datamodule or the LightningModule.
+        val_dataloaders: loader, or list of loaders, of the data that probes are scored on. Not given: the same.
+        datamodule: datamodule that has both.
         ckpt_path: checkpoints whose weights are probed in the place of the model's own: a path, a glob, or a list.
-            One that cannot be probed is told of in ``report.notes``; the others go on.
-        untrained: also a copy with its parameters initialised anew, as epoch 0, step 0.
-        layers: which layers, as for :class:`~lightning_probes.LinearProbeCallback`.
-        exclude: layers to take away, the same way, with everything below them.
+            A checkpoint that cannot be probed is named in ``report.notes``, and the others are probed.
+        untrained: whether to probe also a copy with its parameters initialised anew, as epoch 0, step 0.
+        layers: layers to probe, as for :class:`~lightning_probes.LinearProbeCallback`.
+        exclude: layers to take away, named in the same way, with everything below them.
         {reading}
-        max_bytes: of features in memory; more go to temporary files (in the folder that TMPDIR names).
-        weights_only: read nothing but tensors and plain types from checkpoints; without it one can run any code.
+        max_bytes: greatest number of bytes of features in memory; further features go to temporary files (in the folder
+            that TMPDIR names).
+        weights_only: whether to read nothing but tensors and plain types from checkpoints. With ``False`` a checkpoint
+            can run any code.
         trainer: the Lightning Trainer that runs the model: device, precision, strategy. Its callbacks and loggers are
-            set aside meanwhile. Default: one device, the fastest there is.
+            set aside while it runs. Default: one device, the fastest there is.
 
     Returns:
         The report; ``epoch`` and ``step`` of a row are those of its checkpoint, of the model's own trainer for the
-        model as it is, and 0 where nobody knows (checkpoints that do not say are counted: steps 1, 2, ...); ``network``
-        says which it is. After Ctrl-C it holds what was done.
+        model as it is, and 0 if they are unknown (checkpoints without them are counted: steps 1, 2, ...); ``network``
+        names the network. After Ctrl-C the report holds the networks that were probed.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
         ValueError: there is nothing to fit or score on, fewer samples than classes, a layer that was named never runs,
             or no checkpoint can be probed.
-        TypeError: the model can be called in no way, or an argument is none of what it may be: the message says which.
+        TypeError: the model cannot be called, or an argument has a wrong type; the message says which.
         LookupError: the batches have no labels where ``target`` says.
         OSError: there is no space for features.
-        Exception: whatever else the model raises. Once something is done this and all of the above become notes.
-        KeyboardInterrupt: the user pressed Ctrl-C before anything was done.
+        Exception: whatever else the model raises. Once a network is probed, this and all of the above become notes.
+        KeyboardInterrupt: the user pressed Ctrl-C before a network was probed.
     """
     _check_kinds(model, {"train": train_dataloaders, "val": val_dataloaders}, datamodule, trainer)
     read = checked(reading, "probe()")
     network = LayerExtractor(layers, exclude, read)
-    model = original_of(model) or model  # compiled code has no hooks
+    model = original_of(model) or model  # Code that is compiled already calls no new hooks.
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise ValueError("model: it has parameters without a shape; run a batch through it first")
     networks = list(networks_to_probe(model, ckpt_path, untrained, weights_only))
@@ -107,7 +109,7 @@ def probe(
 
 
 def _check_kinds(model: Any, loaders: dict[str, Any], datamodule: Any, trainer: Any) -> None:
-    """Refuse arguments that are of another's kind, and say where they belong."""
+    """Refuse arguments of the kind of another argument, and say where they belong."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model: expected a LightningModule or another torch module, found {_kind(model)}{_hint(model)}"
@@ -126,7 +128,7 @@ def _check_kinds(model: Any, loaders: dict[str, Any], datamodule: Any, trainer: 
 def _kind(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    # Others may be long, or say no more than where in memory they are.
+    # Other values may be long as text, or show no more than their address.
     return repr(value) if isinstance(value, (str, Path, int, float, type(None))) else f"a {type(value).__name__}"
 
 
@@ -145,11 +147,11 @@ def _hint(value: Any) -> str:
 
 
 class Interruption(str):
-    """Note in a report of :func:`probe` that the user interrupted it, and tells that from other notes."""
+    """Note in a report of :func:`probe` that the user interrupted it, in a type that tells this note from others."""
 
 
 class _Posthoc:
-    """Fit and scores the probes of one network after the other."""
+    """Fit and score the probes of one network after the other."""
 
     def __init__(self, network: LayerExtractor, runner: Runner, max_bytes: int) -> None:
         self.report = ProbeReport(cost={"seconds": 0.0, "share": 0.0, "kept_bytes": 0, "weights_bytes": 0})
@@ -161,9 +163,9 @@ class _Posthoc:
         self._done: dict[tuple[int, int], str] = {}
 
     def probe_all(self, networks: Sequence[Network], stand_in: Callable[[bool], Pass]) -> ProbeReport:
-        """Probe one network after the other; make notes of what goes wrong once something is done.
+        """Probe one network after the other; once one is probed, note exceptions instead of raising them.
 
-        Where it may go wrong in one process only it is raised, since the others would wait for it.
+        With several processes, an exception that may be of one process only is raised, since the others would wait.
         """
         for number, one in enumerate(networks):
             if len(networks) > 1:
@@ -191,7 +193,7 @@ class _Posthoc:
         rank_zero_warn(f"probe: {reason}")
 
     def _probe(self, model: Pass, one: Network) -> None:
-        """Enter the points of a network."""
+        """Probe a network, and enter its points in the report."""
         if note := one.prepare(model.model):
             self._tell(note)
         if one.point in self._done:
@@ -237,7 +239,7 @@ class _Posthoc:
 
         def keep(dataloader: int, batch: LayerBatch) -> None:
             nonlocal dataset
-            if dataset is None:  # the first labels may have told what the task has to know
+            if dataset is None:  # The first labels may have shown the number of outputs.
                 dataset = FeatureDataset(self._network.task, store, numbers_left_out=True)
             dataset.add(batch)
 

@@ -1,4 +1,4 @@
-"""Run passes of data through a model by a Trainer, and leaves no trace in either."""
+"""Run passes of data through a model by a Trainer, and leave no trace in either."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Runner:
     """Run passes with one Trainer, which keeps nothing of them.
 
     Args:
-        trainer: the user's Trainer, whose callbacks (but for progress bars) and loggers are set aside meanwhile;
-            ``None`` for one on one device of what there is.
+        trainer: the user's Trainer, whose callbacks (but for progress bars) and loggers are set aside during a pass;
+            ``None`` for a new one on one device, the fastest there is.
 
     Attributes:
         progress: shows in the Trainer's bar how far the work between passes is.
@@ -70,13 +70,13 @@ class Runner:
 
     @property
     def ranks(self) -> Ranks:
-        """Return the processes that run, which are known once a pass has begun."""
+        """Return the processes of the Trainer, which are known once a pass has begun."""
         if self._ranks is None:
             self._ranks = Ranks().meet(self._trainer)
         return self._ranks
 
     def run(self, model: Pass, stage: str, take: Take) -> None:
-        """Give every batch of a stage to ``model``, and what the layers say to ``take``.
+        """Run every batch of a stage through ``model``, and give its features and targets to ``take``.
 
         Raises:
             KeyboardInterrupt: the user pressed Ctrl-C.
@@ -92,16 +92,16 @@ class Runner:
         trainer.loggers = []
         try:
             if self.device.type == "cuda":
-                # Only random states that there are can be put back.
+                # CUDA is initialised first, since only random states that exist can be restored.
                 torch.cuda.init()  # type: ignore[no-untyped-call]
             with warnings.catch_warnings(), _unchanged(model.model):
                 # Lightning warns of a loader that shuffles, but the order of samples is nothing to a probe.
                 warnings.filterwarnings("ignore", ".*sampler has shuffling enabled.*")
                 trainer.predict(model, return_predictions=False)
-        except SystemExit as error:  # which Lightning makes of Ctrl-C
+        except SystemExit as error:  # Lightning raises this after Ctrl-C.
             raise KeyboardInterrupt from error
         finally:
-            # Lightning leaves its own handler there, deaf to Ctrl-C from now on. Only the main thread may set one.
+            # Lightning leaves a handler that ignores Ctrl-C from now on. Only the main thread may set a handler.
             if signal.getsignal(signal.SIGINT) is not handler:
                 signal.signal(signal.SIGINT, handler)
             trainer.callbacks, trainer.loggers = set_aside
@@ -113,8 +113,8 @@ class Runner:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Freeze the network, and put its parameters back where and what they were, in their precision."""
-    # Moving a module replaces the data of its gradients too; and some networks write to parameters in forward.
+    """Freeze the network, and restore the memory, values and precision of its parameters afterwards."""
+    # Moving a module replaces the data of its gradients too, and some networks write to parameters in forward.
     grads = [(p, p.grad, p.grad.data) for p in model.parameters() if p.grad is not None]
     saved = [(parameter, parameter.data, parameter.data.to("cpu", copy=True)) for parameter in model.parameters()]
     flags = [(module, module.training) for module in model.modules()]
@@ -133,5 +133,5 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             grad.data = data
             parameter.grad = grad
         for module, flag in flags:
-            if module.training != flag:  # TorchScript has its flag elsewhere
+            if module.training != flag:  # TorchScript has its flag elsewhere.
                 module.training = flag

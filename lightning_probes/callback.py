@@ -51,7 +51,7 @@ class LinearProbeCallback(Callback):
     Args:
         layers: layers to probe: globs over ``named_modules()`` paths (``*`` within a segment, ``**`` across), or class
             names. Not given: blocks, stem and head of a network of blocks, else each element; at most 40.
-        exclude: layers to take away, the same way, with everything below them.
+        exclude: layers to take away, named in the same way, with everything below them.
         {reading}
         name: name that tells several of these callbacks in one Trainer apart; it stands before the logged names.
         learning_rate: step size of the Adam that trains probes along with the network.
@@ -59,7 +59,7 @@ class LinearProbeCallback(Callback):
             14 000, or 200 a class where that is more; 0: none, the probes trained along are published.
         fit_bytes: greatest number of bytes of those samples: kept inputs and their features. By default there is room
             for some 6 000 images of 3 x 224 x 224.
-        fit_on_device: whether they are kept on the network's device and not on the host: faster, if there is room.
+        fit_on_device: whether kept samples are on the network's device and not on the host: faster, if there is room.
         every_n_epochs: number of epochs from one publication to the next.
         strict: whether a resumed run must have the layers, classes and widths of the checkpoint's probes; if false,
             those that differ start afresh, with one warning.
@@ -67,7 +67,7 @@ class LinearProbeCallback(Callback):
 
     Attributes:
         report: what was found, while training and afterwards.
-        selection: the arguments on layers and batches as they were given; with the same, the command line probes
+        selection: the arguments on layers and batches as they were given, with which the command line probes
             checkpoints.
 
     Raises:
@@ -117,7 +117,7 @@ class LinearProbeCallback(Callback):
         others = [callback for i, callback in enumerate(probes) if callback is not self or self in probes[:i]]
         self._logs.tell_apart(callback._logs for callback in others)
         if stage == "fit":
-            # Checkpoints are restored after this: whatever is here now is left from an earlier fit.
+            # Checkpoints are restored after this, so whatever is here now is left from an earlier fit.
             self._restored = None
             self._session = self._new_session()
 
@@ -150,7 +150,7 @@ class LinearProbeCallback(Callback):
         )
         # The labels of a first validation may have told how many classes there are.
         self._session.refit.budget.samples = self._samples()
-        # An epoch that is resumed does not start again.
+        # The start of an epoch that is resumed is not called again.
         self._session.refit.renew(trainer.current_epoch)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -159,7 +159,7 @@ class LinearProbeCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         is_unknown = not self._network.task.outputs
         self._session.open(batch)
-        if is_unknown:  # the labels of the batch have told by now
+        if is_unknown:  # The labels of the batch have shown the number of outputs by now.
             self._session.refit.budget.samples = self._samples()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -202,7 +202,7 @@ class LinearProbeCallback(Callback):
         if trainer.sanity_checking:
             self._network.labels.preview(batch)
         elif self._is_due(trainer):
-            # Not at the validation's start, where a callback may still put averaged weights into the network.
+            # Probes are not fitted at the start of validation, when a callback may still put averaged weights in.
             self._prepare(trainer, pl_module, is_validation=True)
             loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
             self._session.watch(batch, unrepeated(loaders, dataloader_idx, batch_idx))
@@ -222,7 +222,7 @@ class LinearProbeCallback(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and self._is_due(trainer):
-            # This process may have had no batch of the validation, at which others have prepared theirs.
+            # A process that had no batch of the validation has not fitted its probes yet, as the others have.
             self._prepare(trainer, pl_module, is_validation=True)
             self._publish(trainer, pl_module)
 

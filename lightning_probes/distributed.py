@@ -1,4 +1,4 @@
-"""Sum and tells things across the processes that train or probe one network together."""
+"""Sum tensors and exchange values across the processes that train or probe one network together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 Total = Callable[[Tensor], Tensor]
-"""Name a function that sums a tensor over the processes that each hold some of the samples."""
+"""Sum a tensor over the processes, each of which holds some of the samples."""
 
 
 def alone(tensor: Tensor) -> Tensor:
@@ -84,10 +84,10 @@ class Ranks:
         return Ranks().__dict__
 
     def leave(self, reason: str) -> None:
-        """Work alone from now on, since something went wrong here and the others are somewhere else by now."""
+        """Work alone from now on, because something went wrong here and the other processes have gone on."""
         if self.number > 1:
             self.note = f"process {self.rank} went on without the others: {reason}"
-            # Alone it is the first of its processes, the one that tells what all know.
+            # A process that works alone is process 0, which alone contributes what all processes know.
             self.rank = 0
             self.number = 1
             self.own_group = None

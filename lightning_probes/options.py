@@ -1,4 +1,4 @@
-"""Define and checks what users may write: an option is one entry here for callback, ``probe()`` and command line."""
+"""Define and check what users may write: an option is one entry here for callback, ``probe()`` and command line."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_args, get_ty
 T = TypeVar("T")
 
 Where = int | Callable[[Any], Any] | str
-"""Name a part of a batch: by an index, a key (one level of nesting is searched) or a function of the batch."""
+"""Locate a part of a batch by an index, a key (one level of nesting is searched) or a function of the batch."""
 Layout = Literal["tokens", "channels"]
 Calls = Literal["last", "first", "mean"]
 Reduction = Literal["pool", "subset", "projection"]
 
 ATTENTION_MASK = "attention_mask"
-"""Name the mask of tokens in the batches of Hugging Face; other batches need have none there."""
+"""Name the key of the token mask in batches of Hugging Face; other batches may lack it."""
 
 
 def whole(argument: str, value: Any, least: int = 1) -> int:
-    """Return ``value`` if it is an integer of at least ``least``, 1 or 0.
+    """Return ``value`` if it is an integer of at least ``least``, which is 1 or 0.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was given.
+        TypeError, ValueError: ``value`` is something else; the message names the argument and what was given.
     """
     expected = "a positive integer" if least else "an integer of at least 0"
     if not isinstance(value, int) or isinstance(value, bool):
@@ -40,7 +40,7 @@ def flag(argument: str, value: Any) -> bool:
     """Return ``value`` if it is true or false.
 
     Raises:
-        TypeError: naming the argument and what was given.
+        TypeError: ``value`` is something else; the message names the argument and what was given.
     """
     if not isinstance(value, bool):
         raise TypeError(f"{argument}: expected true or false, found {value!r}")
@@ -51,7 +51,7 @@ def positive_float(argument: str, value: Any) -> float:
     """Return ``value`` if it is a positive finite number.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was given.
+        TypeError, ValueError: ``value`` is something else; the message names the argument and what was given.
     """
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{argument}: expected a positive number, found {value!r}")
@@ -61,10 +61,10 @@ def positive_float(argument: str, value: Any) -> float:
 
 
 def patterns(argument: str, value: Any) -> list[str] | None:
-    """Return ``value`` as a list, or ``None``.
+    """Return ``value`` as a list of patterns; ``None`` stays ``None``.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was given.
+        TypeError, ValueError: ``value`` is something else; the message names the argument and what was given.
     """
     if value is None:
         return None
@@ -78,15 +78,15 @@ def patterns(argument: str, value: Any) -> list[str] | None:
 
 
 def is_list(value: Any) -> bool:
-    """Return whether ``value`` is a list, also one of omegaconf; a tuple is none, as types and YAML have it."""
+    """Return whether ``value`` is a list, which may be omegaconf's; a tuple is no list, as in type hints and YAML."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, tuple))
 
 
 def layouts(argument: str, value: Any) -> dict[str, Layout]:
-    """Return ``value`` as a dict of patterns and kinds; empty for ``None``.
+    """Return ``value`` as ``{pattern: kind}``; empty for ``None``.
 
     Raises:
-        ValueError: naming what was given.
+        ValueError: ``value`` is something else; the message has what was given.
     """
     kinds = get_args(Layout)
     value = {} if value is None else value
@@ -99,7 +99,8 @@ def one_of(argument: str, value: Any, choices: Sequence[str]) -> str:
     """Return ``value`` if it is one of ``choices``.
 
     Raises:
-        ValueError: naming the argument, what was given, the nearest choice and all of them.
+        ValueError: ``value`` is something else; the message names the argument, what was given and all choices, the
+            nearest among them.
     """
     if value in choices:
         return str(value)
@@ -112,7 +113,7 @@ def where(argument: str, value: Any) -> Where:
     """Return ``value`` if it is an index, a key or a function.
 
     Raises:
-        TypeError: naming the argument and what was given.
+        TypeError: ``value`` is something else; the message names the argument and what was given.
     """
     if isinstance(value, bool) or not (isinstance(value, (int, str)) or callable(value)):
         raise TypeError(f"{argument}: expected an index, a key or a callable, found {value!r}")
@@ -120,12 +121,12 @@ def where(argument: str, value: Any) -> Where:
 
 
 def first_of(keys: Sequence[str], most: int = 3) -> str:
-    """Name the first few, and say how many more there are."""
+    """Return the names of the first few keys, and how many more there are, as text."""
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def _choice(kind: Any) -> Callable[[str, Any], Any]:
-    """Make a check of one of the values of a ``Literal``."""
+    """Make a check that a value is one of those of a ``Literal``."""
     choices = get_args(kind)
     expected = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
 
@@ -138,12 +139,13 @@ def _choice(kind: Any) -> Callable[[str, Any], Any]:
 
 
 def _unless_none(check: Callable[[str, Any], T]) -> Callable[[str, Any], T | None]:
+    """Make a check that lets ``None`` pass and gives other values to ``check``."""
     return lambda argument, value: None if value is None else check(argument, value)
 
 
 @dataclass(frozen=True)
 class Option:
-    """Say what is to be known of an option: its default, what checks a value, and what users read about it."""
+    """Hold the default of an option, the check of its value, and the help that users read."""
 
     default: Any
     check: Callable[[str, Any], Any]
@@ -162,7 +164,7 @@ class Reading(TypedDict, total=False):
             "``config.num_labels``, or the width of one-hot or soft labels.",
         ),
     ]
-    # In this order: jsonargparse tries types one after the other.
+    # The types are in this order because jsonargparse tries one after the other.
     input: Annotated[
         int | Callable[[Any], Any] | str | None,
         Option(
@@ -221,19 +223,20 @@ class Reading(TypedDict, total=False):
 
 
 def _table() -> dict[str, tuple[Any, Option]]:
+    """Return ``{name: (type, option)}`` of the options in :class:`Reading`."""
     hints = get_type_hints(Reading, include_extras=True)
     return {name: (get_args(hint)[0], hint.__metadata__[0]) for name, hint in hints.items()}
 
 
 def checked(given: Mapping[str, Any], called: str) -> Reading:
-    """Return all options of :class:`Reading`, checked, the defaults where they are not given.
+    """Check the options that are given, and return all options of :class:`Reading`, with defaults for the others.
 
     Args:
         given: what the user wrote.
-        called: name of what was called, for the message.
+        called: name of the function or class that was called, for the message.
 
     Raises:
-        TypeError, ValueError: an option has a wrong type or value, or there is none of that name; the message names it.
+        TypeError, ValueError: an option has a wrong type or value, or an unknown name; the message names it.
     """
     table = _table()
     for name in given.keys() - table.keys():
@@ -244,9 +247,10 @@ def checked(given: Mapping[str, Any], called: str) -> Reading:
 
 
 def takes_reading(taker: T) -> T:
-    """Give a function, or the constructor of a class, that takes ``**reading`` its options in signature and docstring.
+    """Write the options of :class:`Reading` into the signature and docstring of a function that takes ``**reading``.
 
-    They take the place of ``**reading`` in the signature, and of a line ``{reading}`` in the docstring.
+    In the signature they replace ``**reading``, and in the docstring a line ``{reading}``. For a class the signature is
+    that of its constructor.
     """
     table = _table()
     function: Any = taker.__init__ if isinstance(taker, type) else taker  # type: ignore[misc]
@@ -260,7 +264,7 @@ def takes_reading(taker: T) -> T:
     before = [parameter for parameter in written if parameter.kind is not parameter.KEYWORD_ONLY]
     parameters = [*before, *new, *written[len(before) :]]
     function.__signature__ = own.replace(parameters=parameters)
-    # For whoever asks there, as typing.get_type_hints does.
+    # typing.get_type_hints reads the annotations and not the signature.
     function.__annotations__ = {p.name: p.annotation for p in parameters if p.annotation is not p.empty}
     function.__annotations__["return"] = _evaluated(own.return_annotation, function)
     if taker.__doc__ is not None and (line := next((x for x in taker.__doc__.splitlines() if "{reading}" in x), "")):
@@ -274,4 +278,5 @@ def takes_reading(taker: T) -> T:
 
 
 def _evaluated(annotation: Any, function: Any) -> Any:
+    """Return an annotation of ``function``, evaluated if it is a string."""
     return eval(annotation, function.__globals__) if isinstance(annotation, str) else annotation

@@ -254,9 +254,8 @@ class LinearProbeCallback(Callback):
     state_dict = hide_override(state_dict, Callback.state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict:
-            check_version(state_dict.get("version", VERSION), VERSION, "the state of LinearProbeCallback")
-        self._restored = state_dict or None
+        check_version(state_dict.get("version", VERSION), VERSION, "the state of LinearProbeCallback")
+        self._restored = state_dict
 
     def _end(self, trainer: Trainer) -> None:
         self._network.detach()

@@ -386,3 +386,13 @@ def test_a_network_that_is_run_for_one_recorder_is_heard_by_no_other() -> None:
     model(x)
     assert list(second.recording.features) == ["0", "1"]
     assert all(HEARD_BY not in vars(module) for module in model.modules())
+
+
+def test_a_later_batch_of_another_size_does_not_fit_what_was_drawn() -> None:
+    found = ActivationRecorder(Reducer("subset", 4))
+    found.start(5)
+    found.record("layer", torch.randn(5, 9))
+    assert found.stop().features["layer"].shape == (5, 4)
+    found.start(5)
+    found.record("layer", torch.randn(5, 8))
+    assert found.recording.misfits == {"layer": "it has 8 values where it had 9 when its subset was drawn"}

@@ -400,3 +400,17 @@ def test_probes_of_a_fixed_network_reach_the_error_of_logistic_regression() -> N
         answers = exact.predict(((held_out[layer] - mean) / deviation).numpy())
         exact_error = float(np.mean(answers != held_out_targets.argmax(dim=1).numpy()))
         assert float(wrong[i] / total[i]) == pytest.approx(exact_error, abs=0.005), layer
+
+
+def test_layers_that_are_dropped_at_random_cost_no_memory_and_mix_nothing() -> None:
+    names = [f"layer{i}" for i in range(8)]
+    steps = batches(80, *[3] * 8, dtype=torch.float64)
+    bank = Probes(names, 4, LEARNING_RATE)
+    alone = Probes(["layer3"], 4, LEARNING_RATE)
+    for i, (features, targets) in enumerate(steps):
+        present = {name for j, name in enumerate(names) if (i >> (j % 7)) & 1 or name == "layer3"}
+        sums = bank.learn({name: x for name, x in features.items() if name in present}, targets)
+        own = alone.learn({"layer3": features["layer3"]}, targets)
+        torch.testing.assert_close(sums[:, 3], own[:, 0], rtol=1e-12, atol=1e-12)
+        assert [n > 0 for n in sums[2].tolist()] == [name in present for name in names]
+    assert len(bank._places) <= 64

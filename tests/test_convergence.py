@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from lightning_probes.probes.rows import Parts, statistics
-from lightning_probes.probes.solver import Solution
+from lightning_probes.probes.solver import Solution, _factor
 from lightning_probes.probes.standardise import inverse_deviation, moved_statistics, standardise_
 
 TIGHTEST = 1e-7
@@ -147,6 +147,12 @@ def test_float32_that_stalls_is_finished_in_float64() -> None:
     found = solve(x, y, 1e-4, tolerance=1e-6, max_iterations=5000)
     assert found.weight.dtype == torch.float32
     check_gradient(found, x, y, 1e-6)
+    # Asked for more than float32 can hold: what float64 found, rounded, whose own gradient says what is left.
+    further = solve(x, y, 1e-4, tolerance=1e-9, max_iterations=5000)
+    assert not further.converged
+    assert further.gradient_norm < 1e-6
+    exact = solve(x.double(), y.double(), 1e-4, tolerance=1e-9, max_iterations=5000)
+    torch.testing.assert_close(further.weight.double(), exact.weight, rtol=1e-5, atol=1e-6)
 
 
 def test_iterations_are_bounded_and_said() -> None:
@@ -324,3 +330,22 @@ def test_what_differs_in_its_last_places_counts_and_a_constant_does_not() -> Non
     found = fit_probes({"a": x}, one_hot(labels, 3))["a"]
     assert (inverse_deviation(found.mean, found.variance) > 0).tolist() == [False, False, True, False]
     assert found.tally[0] == 0
+
+
+def test_what_no_precision_reaches_ends_where_rounding_ends_all_progress() -> None:
+    raw, labels = data(41, 200, 12, 4)
+    x, y = standardised(raw), one_hot(labels, 4).double()
+    found = solve(x, y, 1e-3, tolerance=0.0, max_iterations=10_000)
+    assert not found.converged
+    assert found.iterations < 10_000
+    assert found.gradient_norm < 1e-10
+
+
+@pytest.mark.parametrize("worst", [1.0, 1e30])
+def test_a_matrix_without_a_factor_gets_one_by_its_diagonal(worst: float) -> None:
+    # No Gram matrix: its eigenvalues are 1 + worst and 1 - worst.
+    hessian = torch.tensor([[1.0, worst], [worst, 1.0]], dtype=torch.float64)
+    factor = _factor(hessian.clone())
+    assert factor.isfinite().all()
+    assert (factor.diagonal() > 0).all()
+    assert torch.equal(factor, factor.tril())

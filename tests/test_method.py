@@ -261,3 +261,21 @@ def test_axes_may_be_small() -> None:
     axes = Figure(figsize=(3, 3)).subplots(6, 6)[2, 3]
     reports_of_many_layers()["without validation"].plot(ax=axes)
     assert len(axes.get_title().splitlines()) <= 7
+
+
+def test_layers_that_were_fitted_in_another_way_are_named() -> None:
+    report = ProbeReport()
+    about = {
+        layer: {"depth": i, "features": 2, "features_total": 2, "fitted_on": fitted_on, "converged": True}
+        for i, (layer, fitted_on) in enumerate(
+            {
+                "a": {"data": "train", "samples": 96},
+                "b": {"data": "train", "samples": 96},
+                "c": {"data": "online", "samples": 50},
+            }.items()
+        )
+    }
+    enter(report, about, Scores([[3.0, 1.0, 10.0]] * 3, [5.0, 5.0]), "val", dataloader=0, epoch=1, step=1)
+    table = " ".join(str(report).split())
+    assert "Probes fitted to their optimum on 96 samples of training, scored on 10 others." in table
+    assert "But c: Probes trained along with the network" in table

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_probes.replay.calls import Call, CannotRunAgainError, num_bytes
+from lightning_probes.replay.calls import Call, CannotRunAgainError, View, num_bytes
 from lightning_probes.replay.frozen import frozen
 from lightning_probes.replay.recorder import CallRecorder
 from lightning_probes.replay.replayer import Replay
@@ -525,3 +525,54 @@ def test_a_compiled_network_is_run_again_eagerly(way: str) -> None:
     found = replayed(model, calls)
     assert differences(list(expected.values()), list(found.values())) == []
     model(IMAGES)
+
+
+class Odd(nn.Module):
+    """Takes a function, and holds what a forward may write to in odd places."""
+
+    one: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.many: list[Any] = [0] * 2000
+        self.draws = np.random.RandomState(3)
+        self.register_buffer("one", torch.zeros(2))
+        self.same = self.one
+
+    def forward(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        self.many.append(x)
+        self.same += self.draws.rand()
+        return function(self.linear(x) + self.one.sum())
+
+
+def double(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def test_odd_states_come_back_and_a_function_is_an_argument() -> None:
+    odd: Any = Odd()
+    model, x = nn.Sequential(odd), torch.randn(3, 4)
+    calls = recorded(model, lambda: odd(x, double))
+    known = len(odd.many), odd.draws.get_state()[2], odd.one.clone()
+    first, second = (replayed(model, calls)["0.linear"] for _ in range(2))
+    assert differences(first, second) == []
+    assert len(odd.many) == known[0]
+    assert odd.draws.get_state()[2] == known[1]
+    assert torch.equal(odd.one, known[2])
+    assert odd.same is odd.one
+
+
+def test_an_output_read_as_another_type_is_refused() -> None:
+    model = nn.ModuleDict({"one": nn.Linear(4, 4), "two": nn.Flatten(0)})
+    reason = refusal(model, lambda: model["two"](model["one"](torch.zeros(2, 4)).detach().view(torch.int32)))
+    assert reason.startswith("the input of 'two' is computed")
+    held = torch.zeros(4)
+    assert View.of(held.view(torch.int32), held) is None
+
+
+def test_an_output_that_is_its_input_is_no_computation() -> None:
+    model = nn.Sequential(nn.Identity(), nn.Linear(4, 2))
+    x = torch.randn(3, 4)
+    calls = recorded(model, lambda: model[1](model[0](x)[:, :]))
+    assert differences(replayed(model, calls)["1"], [model[1](x).detach()]) == []

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import planted
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -250,3 +251,32 @@ def test_a_link_stays_one_and_a_missing_folder_is_named(tmp_path: Path) -> None:
     assert ProbeReport.load(tmp_path / "real.json") == report
     with pytest.raises(FileNotFoundError, match=r"no such folder: '.*nowhere'"):
         report.save(tmp_path / "nowhere" / "report.json")
+
+
+def test_a_report_without_rows_and_one_that_cannot_be_drawn_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (
+        ProbeReport(notes=["one"])._repr_html_() == "<p>ProbeReport: no rows yet</p><p>Notes:</p><ul><li>one</li></ul>"
+    )
+    report = planted.report(range(3), [0.3, 0.2, 0.1])
+
+    def broken(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("no <paper>")
+
+    monkeypatch.setattr(ProbeReport, "plot", broken)
+    page = report._repr_html_()
+    assert "<p>No figure: no &lt;paper&gt;</p>" in page
+    assert "<table>" in page
+
+
+def test_a_row_without_its_keys_is_no_report(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text('{"version": 1, "rows": [{"layer": "net"}], "baseline": {}, "notes": [], "cost": {}}')
+    with pytest.raises(ValueError, match=r"is no saved ProbeReport: .*a row without"):
+        ProbeReport.load(path)
+
+
+def test_a_layer_that_joins_later_has_an_empty_cell_before() -> None:
+    report = planted.report(range(2), [0.3, 0.2], [0.3, 0.1])
+    report.rows = [row for row in report.rows if row["step"] or row["layer"] != "net.layers.1"]
+    (line,) = (line for line in str(report).splitlines() if line.startswith("net.layers.1"))
+    assert line.split()[:3] == ["net.layers.1", "1", "10.0"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
-from fits import make_trainer, small
+from fits import fit_and_listen, make_trainer, small
 from lightning.pytorch import seed_everything
 from networks import Classifier, images, loader, mlp
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_probes import LinearProbeCallback
-from lightning_probes.distributed import Ranks
+from lightning_probes.distributed import Ranks, refuse
 from lightning_probes.network.extractor import LayerExtractor
 from lightning_probes.options import checked
 
@@ -109,3 +111,64 @@ def test_a_process_that_left_is_the_first_of_its_own() -> None:
     assert ranks.note == "process 1 went on without the others: a test"
     assert ranks.gather(3) == [3]
     assert torch.equal(ranks.total(torch.ones(2)), torch.ones(2))
+
+
+def test_processes_that_cannot_reach_one_another_probe_alone() -> None:
+    trainer = SimpleNamespace(global_rank=1, world_size=2, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    with pytest.warns(UserWarning, match="each process probes its own samples, as gloo cannot start"):
+        ranks = Ranks().meet(trainer)
+    assert (ranks.rank, ranks.number, ranks.own_group) == (0, 1, None)
+
+
+def test_tensor_parallelism_is_refused() -> None:
+    strategy = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 1}, world_size=2)
+    with pytest.raises(ValueError, match="expected tensor_parallel_size=1"):
+        refuse(strategy)
+
+
+def test_what_an_input_function_raises_ends_the_run_before_its_first_step(tmp_path: Path) -> None:
+    def broken(batch: Any) -> Any:
+        raise ZeroDivisionError("of the user's")
+
+    with pytest.raises(ZeroDivisionError, match="of the user's"):
+        make_trainer(tmp_path, LinearProbeCallback(input=broken)).fit(small(), loader(32))
+
+
+def test_a_layout_says_what_three_dimensions_mean() -> None:
+    features = []
+    for layout in ({}, {"0": "channels"}, {"*": "tokens"}):
+        model = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+        network = LayerExtractor("*", None, checked({"num_classes": 10, "layout": layout, "max_features": 9}, "a test"))
+        network.attach(model)
+        batch = torch.randn(4, 3, 6), torch.tensor([0, 1, 2, 3])
+        network.open(batch)
+        model(batch[0])
+        found = network.close()
+        assert found is not None
+        features.append({layer: x.shape[1] for layer, x in found.features.items()})
+    assert features == [{"input": 6, "0": 6, "1": 6}, {"input": 6, "0": 9, "1": 6}, {"input": 6, "0": 6, "1": 6}]
+
+
+class OnlyOnce(Classifier):
+    """Cannot be run again with the weights that it began with."""
+
+    def __init__(self) -> None:
+        seed_everything(3, verbose=False)
+        super().__init__(mlp(depth=1))
+        self.first = [parameter.detach().clone() for parameter in self.net.parameters()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = zip(self.first, self.net.parameters(), strict=True)
+        if not self.training and all(torch.equal(first, now) for first, now in pairs):
+            raise RuntimeError("not with these")
+        return super().forward(x)
+
+
+def test_first_weights_that_cannot_be_run_cost_the_starting_point(tmp_path: Path) -> None:
+    probes = LinearProbeCallback()
+    trainer = make_trainer(tmp_path, probes, num_sanity_val_steps=0)
+    (said,) = fit_and_listen(trainer, OnlyOnce(), loader(96), loader(40))
+    assert "no starting point: training cannot be run again on the first weights: " in said
+    assert "not with these" in said
+    assert {row["epoch"] for row in probes.report.rows} == {1, 2}
+    assert {row["fitted_on"]["data"] for row in probes.report.rows} == {"train"}

@@ -134,18 +134,12 @@ def _label_places(batch: Any) -> list[str]:
             if inner.dim() and ((is_integer and inner.shape[1:] in ((), (1,))) or is_named):
                 # Keys are searched for one level down, indices are not.
                 is_near = not path or (len(path) == 1 and isinstance(key, str))
-                is_near = is_near and _is_picked(batch, key, inner)
+                # Of several parts with the same key the first one is found.
+                is_near = is_near and pick(batch, key, "") is inner
                 found.append((not is_named, not is_integer, repr(key) if is_near else f"lambda batch: {below}"))
 
     visit(batch, (), "batch")
     return [place for *_, place in sorted(found, key=lambda place: place[:2])]
-
-
-def _is_picked(batch: Any, where: Any, value: Tensor) -> bool:
-    try:
-        return pick(batch, where, "") is value
-    except LookupError:
-        return False
 
 
 def pick_mask(batch: Any, where: Where, samples: int) -> Tensor:

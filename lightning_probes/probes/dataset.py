@@ -86,9 +86,6 @@ class Store(Protocol):
     def drop(self, layer: str) -> None:
         """Discard the features of a layer."""
 
-    def close(self) -> None:
-        """Discard all features."""
-
 
 class FeatureDataset:
     """Hold the features and targets of this process, and hand them out one layer after the other.
@@ -195,10 +192,6 @@ class FeatureDataset:
         self._store.drop(layer)
         return whole
 
-    def close(self) -> None:
-        """Discard all features."""
-        self._store.close()
-
 
 class MemoryStore:
     """Keep features in memory as they are.
@@ -227,10 +220,6 @@ class MemoryStore:
     def drop(self, layer: str) -> None:
         """Discard the features of a layer."""
         self._kept.pop(layer, None)
-
-    def close(self) -> None:
-        """Discard all features."""
-        self._kept = {}
 
 
 @dataclass(frozen=True)

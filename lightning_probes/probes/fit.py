@@ -215,8 +215,6 @@ def _cross_scored(task: Task, samples: LayerSamples, total: Total) -> Tensor:
 
 def _side_by_side(task: Task, layers: Sequence[str], tallies: dict[str, Tensor], device: torch.device | str) -> Tensor:
     none = task.no_tally(1, device)[:, 0]
-    if not layers:
-        return task.no_tally(0, device)
     return torch.stack([tallies[x].to(device) if x in tallies else none for x in layers], dim=1)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ def floating(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-class Parts(Sequence[Tensor]):
+class Parts:
     """Read a layer's samples as a sequence of tensors, each made anew on access, so that only one is in memory.
 
     Args:
@@ -37,16 +36,14 @@ class Parts(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @overload
-    def __getitem__(self, i: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, i: slice) -> Sequence[Tensor]: ...
-    def __getitem__(self, i: int | slice) -> Tensor | Sequence[Tensor]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
+    def __getitem__(self, i: int) -> Tensor:
+        """Return a new tensor, the part of index ``i`` from the front or, below 0, from the back."""
         if not -len(self) <= i < len(self):
             raise IndexError(i)
         return self._read(i % len(self))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
 
     def where(self, mask: Tensor) -> Parts:
         """Return only the samples for which ``mask``, ``(samples,)``, is true, in as many parts."""

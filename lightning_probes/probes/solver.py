@@ -79,7 +79,7 @@ def solve(
         task: defines the loss.
         x: ``(samples, features)``, standardised, finite; computed in its own precision, at least float32. Rows may be
             read part by part, and may be shared out among processes, each of which calls this with its own rows.
-        targets: ``(samples, outputs)``; rows that do not count are left out.
+        targets: ``(samples, outputs)``, all of samples that count.
         l2: strength of the penalty, at least 0.
         start: ``(weight, bias)`` to begin from, unless zero weights are better.
         gram: mean of ``x x^T`` over rows that end in a 1, ``(features + 1, features + 1)``, of these samples or of more
@@ -95,10 +95,7 @@ def solve(
     if rows.samples != len(targets) or l2 < 0 or tolerance < 0:
         raise ValueError(f"{rows.samples} samples, {len(targets)} targets, l2={l2}, tolerance={tolerance}")
     with torch.autocast(targets.device.type, enabled=False), _in_full_precision():
-        counted = task.is_counted(targets)
-        if not counted.all():
-            rows = rows.where(counted)
-        return _solve(task, rows, targets[counted].to(rows.dtype), l2, start, gram, tolerance, max_iterations)
+        return _solve(task, rows, targets.to(rows.dtype), l2, start, gram, tolerance, max_iterations)
 
 
 def tally_on(task: Task, x: Rows, targets: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

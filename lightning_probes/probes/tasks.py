@@ -212,10 +212,9 @@ class Classification(Task):
             found = replace(self, outputs=labels.shape[1])
             found.check(labels)
             return found, f"num_classes is {found.outputs}, the width of the labels"
-        if labels.shape[1:] in ((), (1,)) and not labels.is_floating_point():
-            raise UnknownOutputsError(f"{self.unknown} (the highest label of the first batch is {int(labels.max())})")
-        self.check(labels)
-        return self, ""
+        if labels.shape[1:] not in ((), (1,)) or labels.is_floating_point():
+            self.check(labels)
+        raise UnknownOutputsError(f"{self.unknown} (the highest label of the first batch is {int(labels.max())})")
 
     def check(self, labels: Tensor) -> None:
         shape = tuple(labels.shape)

@@ -86,8 +86,7 @@ class Reservoir(Generic[T]):
             item: what to keep of the batch.
             num_bytes: bytes that ``item`` takes.
         """
-        if self._place is None:
-            return
+        assert self._place is not None
         place, self._place = self._place, None
         own_samples, own_bytes = _sizes(self._kept)
         fits = own_samples + samples <= self._budget.samples and own_bytes + num_bytes <= self._budget.num_bytes

@@ -80,8 +80,8 @@ class ProbeReport:
         notes: sentences on what a reader should know of the run.
         cost: cost of bringing the probes to their optimum, since the run began or was resumed: ``seconds``; ``share``,
             the fraction of the run's time; ``kept_bytes``, most bytes of kept batches or features at one time, those in
-            files included; ``weights_bytes``, bytes of the copy of the first weights. Reports that differ only in their
-            cost are equal.
+            files included; ``weights_bytes``, bytes of the copy of the first weights; ``sent_bytes``, bytes that this
+            process gave to be summed over processes. Reports that differ only in their cost are equal.
     """
 
     rows: list[Row] = field(default_factory=list)

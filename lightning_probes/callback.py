@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_probes.checkpoints import check_version
+from lightning_probes.checkpoints import STATE_VERSION, check_version
 from lightning_probes.distributed import Ranks, refuse
 from lightning_probes.loggers import Logs
 from lightning_probes.network.batches import unrepeated
@@ -20,7 +20,7 @@ from lightning_probes.replay.reservoir import Budget
 from lightning_probes.report.report import ProbeReport
 from lightning_probes.training.schedule import Schedule
 from lightning_probes.training.session import ProbingSession
-from lightning_probes.training.state import VERSION, restore, state_of
+from lightning_probes.training.state import restore, state_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -254,8 +254,8 @@ class LinearProbeCallback(Callback):
     state_dict = hide_override(state_dict, Callback.state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_version(state_dict.get("version", VERSION), VERSION, "the state of LinearProbeCallback")
-        self._restored = state_dict
+        check_version(state_dict.get("version", STATE_VERSION), STATE_VERSION, "the state of LinearProbeCallback")
+        self._restored = state_dict or None
 
     def _end(self, trainer: Trainer) -> None:
         self._network.detach()

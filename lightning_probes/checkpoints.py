@@ -22,6 +22,10 @@ class CheckpointError(ValueError):
     """Report why a checkpoint cannot be probed."""
 
 
+STATE_VERSION = 1
+"""Number the form of a callback's state in a checkpoint. Release 0.1.0 wrote no number; its form is the same."""
+
+
 def check_version(written: Any, known: int, what: str) -> None:
     """Refuse what another version of this package wrote in a form that this one does not know.
 

@@ -118,8 +118,9 @@ class Ranks:
         try:
             yield self._group
         except Exception as error:
+            rank = self.rank
             self.leave("it waited for them in vain")
-            raise RuntimeError(f"process {self.rank} waited for the others in vain ({error})") from error
+            raise RuntimeError(f"process {rank} waited for the others in vain ({error})") from error
 
     def union(self, value: Mapping[K, V]) -> dict[K, V]:
         """Join the mappings of all processes; under a key that several have, the value of the first one counts."""

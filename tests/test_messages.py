@@ -22,7 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_probes import LinearProbeCallback, probe
 from lightning_probes.cli import ProbeCLI
-from lightning_probes.network.batches import check_labels, find_num_classes, pick
+from lightning_probes.network.batches import as_tensor, find_num_classes, pick
 from lightning_probes.probes.tasks import Classification
 
 ROOT = Path(__file__).parent.parent
@@ -219,7 +219,7 @@ LABELS: dict[str, tuple[Any, int, str]] = {
 def test_labels_that_are_not_offered_are_told_with_what_to_write_instead(case: str) -> None:
     labels, num_classes, message = LABELS[case]
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
-        check_labels(labels, Classification(num_classes))
+        Classification(num_classes).check(as_tensor(labels))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_labels_that_are_not_offered_are_told_with_what_to_write_instead(case: s
     ],
 )
 def test_what_is_advised_gives_labels_that_can_be_used(labels: Any, num_classes: int, advice: Any) -> None:
-    check_labels(advice((None, labels)), Classification(num_classes))
+    Classification(num_classes).check(as_tensor(advice((None, labels))))
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fits import fit_and_listen, make_trainer, small
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from networks import Classifier, images, loader, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_probes import LinearProbeCallback
 from lightning_probes.distributed import Ranks, refuse
 from lightning_probes.network.extractor import LayerExtractor
+from lightning_probes.network.hooks import ActivationRecorder
 from lightning_probes.options import checked
 
 LAYERS = ["input", "net.1", "net.2", "net.3"]
@@ -172,3 +173,27 @@ def test_first_weights_that_cannot_be_run_cost_the_starting_point(tmp_path: Path
     assert "not with these" in said
     assert {row["epoch"] for row in probes.report.rows} == {1, 2}
     assert {row["fitted_on"]["data"] for row in probes.report.rows} == {"train"}
+
+
+def test_hooks_that_all_fail_in_a_replay_cost_their_layers_and_make_nothing_cross_fitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = ActivationRecorder.record
+    is_armed = False
+
+    def raising(recorder: ActivationRecorder, *args: Any, **options: Any) -> None:
+        if is_armed and not recorder.memory:  # lent in steps, and not in a replay
+            raise RuntimeError("injected")
+        record(recorder, *args, **options)
+
+    class Arming(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            nonlocal is_armed
+            is_armed = trainer.current_epoch == 1
+
+    monkeypatch.setattr(ActivationRecorder, "record", raising)
+    probes = LinearProbeCallback(input=None)
+    (said,) = fit_and_listen(make_trainer(tmp_path, probes, Arming()), small(), loader(96), loader(40))
+    assert "since fitting their probes raised RuntimeError: injected" in said
+    assert {row["fitted_on"]["data"] for row in probes.report.select(epoch=1)} == {"train"}
+    assert not any("cannot be run again" in note for note in probes.report.notes)

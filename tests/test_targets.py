@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lightning_probes.network import batches
-from lightning_probes.network.batches import find_num_classes, pick
+from lightning_probes.network.batches import as_tensor, find_num_classes, pick
 from lightning_probes.options import Where
 from lightning_probes.probes.dataset import LayerBatch
 from lightning_probes.probes.tasks import Classification
@@ -23,7 +22,7 @@ X, Y = torch.zeros(4, 3), torch.tensor([0, 1, 2, 1])
 
 
 def check_labels(labels: Any, num_classes: int) -> None:
-    batches.check_labels(labels, Classification(num_classes))
+    Classification(num_classes).check(as_tensor(labels))
 
 
 def distributions(labels: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:

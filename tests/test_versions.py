@@ -75,6 +75,8 @@ def test_state_of_another_form_is_refused_with_its_number(tmp_path: Path) -> Non
         make_trainer(tmp_path, LinearProbeCallback("net.*"), max_epochs=2).fit(
             network(), loader(96, 32, size=4), ckpt_path=path
         )
+    with pytest.raises(ValueError, match=r"the state of LinearProbeCallback in .*later\.ckpt is of version 2"):
+        ProbeReport.from_checkpoint(path)
     report = tmp_path / "report.json"
     shutil.copy(REPORT, report)
     report.write_text(json.dumps(json.loads(report.read_text()) | {"version": 7}))

@@ -85,17 +85,6 @@ def describe(batch: Any, depth: int = 2) -> str:
     return f"{type(batch).__name__} {{{inside}}}"
 
 
-def check_labels(labels: Any, task: Task) -> Tensor:
-    """Check labels, values included, and return them; this waits for the device.
-
-    Raises:
-        TypeError, ValueError: the labels are no tensor that the task understands; the message says what to write
-            instead.
-    """
-    task.check(as_tensor(labels))
-    return as_tensor(labels)
-
-
 def as_tensor(labels: Any) -> Tensor:
     """Return ``labels`` if they are a tensor.
 
@@ -275,7 +264,7 @@ class LabelReader:
     def preview(self, batch: Any) -> None:
         """Look at a batch of validation before training: if it has usable labels, batches of training need none."""
         try:
-            check_labels(self._learn(pick(batch, self._target, "target")), self.task)
+            self._check(as_tensor(pick(batch, self._target, "target")))
             self.present_in_validation = True
         except UnknownOutputsError as error:
             self._previewed = error.with_traceback(None)  # The frames of a traceback would hold the batch.
@@ -292,7 +281,7 @@ class LabelReader:
         try:
             labels = as_tensor(pick(batch, self._target, "target"))
             if not self.is_checked:
-                check_labels(self._learn(labels), self.task)
+                self._check(labels)
             return self.task.encode(labels)
         except Exception as error:  # A user's function may raise anything.
             if not self.is_checked and not self.absent_in_training:
@@ -307,11 +296,11 @@ class LabelReader:
                 self.notes.append(f"batches whose labels cannot be used are passed over (the first: {error})")
             return None
 
-    def _learn(self, labels: Any) -> Tensor:
-        """Let the task learn the number of outputs if it is unknown, and return the labels."""
-        self.task, note = self.task.learn(as_tensor(labels))
+    def _check(self, labels: Tensor) -> None:
+        """Let the task learn the number of outputs if it is unknown, and check the labels, values included."""
+        self.task, note = self.task.learn(labels)
         self.notes += [note] * bool(note)
-        return as_tensor(labels)
+        self.task.check(labels)
 
     def read_mask(self, batch: Any, samples: int) -> Tensor | None:
         """Return which tokens count, ``(batch, tokens)``; ``None`` if the batch has no mask.

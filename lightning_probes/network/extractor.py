@@ -56,12 +56,12 @@ class LayerExtractor:
         self.recorder = ActivationRecorder(self.reducer, reading["calls"])
         self.has_input = False
         self.mask: Tensor | None = None
+        self.is_ordered = False
         self._patterns = patterns("layers", layers)
         self._exclude = patterns("exclude", exclude)
         self._reading = reading
         self._input_channels_first = False
         self._unfit: dict[str, str] = {}
-        self.is_ordered = False
         self._targets: Tensor | None = None
 
     @property

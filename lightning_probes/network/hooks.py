@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -211,9 +212,12 @@ class ActivationRecorder:
         found.features[layer] = features if so_far is None else so_far.add_((features - so_far) / found.counts[layer])
 
     def _hook(self, layer: str, module: nn.Module, channels_first: bool) -> Any:
+        known = weakref.ref(module)  # The place where this listens outlives a module that nobody detaches.
+
         def heard(output: Any) -> None:
             # Activation checkpointing runs a layer again inside backward, where the same samples come a second time.
-            if vars(module).get(HEARD_BY, self) is self and not is_in_backward():
+            module = known()
+            if module is not None and vars(module).get(HEARD_BY, self) is self and not is_in_backward():
                 self.take(layer, output, channels_first=channels_first)
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:

@@ -261,10 +261,9 @@ class _Posthoc:
                 ranks=ranks,
                 device=self._runner.device,
                 track=progress.track,
+                is_strict=True,
             )
         assert found is not None
-        for error in found.faults.values():
-            raise error
         self.report.cost["seconds"] += time.perf_counter() - begun
         self.report.cost["kept_bytes"] = max(self.report.cost["kept_bytes"], store.memory_bytes + store.file_bytes)
         self.report.notes = list(dict.fromkeys([*self.report.notes, *self._network.notes, *self._network.labels.notes]))

@@ -16,7 +16,7 @@ from lightning_probes.probes.heads import StackedProbes
 from lightning_probes.probes.rows import Parts, Rows, statistics
 from lightning_probes.probes.solver import TOLERANCE, Solution, solve, tally_on
 from lightning_probes.probes.standardise import standardise_
-from lightning_probes.probes.tasks import Task
+from lightning_probes.probes.tasks import Task, accumulator
 
 STRENGTHS = (1e-2, 1e-3, 1e-4)
 """List the strengths of L2 among which that of a probe is chosen."""
@@ -71,6 +71,7 @@ def fit_layers(
     device: torch.device,
     track: Track,
     is_crossed: bool = False,
+    is_strict: bool = False,
 ) -> FittedProbes | None:
     """Fit the probe of every layer on a dataset, which hands out each layer only once.
 
@@ -86,12 +87,13 @@ def fit_layers(
         device: where probes are fitted.
         track: shows the progress of the fit.
         is_crossed: whether each fold is also scored by probes fitted on the other folds.
+        is_strict: whether a fault of any layer is raised at once.
 
     Returns:
         The probes; ``None`` if no process has a sample.
 
     Raises:
-        Exception: the first fault if no layer could be fitted; with several processes any fault.
+        Exception: the first fault if no layer could be fitted; if strict, or with several processes, any fault.
     """
     solutions: dict[str, Solution] = {}
     crossed: dict[str, Tensor] = {}
@@ -105,7 +107,7 @@ def fit_layers(
                 crossed[layer] = _cross_scored(task, samples, ranks.total)
             solutions[layer] = fit_samples(task, samples, ranks.total)
         except Exception as error:
-            if ranks.number > 1:
+            if is_strict or ranks.number > 1:
                 raise
             faults[layer] = error.with_traceback(None)  # The frames of a traceback would hold the features.
         del samples
@@ -124,7 +126,7 @@ def fit_layers(
     own = {layer: found.tally for layer, found in solutions.items() if ranks.rank == 0}
     tally = _side_by_side(task, layers, own, device)
     crossed_tally = _side_by_side(task, layers, crossed, device) if is_crossed else None
-    sums = dataset.target_sums.to(device)
+    sums = dataset.target_sums.to(device, accumulator(device))
     return FittedProbes(StackedProbes.of(layers, task, solutions), known, tally, crossed_tally, sums, faults)
 
 

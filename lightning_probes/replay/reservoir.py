@@ -79,7 +79,7 @@ class Reservoir(Generic[T]):
         return self._place < len(self._kept) or not self._is_full
 
     def add(self, samples: int, item: T, num_bytes: int) -> None:
-        """Keep the batch that :meth:`wants` asked for, unless it does not fit; do nothing if none was asked for.
+        """Keep the batch that :meth:`wants` asked for, unless it does not fit.
 
         Args:
             samples: number of samples in the batch.

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from lightning_probes.checkpoints import CheckpointError, check_version, read_checkpoint
+from lightning_probes.checkpoints import STATE_VERSION, CheckpointError, check_version, read_checkpoint
 from lightning_probes.options import one_of
 from lightning_probes.report.method import Method, method_of
 from lightning_probes.report.plots import error_by_depth
@@ -234,7 +234,7 @@ class ProbeReport:
             raise FileNotFoundError(f"{path}: there is no such checkpoint")
         states = read_checkpoint(Path(path), weights_only=weights_only)[1].get("callbacks", {})
         found = {
-            str(key): state["report"]
+            str(key): (state.get("version", STATE_VERSION), state["report"])
             for key, state in states.items()
             if isinstance(state, Mapping) and {"probes", "report"} <= state.keys()
         }
@@ -244,7 +244,9 @@ class ProbeReport:
             what = "several reports: give name" if named else "no such report" if found else "no report of probes"
             there = f"; it holds {', '.join(found)}" if found else ""
             raise CheckpointError(f"{path} holds {what}{there}")
-        return cls.from_dict(found[named[0]])
+        version, report = found[named[0]]
+        check_version(version, STATE_VERSION, f"the state of LinearProbeCallback in {path}")
+        return cls.from_dict(report)
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> ProbeReport:

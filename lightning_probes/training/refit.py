@@ -277,22 +277,26 @@ class Refit:
         # All processes go on or none does, here and below, since modules and the fit may wait for other processes.
         self._agree_on(self._batches.refusal)
         refusal: CannotRunAgainError | None = None
+        faults: Faults = {}
         tally: Tensor | None = None
         kept = self._batches.kept.items()
         shown = self._progress.track("batch", kept, len(kept))
         try:
             with closing(self._batches.run_again(shown, model, context, weights)) as batches:
                 for batch in batches:
-                    self._faults |= batch.faults
+                    faults |= batch.faults
                     if online is not None:
                         tally = online.score(batch) if tally is None else tally + online.score(batch)
                     dataset.add(batch)
         except CannotRunAgainError as error:
             refusal = error
         self._agree_on(refusal)
+        self._faults |= faults
         found = self._fit_on(dataset, "train", device_of(model))
         if online is not None:
             self._online = tally
+        if found is None and faults:  # no layer had features
+            raise next(iter(faults.values()))
         return found
 
     def _fit_on(

@@ -139,7 +139,7 @@ class ProbingSession:
             self.curves.set_aside -= afresh
 
     def update(self, now: tuple[int, int]) -> None:
-        """Train the online probes by one step on the batch of a training step that has ended.
+        """Take in a training step that has ended: keep its batch if it is wanted, and train the online probes.
 
         Args:
             now: epochs completed and ``global_step`` after the step.

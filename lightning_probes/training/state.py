@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 
+from lightning_probes.checkpoints import STATE_VERSION
 from lightning_probes.report.report import ProbeReport
 from lightning_probes.training.resume import differing, refuse
 from lightning_probes.training.session import ProbingSession
-
-VERSION = 1
-"""Number the form of the state. Release 0.1.0 wrote no number; its form is the same."""
 
 
 def state_of(session: ProbingSession, report: ProbeReport) -> dict[str, Any]:
@@ -40,7 +38,7 @@ def state_of(session: ProbingSession, report: ProbeReport) -> dict[str, Any]:
         "missing": session.doubts,
         "points": session.curves.state_dict(),
     }
-    return {"version": VERSION, "probes": probes, "report": asdict(report)}
+    return {"version": STATE_VERSION, "probes": probes, "report": asdict(report)}
 
 
 def restore(

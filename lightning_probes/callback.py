@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,8 @@ class LinearProbeCallback(Callback):
     ) -> None:
         self.selection: dict[str, Any] = {"layers": layers, "exclude": exclude, **reading}
         self.report = ProbeReport()
-        self._network = LayerExtractor(layers, exclude, checked(reading, "LinearProbeCallback"))
+        arguments = inspect.signature(LinearProbeCallback).parameters
+        self._network = LayerExtractor(layers, exclude, checked(reading, "LinearProbeCallback", arguments))
         self._logs = Logs(name, log_metrics)
         self._state_key = self._generate_state_key(name=name)
         self._learning_rate = positive_float("learning_rate", learning_rate)

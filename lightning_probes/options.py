@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_args, get_type_hints
 
@@ -228,19 +228,21 @@ def _table() -> dict[str, tuple[Any, Option]]:
     return {name: (get_args(hint)[0], hint.__metadata__[0]) for name, hint in hints.items()}
 
 
-def checked(given: Mapping[str, Any], called: str) -> Reading:
+def checked(given: Mapping[str, Any], called: str, others: Iterable[str] = ()) -> Reading:
     """Check the options that are given, and return all options of :class:`Reading`, with defaults for the others.
 
     Args:
         given: what the user wrote.
         called: name of the function or class that was called, for the message.
+        others: names of the other arguments of what was called.
 
     Raises:
         TypeError, ValueError: an option has a wrong type or value, or an unknown name; the message names it.
     """
     table = _table()
     for name in given.keys() - table.keys():
-        near = difflib.get_close_matches(name, table, 3, 0.4) or list(table)
+        known = list(dict.fromkeys([*others, *table]))
+        near = difflib.get_close_matches(name, known, 3, 0.4) or known
         raise TypeError(f"{called} has no argument {name!r}; nearest: {', '.join(near)}")
     found = {name: option.check(name, given.get(name, option.default)) for name, (_, option) in table.items()}
     return found  # type: ignore[return-value]

@@ -287,6 +287,8 @@ def test_a_new_entry_is_all_that_a_new_option_takes(monkeypatch: pytest.MonkeyPa
     [
         ({"token_masks": 1}, "LinearProbeCallback has no argument 'token_masks'; nearest: token_mask"),
         ({"targets": "y"}, "LinearProbeCallback has no argument 'targets'; nearest: target"),
+        ({"layer": "net.*"}, "LinearProbeCallback has no argument 'layer'; nearest: layers"),
+        ({"fit_sample": 3}, "LinearProbeCallback has no argument 'fit_sample'; nearest: fit_samples"),
     ],
 )
 def test_an_argument_that_does_not_exist_is_told_with_the_nearest(given: dict[str, Any], message: str) -> None:

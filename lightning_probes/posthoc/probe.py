@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -90,7 +91,7 @@ def probe(
         KeyboardInterrupt: the user pressed Ctrl-C before a network was probed.
     """
     _check_kinds(model, {"train": train_dataloaders, "val": val_dataloaders}, datamodule, trainer)
-    read = checked(reading, "probe()")
+    read = checked(reading, "probe()", inspect.signature(probe).parameters)
     network = LayerExtractor(layers, exclude, read)
     model = original_of(model) or model  # Code that is compiled already calls no new hooks.
     if any(is_lazy(parameter) for parameter in model.parameters()):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_probes.probes import fit, solver
 from lightning_probes.probes.dataset import LayerBatch
+from lightning_probes.probes.heads import StackedProbes
 from lightning_probes.probes.online import OnlineProbes
 from lightning_probes.probes.rows import Rows
 from lightning_probes.probes.solver import Solution
@@ -35,6 +36,15 @@ def tally(log_probabilities: Tensor, targets: Tensor) -> Tensor:
 
 def count_classes(targets: Tensor) -> Tensor:
     return Classification(targets.shape[1]).target_sums(targets)
+
+
+def heads_of(probes: StackedProbes) -> dict[str, dict[str, Tensor]]:
+    """Weight, bias and statistics of the probe of each layer."""
+    return {
+        layer: {name: tensor[i] for name, tensor in stack["tensors"].items()}
+        for stack in probes.state_dict().values()
+        for i, layer in enumerate(stack["layers"])
+    }
 
 
 class Probes(OnlineProbes):

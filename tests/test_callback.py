@@ -17,6 +17,7 @@ import lightning_utilities.core.rank_zero
 import pytest
 import pytorch_lightning
 import torch
+from classified import heads_of
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -226,11 +227,7 @@ def test_published_errors_are_exactly_those_of_the_probes_on_the_network_as_it_i
     assert (session.refit.fitted is not None) == (fit_samples > 0)
     bank = session.refit.fitted.probes if session.refit.fitted is not None else session.online.probes
     assert bank is not None
-    linear = {
-        layer: {name: tensor[i] for name, tensor in stack["tensors"].items()}
-        for stack in bank.state_dict().values()
-        for i, layer in enumerate(stack["layers"])
-    }
+    linear = heads_of(bank)
     wrong = dict.fromkeys(linear, 0)
     model.eval()
     for x, y in held_out:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from classified import heads_of
 from exact import Exact, State, Weights, check_gaps, features_by_hand, gaps
 from fits import make_trainer
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -116,9 +117,7 @@ def test_mixed_precision_is_that_of_the_network_and_not_of_the_probes(tmp_path: 
 def probes_of(bank: StackedProbes) -> dict[str, State]:
     """Weight, bias and statistics of each layer, in float64."""
     return {
-        layer: {name: tensor[i].double() for name, tensor in stack["tensors"].items()}
-        for stack in bank.state_dict().values()
-        for i, layer in enumerate(stack["layers"])
+        layer: {name: tensor.double() for name, tensor in tensors.items()} for layer, tensors in heads_of(bank).items()
     }
 
 

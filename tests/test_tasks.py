@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from classified import heads_of
 from exact import features_by_hand
 from fits import make_trainer
 from lightning.pytorch import seed_everything
@@ -24,7 +25,6 @@ from lightning_probes.distributed import Ranks
 from lightning_probes.network import extractor
 from lightning_probes.probes.dataset import FeatureDataset, LayerBatch, MemoryStore
 from lightning_probes.probes.fit import fit_layers, fit_probe
-from lightning_probes.probes.heads import StackedProbes
 from lightning_probes.probes.online import OnlineProbes
 from lightning_probes.probes.solver import solve
 from lightning_probes.probes.standardise import inverse_deviation
@@ -178,14 +178,6 @@ class Several(Classifier):
         self.log("val_loss", self.training_step(batch, batch_idx))
 
 
-def probes_of(probes: StackedProbes) -> dict[str, dict[str, Tensor]]:
-    return {
-        layer: {name: tensor[i] for name, tensor in stack["tensors"].items()}
-        for stack in probes.state_dict().values()
-        for i, layer in enumerate(stack["layers"])
-    }
-
-
 def answered(samples: int, seed: int) -> DataLoader[Any]:
     x, labels = images(samples, size=4, seed=seed).tensors
     answers = torch.stack([labels % 2, labels > 4, labels % 3 == 0], dim=1).float()
@@ -205,7 +197,7 @@ def test_callback_and_probe_publish_its_errors(
     samples = [features_by_hand(model, model.state_dict(), loader) for loader in (train, held_out)]
     (features, answers), (others, truth) = samples
     assert probes._session.online.probes is not None
-    online = probes_of(probes._session.online.probes)
+    online = heads_of(probes._session.online.probes)
     for layer in ("input", "net.1", "net.3"):
         if fit_samples is None:
             exact = fit_probe(YesOrNo(3), features[layer], answers.double(), tolerance=1e-7)

@@ -115,7 +115,7 @@ class RecordedBatches:
         """Discard the recording of a step that did not end."""
         if self._is_open:
             self._is_open = False
-            self._recorder.abandon()
+            self._recorder.clear()
 
     def close(self, seen: LayerBatch | None) -> None:
         """Keep the batch of a training step that has ended, if it was wanted and has features."""

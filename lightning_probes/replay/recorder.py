@@ -68,13 +68,14 @@ class CallRecorder:
         self._outside: list[nn.Module] = []
         self._lasting: list[Handle] = []
         self._hooks: list[Handle | Interception] = []
-        self._clear()
+        self.clear()
 
     def __reduce__(self) -> Any:
         """Make a copy that knows no module, since hooks travel with a module that is copied or pickled."""
         return CallRecorder, (self._budget,)
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Record no more, and discard what was recorded of a step."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -121,7 +122,7 @@ class CallRecorder:
     def detach(self) -> None:
         """Remove all hooks, release the model, and discard what was recorded."""
         self._hooks += self._lasting
-        self._clear()
+        self.clear()
         self._lasting = []
         self._compiled = []
         self._outside = []
@@ -138,7 +139,7 @@ class CallRecorder:
             batch: batch of a step without gradients, where values computed between modules cannot be told from data:
                 once a module has been called, only tensors of the batch and outputs of modules may be inputs.
         """
-        self._clear()
+        self.clear()
         self._data = None if batch is None else {storage_of(tensor): tensor for tensor in tensors_in(batch)}
         for module in self._outside:
             self._hooks += self._on(module)
@@ -150,10 +151,6 @@ class CallRecorder:
         before = module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
         return [before, module.register_forward_hook(self._after, always_call=True)]
 
-    def abandon(self) -> None:
-        """End the step, and discard its calls."""
-        self._clear()
-
     def stop(self) -> list[Call]:
         """End the step.
 
@@ -164,7 +161,7 @@ class CallRecorder:
             CannotRunAgainError: the calls cannot be run again; the message says why.
         """
         calls, reasons, raised = self._calls, self._reasons, self._raised
-        self._clear()
+        self.clear()
         needed: set[int] = set()
         for i in reversed(range(len(calls))):
             if i not in raised and (i in needed or id(calls[i].module) in self._holders):

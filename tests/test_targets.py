@@ -210,9 +210,24 @@ def test_one_class_and_two_classes(labels: Tensor, num_classes: int, expected: l
             "target: labels of shape (2, 1) are torch.float32; expected integers, or rows of probabilities; they are "
             "whole numbers, which .long() makes integers: target=lambda batch: batch[1].long()",
         ),
-        (torch.tensor([0, 3]), ValueError, "target: label 3 is outside [0, num_classes=3)"),
-        (torch.tensor([[0], [-1]]), ValueError, "target: label -1 is outside [0, num_classes=3)"),
-        (torch.tensor([0, 156], dtype=torch.uint8), ValueError, "target: label 156 is outside [0, num_classes=3)"),
+        (
+            torch.tensor([0, 3]),
+            ValueError,
+            "target: label 3 is outside [0, num_classes=3); if there are more classes: num_classes=4; "
+            "-100 leaves a sample out",
+        ),
+        (
+            torch.tensor([[0], [-1]]),
+            ValueError,
+            "target: label -1 is outside [0, num_classes=3); -100 leaves a sample out: "
+            "target=lambda batch: torch.where(batch[1] < 0, -100, batch[1])",
+        ),
+        (
+            torch.tensor([0, 156], dtype=torch.uint8),
+            ValueError,
+            "target: label 156 is outside [0, num_classes=3); if there are more classes: num_classes=157; "
+            "-100 leaves a sample out",
+        ),
     ],
 )
 def test_labels_that_cannot_be_used_are_an_error(labels: Any, error: type[Exception], message: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_probes.distributed import Ranks
 from lightning_probes.probes.rows import Parts
-from lightning_probes.probes.tasks import Task
+from lightning_probes.probes.tasks import LabelCount, Task
 
 FOLDS = 5
 """Set into how many parts samples are cut: one is held out to choose a strength, each in turn to cross-fit."""
@@ -34,11 +34,13 @@ class LayerBatch:
             batch, one after the other: rows ``i``, ``i + batch``, ``i + 2 batch`` ... are of sample ``i``.
         targets: ``(batch, outputs)``, as the task encodes them.
         faults: ``{layer: exception}`` of the layers whose features could not be taken.
+        labels: what became of the labels; ``None`` for a batch that is run again, whose labels were counted before.
     """
 
     features: dict[str, Tensor]
     targets: Tensor
     faults: dict[str, Exception] = field(default_factory=dict)
+    labels: LabelCount | None = None
 
     def targets_of(self, rows: int) -> Tensor:
         """Return the target of each row of a layer that has this number of rows."""
@@ -46,7 +48,8 @@ class LayerBatch:
 
     def only(self, layers: Sequence[str] | set[str]) -> LayerBatch:
         """Return this batch with the features of some layers only."""
-        return LayerBatch({x: part for x, part in self.features.items() if x in layers}, self.targets, self.faults)
+        features = {x: part for x, part in self.features.items() if x in layers}
+        return replace(self, features=features)
 
 
 def draw_folds(samples: int) -> Tensor:

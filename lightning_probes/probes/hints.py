@@ -61,6 +61,13 @@ def hint_of_rows(labels: Tensor) -> str:
     return "; a row of probabilities has no negative ones and sums to 1; .softmax(dim=1) makes some of scores"
 
 
+def hint_of_integers(wrong: Tensor) -> str:
+    """Say what to write instead of integers that are no classes, of which ``wrong`` are some."""
+    if bool((wrong < 0).all()):
+        return "; -100 leaves a sample out: target=lambda batch: torch.where(batch[1] < 0, -100, batch[1])"
+    return f"; if there are more classes: num_classes={int(wrong.max()) + 1}; -100 leaves a sample out"
+
+
 def hint_of_floats(labels: Tensor) -> str:
     """Say what to write instead of floats ``(samples,)`` that stand for classes."""
     if labels.is_complex():

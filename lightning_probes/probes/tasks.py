@@ -15,10 +15,12 @@ from torch import Tensor
 
 from lightning_probes.probes.hints import (
     hint_of_floats,
+    hint_of_integers,
     hint_of_rows,
     hint_of_shape,
     is_distribution,
     is_rows,
+    is_zeros_and_ones,
 )
 
 IGNORED = -100
@@ -27,6 +29,19 @@ IGNORED = -100
 
 class UnknownOutputsError(ValueError):
     """Signal that the number of scores of a probe is unknown, which is the number of classes in a classification."""
+
+
+class UnusableLabelsError(ValueError):
+    """Signal labels of the right shape and kind, some of which have values without a meaning."""
+
+
+class LabelCount(NamedTuple):
+    """Count what became of the labels of some samples."""
+
+    samples: int
+    """Give the number of samples."""
+    used_and_left_out: Tensor
+    """Hold how many labels are used, and how many leave their sample out on purpose, ``(2,)``; the rest is unusable."""
 
 
 class Labels(NamedTuple):
@@ -80,7 +95,8 @@ class Task(ABC):
 
         Raises:
             TypeError: the labels are numbers of another kind.
-            ValueError: the labels have another shape, or values without a meaning.
+            ValueError: the labels have another shape.
+            UnusableLabelsError: the labels have values without a meaning.
         """
 
     @abstractmethod
@@ -95,6 +111,15 @@ class Task(ABC):
     @abstractmethod
     def is_counted(self, targets: Tensor) -> Tensor:
         """Return which rows of ``targets`` are those of samples that count, ``(samples,)``."""
+
+    def is_left_out(self, labels: Tensor) -> Tensor:
+        """Return which of ``labels`` leave their sample out on purpose, ``(samples,)``; wait for no device."""
+        return labels.new_zeros(len(labels), dtype=torch.bool)
+
+    @property
+    def unusable(self) -> str:
+        """Say what is wrong with a label that is neither used nor leaves its sample out on purpose."""
+        return "they have no meaning"
 
     def prepare(self, targets: Tensor) -> Labels:
         """Compute once for all layers what :meth:`tally` needs of targets ``(samples, outputs)``."""
@@ -210,7 +235,13 @@ class Classification(Task):
             return self, ""
         if is_rows(labels):
             found = replace(self, outputs=labels.shape[1])
-            found.check(labels)
+            try:
+                found.check(labels)
+            except UnusableLabelsError as error:
+                if is_zeros_and_ones(labels):
+                    raise
+                # Of numbers of some width nothing says that they are labels.
+                raise ValueError(str(error)) from None
             return found, f"num_classes is {found.outputs}, the width of the labels"
         if labels.shape[1:] not in ((), (1,)) or labels.is_floating_point():
             self.check(labels)
@@ -226,7 +257,7 @@ class Classification(Task):
             bad = (~is_distribution(labels.double())).nonzero()
             if len(bad):
                 row = labels[int(bad[0])].tolist()
-                raise ValueError(
+                raise UnusableLabelsError(
                     f"target: row {int(bad[0])} of the labels {list(shape)} is no distribution: {row[:8]}"
                     f"{hint_of_rows(labels)}"
                 )
@@ -239,7 +270,10 @@ class Classification(Task):
         labels = labels.long()  # An int8 cannot be compared with 200, nor a uint8 with -100.
         wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= self.outputs))]
         if len(wrong):
-            raise ValueError(f"target: label {int(wrong.flatten()[0])} is outside [0, num_classes={self.outputs})")
+            raise UnusableLabelsError(
+                f"target: label {int(wrong.flatten()[0])} is outside [0, num_classes={self.outputs})"
+                f"{hint_of_integers(wrong)}"
+            )
 
     def encode(self, labels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return labels as rows of class probabilities.
@@ -263,6 +297,15 @@ class Classification(Task):
             return torch.where(is_distribution(rows).unsqueeze(1), rows, 0.0)
         classes = torch.arange(self.outputs, device=labels.device)
         return (labels.reshape(-1, 1) == classes).to(dtype)
+
+    def is_left_out(self, labels: Tensor) -> Tensor:
+        if self._are_rows(labels):
+            return super().is_left_out(labels)
+        return labels.detach().reshape(len(labels)).long() == IGNORED
+
+    @property
+    def unusable(self) -> str:
+        return f"outside [0, num_classes={self.outputs}), or rows that are no distribution"
 
     def _are_rows(self, labels: Tensor) -> bool:
         is_wide = labels.dim() == 2 and labels.shape[1] == self.outputs

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -16,6 +17,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
 from lightning_probes import LinearProbeCallback
+from lightning_probes.probes.strength import STRONGEST, WEAKEST
 
 State = dict[str, Tensor]
 Features = dict[str, Tensor]
@@ -62,7 +64,8 @@ def parts_of(samples: int) -> Tensor:
 class Exact:
     """The probe of one layer by scikit-learn, as the design defines exact.
 
-    Where two strengths are about as good by the held-out fifth, either is right.
+    L2 by the mean held-out loss of five folds, in half-decades, downhill from 1e-2 until the best has worse neighbours.
+    Where two strengths are about as good, either is right.
     """
 
     def __init__(self, fit: Samples, part: Tensor | None = None) -> None:
@@ -72,12 +75,11 @@ class Exact:
         self.mean = x.mean(dim=0)
         self.scale = torch.where(variance > 0, (variance + 1e-6 * variance.mean()).rsqrt(), 0.0)
         z, labels = self.standardise(x), y.numpy()
-        held = (part == part.max()).numpy()
-        losses = {}
-        for l2 in (1e-2, 1e-3, 1e-4):
-            tried = solve(z[~held], labels[~held], l2)
-            losses[l2] = log_loss(labels[held], tried.predict_proba(z[held]), labels=tried.classes_)
-        self.probes = [solve(z, labels, l2) for l2, loss in losses.items() if loss <= 1.05 * min(losses.values())]
+        losses = {-4: held_out_loss(z, labels, part.numpy(), 1e-2)}
+        while new := [step for step in neighbours(min(losses, key=lambda s: losses[s])) if step not in losses]:
+            losses |= {step: held_out_loss(z, labels, part.numpy(), 10 ** (step / 2)) for step in new}
+        near = [step for step, loss in losses.items() if loss <= 1.02 * min(losses.values())]
+        self.probes = [solve(z, labels, 10 ** (step / 2)) for step in near]
 
     def standardise(self, x: Tensor) -> Any:
         return ((x - self.mean) * self.scale).numpy()
@@ -92,6 +94,27 @@ class Exact:
     def gap(self, published: list[float], *scored: Samples) -> float:
         """How far the published errors are off, at the strength that fits them best."""
         return min(max(abs(a - b) for a, b in zip(published, e, strict=True)) for e in self.errors(*scored))
+
+
+def neighbours(step: int) -> list[int]:
+    """The two half-decades beside a strength, of those that probes are fitted at."""
+    return [other for other in (step + 1, step - 1) if WEAKEST <= other <= STRONGEST]
+
+
+def held_out_loss(z: Any, labels: Any, part: Any, l2: float) -> float:
+    """Mean cross-entropy of all samples, each by a probe of the other folds."""
+    total = 0.0
+    for fold in set(part.tolist()):
+        held = part == fold
+        tried = solve(z[~held], labels[~held], l2)
+        # A class that only the held-out fold has is as unlikely as rounding allows.
+        likely = np.full((held.sum(), labels.max() + 1), 1e-12)
+        likely[:, tried.classes_] = tried.predict_proba(z[held])
+        total += (
+            log_loss(labels[held], likely / likely.sum(axis=1, keepdims=True), labels=range(likely.shape[1]))
+            * held.sum()
+        )
+    return total / len(labels)
 
 
 def solve(z: Any, y: Any, l2: float) -> Any:

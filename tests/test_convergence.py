@@ -179,20 +179,6 @@ def test_draws_nothing_changes_nothing_repeats_exactly() -> None:
     assert first.tally[0] == wrong
 
 
-def test_the_strength_is_that_of_the_held_out_part() -> None:
-    raw, labels = data(17, 200, 40, 3)
-    labels = torch.where(torch.rand(200, generator=torch.Generator().manual_seed(0)) < 0.3, labels.roll(1), labels)
-    x, y = standardised(raw), one_hot(labels, 3).double()
-    held = torch.arange(200) % 5 == 4
-    losses = {}
-    for l2 in (1.0, 1e-2, 1e-4):
-        found = solve(x[~held], y[~held], l2)
-        losses[l2] = cross_entropy(x[held] @ found.weight.T + found.bias, labels[held]).item()
-    chosen = fit_probes({"a": raw, "other": raw + 1}, y, strengths=(1e-4, 1.0, 1e-2), folds=torch.arange(200) % 5)
-    assert chosen["a"].l2 == chosen["other"].l2 == min(losses, key=lambda l2: losses[l2])
-    check_gradient(chosen["a"], x, y, 1e-3)
-
-
 def on_features(found: Solution) -> tuple[Tensor, Tensor]:
     """Weight and bias of the same probe on features that are not standardised."""
     weight = found.weight * inverse_deviation(found.mean, found.variance)
@@ -275,18 +261,18 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("strengths", [(1e-2, 1e-3, 1e-4), (0.0,)])
+@pytest.mark.parametrize("l2", [None, 0.0])
 @pytest.mark.parametrize("name", BAD)
-def test_bad_data_have_a_finite_answer(name: str, strengths: tuple[float, ...]) -> None:
+def test_bad_data_have_a_finite_answer(name: str, l2: float | None) -> None:
     x, y = _bad(name)
-    found = fit_probes({"a": x}, y, strengths=strengths)["a"]
+    found = fit_probes({"a": x}, y, l2=l2)["a"]
     for t in (found.weight, found.bias, found.mean, found.variance, found.tally):
         assert t.isfinite().all()
     assert found.weight.shape == (y.shape[1], x.shape[1])
     assert found.converged
     assert found.gradient_norm <= 1e-3
     if len(x) < 20:
-        assert found.l2 == strengths[0]
+        assert found.l2 == (1.0 if l2 is None else l2)
     if name in ("one single class", "separable", "one sample"):
         assert found.tally[0] == 0
     if name.startswith("no ") and name != "no features":
@@ -297,7 +283,7 @@ def test_bad_data_have_a_finite_answer(name: str, strengths: tuple[float, ...]) 
         torch.testing.assert_close(found.bias.softmax(0), y.float().mean(0), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_features_that_are_not_finite_are_set_aside(value: float) -> None:
     x, y = _bad("tiny")
     spoiled = x.clone()
@@ -314,8 +300,8 @@ def test_mistakes_of_the_caller_raise() -> None:
         solve(torch.zeros(3, 2), torch.ones(4, 1), 0.0)
     with pytest.raises(ValueError, match="l2=-1"):
         solve(torch.zeros(3, 2), torch.ones(3, 1), -1.0)
-    with pytest.raises(ValueError, match="strengths"):
-        fit_probes({"layer": torch.zeros(3, 2)}, torch.ones(3, 1), strengths=())
+    with pytest.raises(ValueError, match="l2=-2"):
+        fit_probes({"layer": torch.zeros(3, 2)}, torch.ones(3, 1), l2=-2.0)
     with pytest.raises(ValueError, match="2 samples, 3 targets"):
         fit_probes({"layer": torch.zeros(2, 2)}, torch.ones(3, 1))
 

@@ -1,10 +1,10 @@
-"""Fit the probe of every layer of a dataset to its optimum, and choose its strength of L2."""
+"""Fit the probe of every layer of a dataset to its optimum."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,19 +16,11 @@ from lightning_probes.probes.heads import StackedProbes
 from lightning_probes.probes.rows import Parts, Rows, statistics
 from lightning_probes.probes.solver import TOLERANCE, Solution, solve, tally_on
 from lightning_probes.probes.standardise import standardise_
+from lightning_probes.probes.strength import choose_strength
 from lightning_probes.probes.tasks import Task, accumulator
 
-STRENGTHS = (1e-2, 1e-3, 1e-4)
-"""List the strengths of L2 among which that of a probe is chosen."""
-
-_FEWEST = 20
-"""Give the least number of samples at which a fifth of them can choose a strength."""
-
-_ROUGHLY = 10
-"""Multiply the tolerance by this to try strengths; the chosen one must be the best at the tolerance itself."""
-
-_CLEARLY = 1.01
-"""Bound a held-out loss relative to the best one: at a higher loss no weaker strength is tried."""
+_SMALLEST = 1e-30
+"""Bound the variances of a layer in float32 from below: if all are smaller, they are computed in float64."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +29,7 @@ class FittedProbes:
 
     Attributes:
         probes: the probes, which score batches.
-        known: ``{layer: {"fitted_on": {"data", "samples"}, "converged"}}``, as in the rows of a report.
+        known: ``{layer: {"fitted_on": {"data", "samples"}, "converged", "l2"}}``, as in the rows of a report.
         tally: ``(statistics, layers)`` on the samples fitted on: in process 0 the sum over all processes, zeros in the
             others; ``None`` for restored probes.
         crossed_tally: tally of the samples of this process, each scored by a probe fitted on other folds; ``None``
@@ -52,6 +44,15 @@ class FittedProbes:
     crossed_tally: Tensor | None = None
     target_sums: Tensor | None = None
     faults: dict[str, Exception] = field(default_factory=dict)
+
+    def with_others(self, others: FittedProbes) -> FittedProbes:
+        """Return these probes and, for the layers that have none, those of ``others``; targets stay those of these."""
+        new = [layer for layer in others.known if layer not in self.known]
+        if not new:
+            return self
+        known = self.known | {layer: others.known[layer] for layer in new}
+        tally = self.tally if others.tally is None or self.tally is None else self.tally + others.tally
+        return replace(self, probes=self.probes.joined(others.probes, new), known=known, tally=tally)
 
 
 class Track(Protocol):
@@ -119,6 +120,7 @@ def fit_layers(
         layer: {
             "fitted_on": {"data": data, "samples": int(found.tally[-1].nan_to_num())},
             "converged": found.converged,
+            "l2": found.l2 if math.isfinite(found.l2) else None,
         }
         for layer, found in solutions.items()
     }
@@ -143,34 +145,30 @@ def fit_probe(
     *,
     folds: Tensor | None = None,
     total: Total = alone,
-    strengths: Sequence[float] = STRENGTHS,
+    l2: float | None = None,
     tolerance: float = TOLERANCE,
     max_iterations: int = 500,
 ) -> Solution:
-    """Fit the probe of a layer at the strength whose loss on a held-out fifth of the samples is lowest.
+    """Fit the probe of a layer on all samples, at the strength of L2 whose loss on held-out samples is lowest.
 
-    Features are standardised by the statistics of all samples given, in a copy. Strengths are tried from the largest to
-    the smallest, each from the solution before; the best is fitted again on all samples. With fewer than 20 samples
-    the largest is taken without a trial.
+    Features are standardised by the statistics of all samples given, in a copy. How a strength is chosen:
+    :func:`~lightning_probes.probes.strength.choose_strength`.
 
     Args:
         task: defines the loss.
         features: ``(samples, features)``; parts are read again for each product, and never all in memory at once. A
             value or variance that is not finite makes the probe NaN.
         targets: ``(samples, outputs)``; rows that do not count are left out.
-        folds: ``(samples,)``: the fold of each sample; views of one sample are in one fold. The last fold that has
-            samples is held out. By default folds are drawn at random.
+        folds: ``(samples,)``: the fold of each sample; views of one sample are in one fold. By default folds are drawn
+            at random.
         total: sums a tensor over the processes that share the samples; each calls this function with its own samples.
-        strengths: strengths of the L2 penalty, each at least 0.
+        l2: strength of the penalty, at least 0; ``None`` chooses it.
         tolerance: bound on the gradient, see :func:`~lightning_probes.probes.solver.solve`.
         max_iterations: bound on the iterations of each fit.
 
     Raises:
-        ValueError: ``strengths`` is empty, or as in :func:`~lightning_probes.probes.solver.solve`. Values of data never
-            raise.
+        ValueError: as in :func:`~lightning_probes.probes.solver.solve`. Values of data never raise.
     """
-    if not strengths:
-        raise ValueError("strengths is empty")
     parts = features if isinstance(features, Parts) else Parts([len(features)], lambda _: features)
     if sum(parts.lengths) != len(targets):
         raise ValueError(f"{sum(parts.lengths)} samples, {len(targets)} targets")
@@ -178,14 +176,22 @@ def fit_probe(
     y = targets[counted]
     parts = parts if counted.all() else parts.where(counted)
     mean, variance = statistics(parts, total)
-    if not (mean.isfinite().all() and variance.isfinite().all()):
-        return _nothing(task, mean, y, max(strengths))
+    if not _are_finite(mean, variance) or bool((variance < _SMALLEST).all()):
+        # The squares of finite features may be beyond float32, above or below.
+        wide = _in_double(parts)
+        exact = statistics(wide, total)
+        if not _are_finite(*exact):
+            return _nothing(task, mean, y)
+        if bool((exact[1] > 0).any()):
+            parts, (mean, variance) = wide, exact
     rows = Rows.standardised(parts, mean, variance, total)
     rows = rows if isinstance(features, Parts) else rows.kept()
     part = (draw_folds(len(y)) if folds is None else folds[counted.to(folds.device)]).to(y.device)
-    solver = partial(solve, task, gram=_mean_gram(rows), max_iterations=max_iterations)
-    l2, start = _choose(task, rows, y, part, sorted(strengths, reverse=True), solver, tolerance)
-    best = solver(rows, y, l2, start=start, tolerance=tolerance)
+    gram, start = _mean_gram(rows), None
+    bounds: dict[str, Any] = {"tolerance": tolerance, "max_iterations": max_iterations}
+    if l2 is None:
+        l2, start = choose_strength(task, rows, y, part, gram=gram, **bounds)
+    best = solve(task, rows, y, l2, start=start, gram=gram, **bounds)
     return replace(best, mean=mean, variance=variance)
 
 
@@ -228,48 +234,18 @@ def _mean_gram(x: Rows) -> Tensor | None:
     return own / x.total(own.new_tensor(float(x.samples))).clamp(min=1)
 
 
-def _choose(
-    task: Task,
-    x: Rows,
-    y: Tensor,
-    part: Tensor,
-    strengths: Sequence[float],
-    solver: Callable[..., Solution],
-    tolerance: float,
-) -> tuple[float, tuple[Tensor, Tensor] | None]:
-    """Return the strength with the lowest held-out loss, and the weight and bias that were fitted at it."""
-    if x.total(y.new_tensor(float(len(y)))) < _FEWEST or len(strengths) == 1:
-        return strengths[0], None
-    # The last fold of which any process has samples is held out.
-    present = x.total(torch.bincount(part, minlength=FOLDS).to(y.dtype)).nonzero()
-    held = part == present.max()
-    fit, rest = x.where(~held), x.where(held)
-    # No fit starts from a probe that has seen the held-out part: a fit short of its optimum would remember that part.
-    starts: dict[float, tuple[Tensor, Tensor]] = {}
-    losses: dict[float, float] = {}
-    start: tuple[Tensor, Tensor] | None = None
-
-    def attempt(l2: float, start: tuple[Tensor, Tensor] | None, tolerance: float) -> None:
-        tried = solver(fit, y[~held], l2, start=start, tolerance=tolerance)
-        starts[l2] = tried.weight, tried.bias
-        losses[l2] = float(tally_on(task, rest, y[held], *starts[l2])[-2])
-
-    for l2 in strengths:
-        attempt(l2, start, _ROUGHLY * tolerance)
-        start = starts[l2]
-        if losses[l2] > _CLEARLY * min(losses.values()):
-            break
-    # A fit short of its optimum makes a weak penalty look better than it is, like training that is stopped early.
-    exact: set[float] = set()
-    while (best := min(losses, key=lambda l2: losses[l2])) not in exact:
-        attempt(best, starts[best], tolerance)
-        exact.add(best)
-    return best, starts[best]
+def _are_finite(mean: Tensor, variance: Tensor) -> bool:
+    return bool(mean.isfinite().all() and variance.isfinite().all())
 
 
-def _nothing(task: Task, mean: Tensor, targets: Tensor, l2: float) -> Solution:
+def _in_double(parts: Parts) -> Parts:
+    """Return features in float64, or as they are on a device that has none."""
+    return Parts(parts.lengths, lambda i: parts[i].to(accumulator(parts[i].device)))
+
+
+def _nothing(task: Task, mean: Tensor, targets: Tensor) -> Solution:
     """Return a probe of NaN, for features that are not finite."""
     width = torch.full_like(mean, float("nan"))
     weight = width.expand(targets.shape[1], -1).clone()
     tally = torch.full_like(task.no_tally(1, mean.device)[:, 0], float("nan"))
-    return Solution(weight, weight[:, 0].clone(), width, width, l2, False, 0, float("nan"), tally)
+    return Solution(weight, weight[:, 0].clone(), width, width, math.nan, False, 0, float("nan"), tally)

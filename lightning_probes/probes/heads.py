@@ -148,6 +148,21 @@ class StackedProbes:
             probes._put(width, Stack(same, [0] * len(same), tensors))
         return probes
 
+    def joined(self, others: StackedProbes, layers: Sequence[str]) -> StackedProbes:
+        """Return new probes: these, and those of ``layers`` in ``others``."""
+        probes = StackedProbes(self.layers, self.task)
+        probes.load_state_dict(self.state_dict())
+        for width, saved in others.state_dict().items():
+            stack = Stack(saved["layers"], saved["updates"], saved["tensors"])
+            if not (new := [layer for layer in stack.layers if layer in layers]):
+                continue
+            stack = stack.take(new)
+            if (known := probes._stacks.get(int(width))) is not None:
+                tensors = {name: torch.cat([t, stack.tensors[name].to(t)]) for name, t in known.tensors.items()}
+                stack = Stack([*known.layers, *new], [*known.updates, *stack.updates], tensors)
+            probes._put(int(width), stack)
+        return probes
+
     @property
     def widths(self) -> dict[str, int]:
         """Return ``{layer: features}`` of the layers that have a probe."""

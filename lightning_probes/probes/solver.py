@@ -146,11 +146,8 @@ def _solve(
     # Steps move weights only within the span of the samples, so that few samples make a problem of few dimensions.
     basis, small = None, full
     if x.is_wide and x.whole is not None:
-        basis, across = torch.linalg.qr(x.whole[:, :-1].T)
-        size = across.norm(dim=1, keepdim=True)
-        # Collinear samples leave directions of mere rounding, along which anything could be fitted without a penalty.
-        across = across.where(size > 100 * torch.finfo(y.dtype).eps * size.max(), 0.0)
-        small, gram = _pose(task, Rows.of(across.T), y, l2, samples), None
+        basis, few = in_span(x.whole)
+        small, gram = _pose(task, few, y, l2, samples), None
         v = _joined(v[:, :-1] @ basis, v[:, -1])
     # The margin is for the rounding on the way back to all features, which must not undo the criterion.
     v, iterations = _minimise(small, v, 0.9 * tolerance * scale, max_iterations, gram)
@@ -161,6 +158,19 @@ def _solve(
     norm = float(exact.gradient(reached, exact.scores(reached)).norm()) / scale
     tally = tally_on(task, x, targets, weight, bias)
     return Solution(weight, bias, zero, zero + 1, l2, norm <= tolerance, iterations, norm, tally)
+
+
+def in_span(whole: Tensor) -> tuple[Tensor, Rows]:
+    """Return a basis ``(features, samples)`` of the span of samples, and the samples in it: weights never leave it.
+
+    Args:
+        whole: rows that end in a 1, ``(samples, features + 1)``, fewer samples than features.
+    """
+    basis, across = torch.linalg.qr(whole[:, :-1].T)
+    size = across.norm(dim=1, keepdim=True)
+    # Collinear samples leave directions of mere rounding, along which anything could be fitted without a penalty.
+    across = across.where(size > 100 * torch.finfo(whole.dtype).eps * size.max(), 0.0)
+    return basis, Rows.of(across.T)
 
 
 def _pose(task: Task, x: Rows, y: Tensor, l2: float, samples: float) -> _Problem:
@@ -327,3 +337,174 @@ def _line_search(
         share = min(max(slopes[0] / (slopes[0] - slopes[1]), 0.1), 0.9)
         step = low + share * (high - low) if high else 4 * step
     return low
+
+
+@dataclass(frozen=True)
+class Subsets:
+    """Hold several problems of the same rows, each on the samples that its own weights count, solved side by side.
+
+    Attributes:
+        task: defines the loss.
+        x: ``(samples, features + 1)``, whose last column is 1.
+        y: targets ``(outputs, samples)``, as :meth:`Task.normalised` scales them.
+        weights: ``(problems, samples)``, 1 for the samples of a problem and 0 for the others.
+        samples: number of samples of each problem in all processes, ``(problems, 1, 1)``.
+    """
+
+    task: Task
+    x: Rows
+    y: Tensor
+    weights: Tensor
+    samples: Tensor
+
+    @classmethod
+    def of(cls, task: Task, x: Rows, targets: Tensor, weights: Tensor) -> Subsets:
+        """Pose the problems of some subsets of ``targets``, ``(samples, outputs)``."""
+        y = task.normalised(targets.to(x.dtype)).T.contiguous()
+        weights = weights.to(x.dtype)
+        return cls(task, x, y, weights, x.total(weights.sum(dim=1)).clamp(min=1)[:, None, None])
+
+    @property
+    def constants(self) -> Tensor:
+        """Return the best constant probe of each problem, ``(problems, outputs, features + 1)``."""
+        v = self.y.new_zeros(len(self.weights), len(self.y), self.x.width)
+        means = self.x.total(torch.einsum("kn,pn->pk", self.y, self.weights)) / self.samples[:, :, 0]
+        v[:, :, -1] = torch.stack([self.task.constant(mean) for mean in means])
+        return v
+
+    def scores(self, v: Tensor) -> Tensor:
+        """Return the scores of all samples at ``v``, ``(problems, outputs, samples)``."""
+        return self.x.scores(v.flatten(0, 1)).reshape(*v.shape[:2], -1)
+
+    def minimise(
+        self,
+        l2: float,
+        start: Tensor | None,
+        gram: Tensor,
+        tolerance: Tensor,
+        max_iterations: int,
+    ) -> Tensor:
+        """Minimise each problem as :func:`solve` does; what float32 does not reach is finished in float64.
+
+        Args:
+            l2: strength of the penalty.
+            start: where to begin, ``(problems, outputs, features + 1)``, for those that are nearer from there.
+            gram: as for :func:`solve`.
+            tolerance: as for :func:`solve`, of each problem, ``(problems,)``.
+            max_iterations: bound on the iterations.
+
+        Returns:
+            The minima, ``(problems, outputs, features + 1)``.
+        """
+        with torch.autocast(self.y.device.type, enabled=False), _in_full_precision():
+            v = self.constants
+            cold = self._gradient(v, self.scores(v), self.y.new_zeros(self.x.width))
+            limit = 0.9 * tolerance.to(v) * cold.flatten(1).norm(dim=1).clamp(min=1e-3)
+            if start is not None:
+                penalty = self._penalty(l2)
+                warm = self._gradient(start, self.scores(start), penalty)
+                is_nearer = warm.flatten(1).norm(dim=1) < cold.flatten(1).norm(dim=1)
+                v = torch.where(is_nearer[:, None, None], start, v)
+            v, reached = self.descend(v, l2, limit, gram, max_iterations)
+            if not reached.all() and v.dtype == torch.float32 and v.device.type != "mps":
+                rest = (~reached).nonzero().flatten()
+                problems = self._in_double(rest)
+                exact, _ = problems.descend(v[rest].double(), l2, limit[rest].double(), gram.double(), max_iterations)
+                v = v.index_copy(0, rest, exact.to(v))
+            return v
+
+    def _in_double(self, chosen: Tensor) -> Subsets:
+        double = torch.float64
+        x, y = self.x.to(double), self.y.to(double)
+        return Subsets(self.task, x, y, self.weights[chosen].to(double), self.samples[chosen].to(double))
+
+    def _penalty(self, l2: float) -> Tensor:
+        penalty = self.y.new_full((self.x.width,), l2)
+        penalty[-1] = 0
+        return penalty
+
+    def _residual(self, scores: Tensor) -> Tensor:
+        return (self.task.expectation(scores) - self.y) * self.weights[:, None]
+
+    def _gradient(self, v: Tensor, scores: Tensor, penalty: Tensor) -> Tensor:
+        sums = self.x.weighted(self._residual(scores).flatten(0, 1)).view_as(v)
+        return sums / self.samples + penalty * v
+
+    def descend(self, v: Tensor, l2: float, limit: Tensor, gram: Tensor, max_iterations: int) -> tuple[Tensor, Tensor]:
+        """Iterate L-BFGS for all problems at once; return where they are, and which have reached their limit."""
+        penalty = self._penalty(l2)
+        pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+        scores, factor = self.scores(v), None
+        gradient = self._gradient(v, scores, penalty)
+        best, since = torch.full_like(limit, torch.inf), torch.zeros_like(limit)
+        reached = stuck = torch.zeros_like(limit, dtype=torch.bool)
+        for iteration in range(max_iterations):
+            norm = gradient.flatten(1).norm(dim=1)
+            since = torch.where(norm < 0.99 * best, 0, since + 1)
+            best = torch.minimum(best, norm)
+            if iteration % _REFRESH == 0 or bool(((norm <= limit) & ~reached).any()):
+                scores = self.scores(v)
+                gradient = self._gradient(v, scores, penalty)
+                reached = gradient.flatten(1).norm(dim=1) <= limit
+            active = ~(reached | stuck)
+            if not bool(active.any()):
+                break
+            if factor is None or iteration % _REFRESH == 0:
+                factor = _factor(self._hessian(scores, penalty, gram if factor is None else None))
+            direction = self._direction(gradient, pairs, factor) * active[:, None, None]
+            change = self.scores(direction)
+            step = self._line_search(v, scores, direction, change, gradient, penalty)
+            stuck = stuck | (active & ((step.flatten() == 0) | (since > 2 * _REFRESH)))
+            v, scores = v + step * direction, scores + step * change
+            before, gradient = gradient, self._gradient(v, scores, penalty)
+            moved, turned = step * direction, gradient - before
+            curvature = (moved * turned).sum(dim=(1, 2), keepdim=True)
+            inverse = torch.where(curvature > 0, 1 / curvature, 0.0)
+            pairs = [*pairs[1 - _MEMORY :], (moved, turned, inverse)]
+        return v, reached
+
+    def _hessian(self, scores: Tensor, penalty: Tensor, gram: Tensor | None) -> Tensor:
+        """Return one matrix for all problems, that of their mean curvature, plus the penalty."""
+        curvature = self.task.curvature(self.task.expectation(scores.movedim(0, -1).flatten(1)))
+        weights = (curvature.view(-1, len(self.weights)).T * self.weights / self.samples[:, 0]).mean(dim=0)
+        mean = self.x.total(weights.sum())
+        even = mean * (self.weights / self.samples[:, 0]).mean(dim=0)
+        found = mean * gram if gram is not None else self.x.gram((weights + even) / 2)
+        found.diagonal().add_(penalty)
+        return found
+
+    def _direction(self, gradient: Tensor, pairs: Sequence[tuple[Tensor, Tensor, Tensor]], factor: Tensor) -> Tensor:
+        q, shares = gradient.clone(), []
+        for moved, turned, inverse in reversed(pairs):
+            share = inverse * (moved * q).sum(dim=(1, 2), keepdim=True)
+            q -= share * turned
+            shares.append(share)
+        q = torch.cholesky_solve(q.flatten(0, 1).T, factor).T.reshape(q.shape)
+        for (moved, turned, inverse), share in zip(pairs, reversed(shares), strict=True):
+            q += (share - inverse * (turned * q).sum(dim=(1, 2), keepdim=True)) * moved
+        return -q
+
+    def _line_search(
+        self, v: Tensor, scores: Tensor, direction: Tensor, change: Tensor, gradient: Tensor, penalty: Tensor
+    ) -> Tensor:
+        """Return a step for each problem, ``(problems, 1, 1)``, as :func:`_line_search` does."""
+        slope = (gradient * direction).sum(dim=(1, 2))
+        shrink = (penalty * v * direction).sum(dim=(1, 2))
+        bend = (penalty * direction * direction).sum(dim=(1, 2))
+        low = high = torch.zeros_like(slope)
+        at_low, at_high = slope, torch.zeros_like(slope)
+        step, found = torch.ones_like(slope), torch.zeros_like(slope)
+        done = ~(slope < 0)
+        for _ in range(30):
+            residual = self._residual(scores + step[:, None, None] * change)
+            here = self.x.total((residual * change).sum(dim=(1, 2))) / self.samples.flatten() + shrink + step * bend
+            fits = (here.abs() <= -0.3 * slope) & ~done
+            found, done = torch.where(fits, step, found), done | fits
+            if bool(done.all()):
+                break
+            falls = here < 0
+            low, at_low = torch.where(falls, step, low), torch.where(falls, here, at_low)
+            high, at_high = torch.where(falls, high, step), torch.where(falls, at_high, here)
+            share = (at_low / (at_low - at_high)).clamp(0.1, 0.9)
+            step = torch.where(high > 0, low + share * (high - low), 4 * step)
+        return torch.where(done, found, low)[:, None, None]

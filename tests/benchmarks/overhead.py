@@ -52,7 +52,7 @@ class HandRolled(Callback):
         self.optimizers: list[torch.optim.Optimizer] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.recorder.attach(self.layers, dict.fromkeys(self.layers, False))
+        self.recorder.attach(self.layers)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.recorder.start(len(batch[1]))

@@ -13,9 +13,13 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_args, get_ty
 T = TypeVar("T")
 
 Where = int | Callable[[Any], Any] | str
-"""Locate a part of a batch by an index, a key (one level of nesting is searched) or a function of the batch."""
-Layout = Literal["tokens", "channels"]
-Calls = Literal["last", "first", "mean"]
+"""Locate a part of a batch by an index, a key or attribute (one level of nesting is searched) or a function of it."""
+Axes = Literal["tokens", "channels", "channels_last"]
+"""Say which dimension of an activation holds features, and whether it is averaged over the others or pooled."""
+RowLayout = Literal["time_first", "parts", "views"]
+"""Say which rows of an activation belong to which sample."""
+Layout = Literal[Axes, RowLayout]
+Calls = Literal["first", "last", "mean"]
 Reduction = Literal["pool", "subset", "projection"]
 
 ATTENTION_MASK = "attention_mask"
@@ -91,7 +95,7 @@ def layouts(argument: str, value: Any) -> dict[str, Layout]:
     kinds = get_args(Layout)
     value = {} if value is None else value
     if not isinstance(value, Mapping) or not all(isinstance(k, str) and v in kinds for k, v in value.items()):
-        raise ValueError(f"{argument}: expected {{pattern: 'tokens' or 'channels'}}, found {value!r}")
+        raise ValueError(f"{argument}: expected {{pattern: {_or(kinds)}}}, found {value!r}")
     return dict(value)
 
 
@@ -109,15 +113,34 @@ def one_of(argument: str, value: Any, choices: Sequence[str]) -> str:
     raise ValueError(f"{argument}: expected one of {', '.join(map(repr, choices))}, found {value!r}{hint}")
 
 
-def where(argument: str, value: Any) -> Where:
+def where(argument: str, value: Any, alternative: str = "") -> Where:
     """Return ``value`` if it is an index, a key or a function.
+
+    Args:
+        argument: name of the user's argument, for the message.
+        value: what was given.
+        alternative: what else the argument takes, for the message.
 
     Raises:
         TypeError: ``value`` is something else; the message names the argument and what was given.
     """
     if isinstance(value, bool) or not (isinstance(value, (int, str)) or callable(value)):
-        raise TypeError(f"{argument}: expected an index, a key or a callable, found {value!r}")
+        raise TypeError(f"{argument}: expected an index, a key or a callable{alternative}, found {value!r}")
     return value  # type: ignore[no-any-return]
+
+
+def mask_places(argument: str, value: Any) -> Where | dict[str, Where]:
+    """Return ``value`` if it is an index, a key, a function or a mapping of layer patterns to these.
+
+    Raises:
+        TypeError: ``value`` is something else; the message names the argument and what was given.
+    """
+    if not isinstance(value, Mapping):
+        return where(argument, value, " or {layer pattern: one of these}")
+    for pattern in value:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{argument}: expected layer patterns as keys, found {pattern!r}")
+    return {pattern: where(f"{argument}[{pattern!r}]", place) for pattern, place in value.items()}
 
 
 def first_of(keys: Sequence[str], most: int = 3) -> str:
@@ -125,10 +148,14 @@ def first_of(keys: Sequence[str], most: int = 3) -> str:
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
+def _or(choices: Sequence[str]) -> str:
+    return f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+
+
 def _choice(kind: Any) -> Callable[[str, Any], Any]:
     """Make a check that a value is one of those of a ``Literal``."""
     choices = get_args(kind)
-    expected = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+    expected = _or(choices)
 
     def check(argument: str, value: Any) -> Any:
         if value not in choices:
@@ -200,24 +227,28 @@ class Reading(TypedDict, total=False):
         Option(
             None,
             layouts,
-            "what three dimensions mean, by layer pattern, where the default is wrong: ``tokens``, (batch, tokens, "
-            "width), averaged over tokens, or ``channels``, (batch, channels, length), pooled.",
+            "what an activation means, by layer pattern, where what is found out is wrong. Its dimensions: ``tokens``, "
+            "(batch, ..., width), averaged over all between; ``channels``, (batch, channels, space ...), pooled over "
+            "space; ``channels_last``, (batch, space ..., channels), pooled likewise. Its rows: ``time_first``; "
+            "``parts`` of a sample, averaged; or ``views`` of a sample, each with its label.",
         ),
     ]
     calls: Annotated[
         Calls,
         Option(
-            "last",
+            "first",
             _choice(Calls),
-            "of several calls of a layer in one step, which counts: ``last``, ``first`` or the ``mean`` of all.",
+            "of several calls of a layer in one step, which counts of those whose rows are of samples with labels: the "
+            "``first``, the ``last`` or the ``mean`` of all; where it can be the same call for all layers.",
         ),
     ]
     token_mask: Annotated[
-        int | Callable[[Any], Any] | str | None,
+        int | Callable[[Any], Any] | Mapping[str, int | Callable[[Any], Any] | str] | str | None,
         Option(
             ATTENTION_MASK,
-            _unless_none(where),
-            "where in the batch the mask of tokens is, which leaves those where it is 0 out of means; null: none.",
+            _unless_none(mask_places),
+            "where in the batch the mask of tokens is, which leaves those where it is 0 out of means; or {layer "
+            "pattern: where}, masks that belong to some of the layers each; null: none.",
         ),
     ]
 

@@ -17,10 +17,20 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from networks import GAN, Classifier, FrozenBackbone, ViT, convnet, images, mlp
 from states import Contrast, Quirks, differences, rng_states
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.data import DataLoader
 
 from lightning_probes import LinearProbeCallback
 from lightning_probes.report.method import NO_VALIDATION
+
+
+def parametrised() -> Classifier:
+    """Its weights are computed when they are asked for, which moves the state of the spectral norms."""
+    net = mlp()
+    for module in [module for module in net if isinstance(module, nn.Linear)]:
+        spectral_norm(module)
+    return Classifier(net.append(nn.Tanh()).append(weight_norm(nn.Linear(10, 10))))
+
 
 NETWORKS: dict[str, Callable[[], LightningModule]] = {
     "mlp_with_dropout": lambda: Classifier(mlp(dropout=0.2)),
@@ -28,6 +38,7 @@ NETWORKS: dict[str, Callable[[], LightningModule]] = {
     "transformer": lambda: Classifier(ViT(width=32, depth=2, size=8, channels=1)),
     "gan": GAN,
     "frozen_submodule": FrozenBackbone,
+    "parametrised": parametrised,
     "queues_counts_and_metric": Contrast,
     "states_in_odd_places": Quirks,
 }

@@ -10,10 +10,14 @@ from networks import GAN, Block, Classifier, ResNet, ViT, convnet, mlp
 from omegaconf import OmegaConf
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_probes.network.extractor import LayerExtractor
 from lightning_probes.network.layers import select_layers
+from lightning_probes.options import checked
 
 
 class Embeddings(nn.Module):
@@ -202,15 +206,16 @@ def test_default_layers_are_blocks_with_stem_and_head_or_else_elements(
     build: Callable[[], nn.Module], expected: list[str]
 ) -> None:
     model = build()
-    layers, note = select_layers(model)
-    assert list(layers) == expected
+    layers, note, runs = selection = select_layers(model)
+    assert selection.settled() == expected
     assert note == ""
+    assert set(layers) == {*expected, *(path for run in runs for path in run)}
     assert all(model.get_submodule(path) is module for path, module in layers.items())
 
 
 @pytest.mark.parametrize("depth", [39, 40, 41, 100, 301])
 def test_above_forty_default_layers_are_first_last_and_evenly_spaced(depth: int) -> None:
-    layers, note = select_layers(nn.Sequential(*[nn.Linear(1, 1) for _ in range(depth)]))
+    layers, note, _ = select_layers(nn.Sequential(*[nn.Linear(1, 1) for _ in range(depth)]))
     places = [int(path) for path in layers]
     if depth <= 40:
         assert places == list(range(depth))
@@ -223,7 +228,7 @@ def test_above_forty_default_layers_are_first_last_and_evenly_spaced(depth: int)
 
 
 def test_named_layers_are_never_thinned_out() -> None:
-    layers, note = select_layers(nn.Sequential(*[nn.Linear(1, 1) for _ in range(50)]), "*")
+    layers, note, _ = select_layers(nn.Sequential(*[nn.Linear(1, 1) for _ in range(50)]), "*")
     assert (len(layers), note) == (50, "")
 
 
@@ -264,13 +269,13 @@ def test_globs_match_paths_or_else_class_names_in_tree_order(patterns: str | lis
     ],
 )
 def test_exclude_takes_away_everything_below(layers: str | None, exclude: str | list[str], expected: list[str]) -> None:
-    assert list(select_layers(ResNet(width=4), layers, exclude)[0]) == expected
+    assert select_layers(ResNet(width=4), layers, exclude).settled() == expected
 
 
 @pytest.mark.parametrize("name", ["encoder.0", "backbone.0", "*.0", ["encoder.0", "backbone.0"]])
 def test_module_under_two_names_appears_once_and_answers_to_both(name: str | list[str]) -> None:
     model = Tied()
-    layers, _ = select_layers(model, name)
+    layers = select_layers(model, name).layers
     assert list(layers.items()) == [("encoder.0", model.encoder[0])]
 
 
@@ -343,3 +348,135 @@ def test_exclude_that_leaves_nothing_is_an_error_naming_what_was_selected() -> N
 def test_network_without_layers_is_an_error_listing_its_modules(model: nn.Module, modules: str) -> None:
     with pytest.raises(ValueError, match=rf"^{type(model).__name__} holds no layer to probe; its modules: {modules}$"):
         select_layers(model)
+
+
+def test_the_stem_is_what_was_called_last_before_the_first_block_of_what_has_features() -> None:
+    class Llama(nn.Module):
+        """Registers its rotary embedding after its norm, and calls it before its blocks."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed_tokens = nn.Embedding(50, 8)
+            self.layers = nn.ModuleList([Block(8, 2) for _ in range(2)])
+            self.norm = nn.LayerNorm(8)
+            self.rotary_emb = nn.Linear(8, 8)
+
+    selection = select_layers(Llama())
+    blocks = ["layers.0", "layers.1"]
+    assert selection.runs == [["embed_tokens"], ["norm", "rotary_emb"]]
+    assert list(selection.layers) == ["embed_tokens", *blocks, "norm", "rotary_emb"]
+    assert selection.settled(["embed_tokens", *blocks, "norm"]) == ["embed_tokens", *blocks, "norm"]
+    # If nothing tells that it is the same for all samples, what was called last is taken for the stem.
+    assert selection.settled(["embed_tokens", "rotary_emb", *blocks, "norm"]) == [*blocks, "norm", "rotary_emb"]
+    assert selection.settled() == ["embed_tokens", *blocks, "rotary_emb"]
+    # A run that was not seen keeps its last.
+    assert selection.settled(["embed_tokens", *blocks]) == ["embed_tokens", *blocks, "rotary_emb"]
+
+
+def test_a_run_counts_as_one_of_forty_layers_and_keeps_its_candidates() -> None:
+    stem, head = [nn.Linear(8, 8), nn.Tanh()], [nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 2)]
+    net = nn.Sequential(*stem, *[Block(8, 2) for _ in range(60)], *head)
+    layers, note, runs = selection = select_layers(net)
+    assert note == "40 of 62 layers, evenly spaced"
+    assert runs == [["0", "1"], ["62", "63", "64"]]
+    assert len(layers) == 38 + 2 + 3
+    assert len(selection.settled()) == len(selection.settled(list(layers))) == 40
+    assert len(selection.settled(["0", *[path for path in layers if path not in ("0", "1")]])) == 40
+
+
+def test_excluding_the_last_of_a_run_leaves_the_one_before() -> None:
+    selection = select_layers(ViT(width=8, depth=2), exclude="head")
+    assert selection.settled() == ["patch_embed", "blocks.0", "blocks.1", "norm"]
+
+
+class TestParametrized:
+    """A parametrised module is a leaf: what is below it puts out weights."""
+
+    def test_networks_have_the_layers_that_they_have_without(self) -> None:
+        plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        expected = ["0", "1", "2", "3", "4"]
+        assert list(select_layers(plain).layers) == expected
+        spectral_norm(plain[0])
+        spectral_norm(plain[2])
+        weight_norm(plain[4])
+        assert list(select_layers(plain).layers) == expected
+        assert list(select_layers(plain, "**").layers) == expected
+        assert list(select_layers(plain, "Linear").layers) == ["0", "2", "4"]
+        with pytest.raises(ValueError, match=r"^layers: '\*\*.original0' matches no layer path"):
+            select_layers(plain, "**.original0")
+
+    def test_their_outputs_are_features_and_their_weights_are_not(self) -> None:
+        net = nn.Sequential(spectral_norm(nn.Linear(4, 8)), nn.ReLU(), weight_norm(nn.Linear(8, 3)))
+        network = LayerExtractor(None, None, checked({"num_classes": 3}, "a test"))
+        network.attach(net)
+        batch = torch.randn(3, 4), torch.tensor([0, 1, 2])
+        network.open(batch)
+        expected = net(batch[0])
+        seen = network.close()
+        network.agree(lambda own: [own])
+        assert seen is not None
+        assert network.layers == ["input", "0", "1", "2"]
+        assert torch.equal(seen.features["2"], expected)
+        assert network.notes == []
+
+    def test_blocks_are_recognised_though_only_some_are_parametrised(self) -> None:
+        model = ViT(width=8, depth=3)
+        expected = select_layers(model).settled()
+        orthogonal(model.blocks[0].get_submodule("attn.proj"))
+        spectral_norm(model.head)
+        assert select_layers(model).settled() == expected
+
+    def test_a_block_with_a_parametrised_weight_of_its_own_keeps_its_children(self) -> None:
+        class Scaled(Block):
+            def __init__(self) -> None:
+                super().__init__(8, 2)
+                self.scale = nn.Parameter(torch.ones(8, 8))
+
+        model = nn.Sequential(nn.Linear(8, 8), *[Scaled() for _ in range(3)], nn.Linear(8, 2))
+        expected = list(select_layers(model, "**").layers)
+        parametrize.register_parametrization(model[2], "scale", nn.Identity())
+        assert type(model[2]) is not type(model[1])
+        assert list(select_layers(model, "**").layers) == expected
+        assert select_layers(model).settled() == ["0", "1", "2", "3", "4"]
+        assert list(select_layers(model, "Scaled").layers) == ["1", "2", "3"]
+
+
+class TestStemsOfRealModels:
+    """Tiny ones of Hugging Face, on a batch of four."""
+
+    def layers_of(self, model: nn.Module) -> list[str]:
+        network = LayerExtractor(None, None, checked({"num_classes": 3, "input": None}, "a test"))
+        network.attach(model)
+        ids = torch.arange(24).view(4, 6)
+        network.open((ids, torch.tensor([0, 1, 2, 0])))
+        model.eval()(input_ids=ids)
+        network.close()
+        network.settle()
+        network.agree(lambda own: [own])
+        assert network.notes == []
+        return network.layers
+
+    def test_rotary_embeddings_do_not_push_the_norm_out(self) -> None:
+        transformers = pytest.importorskip("transformers")
+        sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+        model = transformers.LlamaModel(transformers.LlamaConfig(**sizes, vocab_size=50, num_hidden_layers=2))
+        assert self.layers_of(model) == ["embed_tokens", "layers.0", "layers.1", "norm"]
+
+    def test_position_tables_do_not_push_the_embeddings_out(self) -> None:
+        transformers = pytest.importorskip("transformers")
+        model = transformers.GPT2Model(transformers.GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2))
+        assert self.layers_of(model) == ["wte", "h.0", "h.1", "ln_f"]
+
+    def test_what_feeds_an_encoder_and_a_decoder_is_their_stem(self) -> None:
+        transformers = pytest.importorskip("transformers")
+        halves = {f"{half}_{name}": n for half in ("encoder", "decoder") for name, n in _BART_SIZES.items()}
+        model = transformers.BartModel(transformers.BartConfig(vocab_size=50, d_model=8, pad_token_id=1, **halves))
+        expected = [
+            f"{half}.{name}"
+            for half in ("encoder", "decoder")
+            for name in ("layernorm_embedding", "layers.0", "layers.1")
+        ]
+        assert self.layers_of(model) == expected
+
+
+_BART_SIZES = {"layers": 2, "attention_heads": 2, "ffn_dim": 16}

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_probes.options import Reduction
+from lightning_probes.options import Axes, Reduction
 
 _POOLS: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+
+
+def assumed_axes(dimensions: int) -> Axes:
+    """Return what the dimensions of an activation mean if nothing tells: three are tokens, more are a map."""
+    return "tokens" if dimensions == 3 else "channels"
 
 
 class OtherSizeError(ValueError):
@@ -52,7 +57,7 @@ class Reducer:
         layer: str,
         activation: Tensor,
         *,
-        channels_first: bool = False,
+        axes: Axes | None = None,
         out: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
@@ -61,7 +66,7 @@ class Reducer:
         Args:
             layer: name of the layer, which determines its subset or projection.
             activation: ``(samples, ...)``, as for :func:`reduce`.
-            channels_first: whether three dimensions are ``(samples, channels, length)``, as for :func:`reduce`.
+            axes: which dimension holds features, as for :func:`reduce`.
             out: memory to write the features to, as for :func:`reduce`.
             mask: ``(batch, tokens)``, true for the tokens that count, as for :func:`reduce`.
 
@@ -71,20 +76,46 @@ class Reducer:
         Raises:
             OtherSizeError: ``layer`` had another number of values when its subset or projection was drawn.
         """
-        is_tokens = activation.dim() == 3 and not channels_first
-        if self.kind == "pool" or (is_tokens and activation.shape[2] <= self.max_features):
-            return reduce(activation, self.max_features, channels_first=channels_first, out=out, mask=mask)
+        axes = axes or assumed_axes(activation.dim())
+        is_tokens = activation.dim() > 2 and axes == "tokens"
+        if self.kind == "pool" or (is_tokens and activation.shape[-1] <= self.max_features):
+            return reduce(activation, self.max_features, axes=axes, out=out, mask=mask)
         if is_tokens:
-            activation = reduce(activation, self.max_features, mask=mask)
+            activation = reduce(activation, self.max_features, axes=axes, mask=mask)
         activation = activation.detach()
+        if activation.dim() > 2 and axes == "channels_last":
+            activation = activation.movedim(-1, 1)
         flat = activation.flatten(1) if activation.dim() > 1 else activation.unsqueeze(1)
         if flat.shape[1] <= self.max_features:
             return reduce(flat, self.max_features, out=out)
         places, signs = self._drawn(layer, flat.shape[1], flat.device)
-        flat = flat[:, places].to(torch.float64 if flat.dtype == torch.float64 else torch.float32)
+        flat = flat[:, places].to(_precise(flat.dtype))
         if self.kind == "projection":
             flat = (flat * signs.to(flat.dtype)).view(len(flat), self.max_features, -1).sum(dim=2)
         return _into(out, flat)
+
+    def described(self, shape: Sequence[int], axes: Axes, *, is_masked: bool = False) -> str:
+        """Say in a few words how an activation of this shape becomes features.
+
+        Args:
+            shape: ``(samples, ...)``.
+            axes: which dimension holds features.
+            is_masked: whether a mask leaves tokens out.
+        """
+        inner = tuple(shape[1:])
+        values, kind = math.prod(inner), ""
+        if len(shape) > 2 and axes == "tokens":
+            masked = " that a mask leaves" * is_masked
+            kind, values = f"mean of {math.prod(inner[:-1])} tokens{masked}", inner[-1]
+        if self.kind != "pool" and values > self.max_features:
+            return f"{kind}, {self.kind}".removeprefix(", ")
+        if kind or len(shape) < 3:
+            return kind or "vector"
+        channels, size = (inner[-1], inner[:-1]) if axes == "channels_last" else (inner[0], inner[1:])
+        grid = _grid(channels, size, self.max_features) if len(shape) < 6 and values > self.max_features else size
+        last = " (channels last)" if axes == "channels_last" else ""
+        sides, whole = (" x ".join(map(str, part)) for part in (grid, size))
+        return f"grid {sides} of {whole}{last}" if grid != size else f"map {whole}{last}"
 
     @property
     def note(self) -> str:
@@ -133,7 +164,7 @@ def reduce(
     activation: Tensor,
     max_features: int,
     *,
-    channels_first: bool = False,
+    axes: Axes | None = None,
     out: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -141,11 +172,14 @@ def reduce(
 
     Args:
         activation: ``(samples, ...)``, of any floating type. ``(samples,)`` becomes one feature, ``(samples, width)``
-            keeps its width, ``(samples, tokens, width)`` is averaged over tokens.
-        max_features: greatest number of features of a map ``(samples, channels, ...)`` with one to three spatial
-            dimensions. A larger map is average-pooled over space to the largest grid (``s`` cells per spatial
-            dimension, never more than its size, at least 1) with at most this many values.
-        channels_first: whether three dimensions are a map ``(samples, channels, length)`` instead of tokens.
+            keeps its width.
+        max_features: greatest number of features of a map with one to three spatial dimensions. A larger map is
+            average-pooled over space to the largest grid (``s`` cells per spatial dimension, never more than its size,
+            at least 1) with at most this many values.
+        axes: what three dimensions and more mean. ``tokens``, ``(samples, ..., width)``, are averaged over all that is
+            between the first dimension and the last; ``channels`` is a map ``(samples, channels, ...)``, and
+            ``channels_last`` a map ``(samples, ..., channels)``, with the same features. ``None`` takes
+            :func:`assumed_axes`.
         out: memory to overwrite and return if its shape fits; its type is kept.
         mask: ``(batch, tokens)``, true for the tokens to average over. It is ignored unless the activation has as many
             tokens and a multiple of ``batch`` samples.
@@ -154,11 +188,15 @@ def reduce(
         Features ``(samples, features)``, detached, in float32, or in float64 if the activation is.
     """
     activation = activation.detach()
-    dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
-    if activation.dim() == 3 and not channels_first:
-        if mask is not None and mask.shape[1] == activation.shape[1] and not len(activation) % len(mask):
+    dtype = _precise(activation.dtype)
+    axes = axes or assumed_axes(activation.dim())
+    if activation.dim() > 2 and axes == "tokens":
+        is_masked = mask is not None and activation.dim() == 3 and mask.shape[1] == activation.shape[1]
+        if mask is not None and is_masked and not len(activation) % len(mask):
             return _into(out, _masked_mean(activation, mask, dtype))
-        return _into(out, activation.mean(dim=1, dtype=dtype))
+        return _into(out, activation.mean(dim=tuple(range(1, activation.dim() - 1)), dtype=dtype))
+    if activation.dim() > 2 and axes == "channels_last":
+        activation = activation.movedim(-1, 1)
     if activation.dim() in (3, 4, 5) and activation.numel() > max_features * len(activation):
         size = tuple(activation.shape[2:])
         grid = _grid(activation.shape[1], size, max_features)
@@ -168,6 +206,59 @@ def reduce(
     # A copy is taken because a later in-place operation of the network would change the features.
     flat = activation.flatten(1) if activation.dim() > 1 else activation.unsqueeze(1)
     return out.copy_(flat) if out is not None and out.shape == flat.shape else flat.to(dtype, copy=True)
+
+
+def nested_means(activation: Tensor) -> Tensor:
+    """Average each component of a nested tensor, which is one sample, over all of its dimensions but the last.
+
+    Args:
+        activation: components ``(length, ..., width)`` of one width, in the strided or the jagged layout.
+
+    Returns:
+        Features ``(samples, width)``, detached, 0 for an empty component, in float32, or in float64 if the activation
+        is.
+
+    Raises:
+        ValueError: the components have no width in common.
+    """
+    activation = activation.detach()
+    dtype = _precise(activation.dtype)
+    ragged: Any = activation
+    if ragged.layout == torch.jagged and ragged.lengths() is None and not isinstance(ragged.shape[1], int):
+        # The lengths of a jagged tensor are on its device; to take it apart would wait for them.
+        values, offsets = ragged.values(), ragged.offsets()
+        features = reduce(values, 1, axes="tokens").to(dtype)
+        samples = len(offsets) - 1
+        places = torch.arange(samples, device=values.device)
+        return mean_by_sample(features, places.repeat_interleave(offsets.diff(), output_size=len(values)), samples)
+    parts = activation.unbind()
+    if {part.dim() > 1 for part in parts} != {True} or len({part.shape[-1] for part in parts}) > 1:
+        raise ValueError(
+            f"expected nested components (length, width), found {[tuple(part.shape) for part in parts[:3]]}"
+        )
+    means = [part.flatten(0, -2).sum(dim=0, dtype=dtype) / max(math.prod(part.shape[:-1]), 1) for part in parts]
+    return torch.stack(means)
+
+
+def mean_by_sample(features: Tensor, index: Tensor, samples: int) -> Tensor:
+    """Average the rows of each sample, without waiting for a device.
+
+    Args:
+        features: ``(rows, width)``.
+        index: ``(rows,)``, the sample of each row, in ``[0, samples)``.
+        samples: number of samples.
+
+    Returns:
+        Features ``(samples, width)``, 0 for a sample without rows.
+    """
+    index = index.to(features.device)
+    sums = features.new_zeros(samples, features.shape[1]).index_add_(0, index, features)
+    counts = features.new_zeros(samples).index_add_(0, index, features.new_ones(len(features)))
+    return sums / counts.clamp(min=1).unsqueeze(1)
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _masked_mean(activation: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -147,13 +147,130 @@ def test_an_encoder_is_probed_on_dictionaries() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_key_of_the_batch_is_all_that_an_encoder_is_called_on() -> None:
+class Step(LightningModule):
+    """Gives an encoder by hand what it takes of a batch."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.encoder(batch["input_ids"], attention_mask=batch["attention_mask"])
+
+
+INPUTS: dict[str, Any] = {
+    "a key": "input_ids",
+    "a function": lambda batch: batch["input_ids"],
+    "a mapping": lambda batch: {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]},
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("target", ["labels", lambda batch: batch["labels"].view(-1)], ids=["key", "function"])
+def test_an_encoder_is_called_with_the_mask_of_its_input(kind: str, target: Any) -> None:
+    seed_everything(0, verbose=False)
+    # Labels would be refused by a model of one class.
+    model = transformers.BertForSequenceClassification(config(num_labels=2))
+    train, held_out = texts(200, 1), texts(120, 2)
+    choice: dict[str, Any] = {"layers": ["**.embeddings", "**.layer.*"], "num_classes": 3, "target": target}
+    report = probe(model, train, held_out, **choice, input=INPUTS[kind], trainer=quiet())
+    by_hand = probe(Step(model), train, held_out, **choice, input="input_ids", trainer=quiet())
+    assert [{**row, "layer": f"encoder.{row['layer']}"} for row in report.rows] == by_hand.rows
+    note = "BertForSequenceClassification is given attention_mask of the batch too"
+    assert (note in report.notes) == (kind != "a mapping")
+    assert any("raw input skipped" in said for said in report.notes)
+
+
+class Translation(LightningModule):
+    """T5 on a question and an answer of as many tokens, each with padding of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+        self.net = transformers.T5Model(transformers.T5Config(vocab_size=40, **sizes))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.read(batch)
+
+    def read(self, batch: Any) -> Any:
+        answer = {"decoder_input_ids": batch["input_ids"].flip(1), "decoder_attention_mask": batch["answer"]}
+        words = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return self.net(**words, **answer, output_hidden_states=True)
+
+
+class Both(DataLoader[Any]):
+    """Texts whose mask of the answer is that of the question, turned round."""
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            yield {**batch, "answer": batch["attention_mask"].flip(1)}
+
+
+def by_blocks(model: Translation, batches: Iterable[Any], layers: list[str]) -> Samples:
+    """What the blocks of encoder and decoder put out, by hooks, averaged over the words of each."""
+    out: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, args, output: out.__setitem__(name, output[0].double())
+
+    hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
+    features: dict[str, list[Tensor]] = {name: [] for name in layers}
+    labels = []
+    model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            assert model.read(batch).last_hidden_state.shape[1] == 12
+            for name, mask in zip(layers, (batch["attention_mask"], batch["answer"]), strict=True):
+                features[name].append((out[name] * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True))
+            labels.append(batch["labels"])
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(x) for name, x in features.items()}, torch.cat(labels)
+
+
+def test_a_decoder_has_a_mask_of_its_own() -> None:
+    seed_everything(0, verbose=False)
+    model = Translation()
+    batches: Any = [Both(texts(samples, seed).dataset, 32) for samples, seed in ((400, 1), (200, 2))]
+    choice: dict[str, Any] = {"layers": ["net.encoder.block.0", "net.decoder.block.0"], "num_classes": 3}
+    choice |= {"input": None, "target": "labels", "trainer": quiet()}
+    masks = {"net.encoder.**": "attention_mask", "net.decoder.**": "answer"}
+    report = probe(model, *batches, **choice, token_mask=masks)
+    assert not any("token_mask" in note for note in report.notes)
+    check_gaps(gaps(report, *(by_blocks(model, loader, choice["layers"]) for loader in batches)))
+    told = probe(model, *batches, **choice)
+    (note,) = (note for note in told.notes if "token_mask" in note)
+    assert note.startswith("token_mask not applied to net.decoder.block.0: it is taken for the encoder's")
+
+
+def test_sound_that_is_longer_than_its_frames_is_told_of() -> None:
+    seed_everything(0, verbose=False)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    front = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    model = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**sizes, **front, **positions))
+    generator = torch.Generator().manual_seed(0)
+    rows: Any = [
+        {
+            "input_values": torch.randn(400, generator=generator),
+            "attention_mask": torch.arange(400) < 200 + i,
+            "y": i % 2,
+        }
+        for i in range(96)
+    ]
+    choice: dict[str, Any] = {"layers": "encoder.layers.0", "num_classes": 2, "input": "input_values", "target": "y"}
+    report = probe(model, DataLoader(rows, 16), DataLoader(rows, 16), **choice, trainer=quiet())
+    assert "token_mask of 400 not applied to encoder.layers.0 of 18 tokens" in report.notes
+    assert "Wav2Vec2Model is given attention_mask of the batch too" in report.notes
+
+
+def test_an_encoder_is_called_on_a_key_and_the_mask_of_the_batch() -> None:
     seed_everything(0, verbose=False)
     model = transformers.BertModel(config())
     train, held_out = texts(600, 1), texts(400, 2)
     choice: dict[str, Any] = {"layers": ["embeddings", "encoder.layer.*"], "num_classes": 3}
     report = probe(model, train, held_out, **choice, input="input_ids", target="labels", trainer=quiet())
-    fit, scored = (by_hidden_states(model, LAYERS, batches, ("input_ids",)) for batches in (train, held_out))
+    fit, scored = (by_hidden_states(model, LAYERS, batches) for batches in (train, held_out))
     check_gaps(gaps(report, fit, scored))
 
 
@@ -242,7 +359,7 @@ def test_a_mask_that_is_not_there_where_the_user_said_is_told_of(token_mask: Any
 
 @pytest.mark.parametrize("token_mask", [True, 2.5, []])
 def test_a_mask_is_an_index_a_key_or_a_function(token_mask: Any) -> None:
-    with pytest.raises(TypeError, match="token_mask: expected an index, a key or a callable"):
+    with pytest.raises(TypeError, match=r"token_mask: expected an index, .* or a callable or \{layer pattern: one of"):
         LinearProbeCallback(token_mask=token_mask)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_probes.network.layers import clean
 from lightning_probes.options import first_of
@@ -21,6 +22,9 @@ from lightning_probes.options import first_of
 class CheckpointError(ValueError):
     """Report why a checkpoint cannot be probed."""
 
+
+_PARALLEL = "module."
+"""Give the prefix of all names in the state dict of a network inside DistributedDataParallel or DataParallel."""
 
 STATE_VERSION = 1
 """Number the form of a callback's state in a checkpoint. Release 0.1.0 wrote no number; its form is the same."""
@@ -102,7 +106,9 @@ def read_checkpoint(path: Path, *, weights_only: bool = True) -> tuple[tuple[int
         first = (str(error).splitlines() or ["it is empty"])[0]
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {first}") from error
     if not isinstance(content, Mapping) or not _weights_in(content):
-        raise CheckpointError(f"{path} is no checkpoint: it holds a {type(content).__name__} without any weights")
+        several = first_of([str(name) for name in _state_dicts(content)])
+        told = f" of one network, but several state dicts: {several}" if several else ""
+        raise CheckpointError(f"{path} is no checkpoint: it holds a {type(content).__name__} without any weights{told}")
     return _when(content), dict(content)
 
 
@@ -126,11 +132,13 @@ def load_weights(model: nn.Module, path: Path, content: dict[str, Any]) -> None:
             raise CheckpointError(f"{path} cannot be loaded: {what}") from error
     weights = {clean(name): tensor for name, tensor in _weights_in(content).items()}
     own = model.state_dict()
+    if all(name.startswith(_PARALLEL) for name in weights) and not any(name.startswith(_PARALLEL) for name in own):
+        weights = {name.removeprefix(_PARALLEL): tensor for name, tensor in weights.items()}
     names = {clean(name): name for name in own}
     shapes = [
         f"{name} {list(weights[name].shape)}, not {list(own[names[name]].shape)}"
         for name in names
-        if isinstance(own[names[name]], Tensor) and name in weights and weights[name].shape != own[names[name]].shape
+        if name in weights and not _fits(own[names[name]], weights[name])
     ]
     differences = {
         "missing": [name for name in names if name not in weights],
@@ -144,14 +152,37 @@ def load_weights(model: nn.Module, path: Path, content: dict[str, Any]) -> None:
     model.load_state_dict({names[name]: tensor for name, tensor in weights.items() if name in names}, strict=is_strict)
 
 
+def _fits(own: Any, weight: Any) -> bool:
+    """Return whether a weight has the shape of a model's own; one that has no shape yet takes any."""
+    return not isinstance(own, Tensor) or is_lazy(own) or weight.shape == own.shape
+
+
 def _weights_in(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the weights of a Lightning checkpoint or of a plain state dict; empty if there are none."""
+    """Return the weights of a Lightning checkpoint or of a plain state dict; empty if there are none.
+
+    In other checkpoints, such as Fabric's, the weights are a state dict of any name: that of the name ``model``, or the
+    only one.
+    """
     weights = content.get("state_dict", content)
     if not isinstance(weights, Mapping):
         return {}
     is_plain = weights is content
     found = {str(name): value for name, value in weights.items() if isinstance(value, Tensor) or not is_plain}
-    return found if any(isinstance(value, Tensor) for value in found.values()) else {}
+    if any(isinstance(value, Tensor) for value in found.values()):
+        return found
+    named = _state_dicts(content)
+    one = named.get("model") or (next(iter(named.values())) if len(named) == 1 else {})
+    return {str(name): value for name, value in one.items()}
+
+
+def _state_dicts(content: Any) -> dict[str, Mapping[Any, Tensor]]:
+    """Return the parts of a checkpoint that hold tensors and nothing else, by name."""
+    parts = content.items() if isinstance(content, Mapping) else ()
+    return {
+        str(name): part
+        for name, part in parts
+        if isinstance(part, Mapping) and part and all(isinstance(value, Tensor) for value in part.values())
+    }
 
 
 def _when(content: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -254,6 +254,44 @@ def test_a_plain_module_is_called_on_the_input(in_dicts: bool, where: dict[str, 
     found = errors(run(usual.net, *batches, num_classes=10, **where))
     assert list(found) == [layer.removeprefix("net.") for layer in expected]
     assert list(found.values()) == list(expected.values())
+
+
+class Named(nn.Module):
+    """Takes parts of a batch by name, the input by none of the batch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small().net
+
+    def forward(self, x: Tensor, *, weight: Tensor | None = None, y: Tensor | None = None, **others: Any) -> Tensor:
+        assert y is None
+        assert weight is not None
+        return self.net(x * weight[:, None, None, None])  # type: ignore[no-any-return]
+
+
+class Batch(NamedTuple):
+    pixels: Tensor
+    weight: Tensor
+    y: Tensor
+    x: str
+
+
+@pytest.mark.parametrize("target", ["y", 2, lambda batch: batch.y, lambda batch: batch.y[:]])
+def test_a_plain_module_gets_what_it_takes_by_name_but_no_targets(target: Any) -> None:
+    weighted: list[DataLoader[Any]] = []
+    for part in data():
+        samples: Any = part.dataset
+        rows: Any = [Batch(x, torch.tensor(1.0 + i % 3), y, "x") for i, (x, y) in enumerate(samples)]
+        weighted.append(DataLoader(rows, 16))
+    report = run(Named(), *weighted, num_classes=10, input="pixels", target=target, layers="net.*")
+
+    class ByHand(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self(batch.pixels * batch.weight[:, None, None, None])
+
+    expected = run(ByHand(small().net), *weighted, input="pixels", target="y", layers="net.*")
+    check_same(report, expected, 0)
+    assert "Named is given weight of the batch too" in report.notes
 
 
 def test_a_plain_module_without_an_input_cannot_be_called() -> None:
@@ -584,6 +622,56 @@ def test_what_a_layer_overflows_in_is_nan_and_the_others_are_not() -> None:
     found = errors(report)
     assert found.pop("side") != found.get("side")  # NaN
     assert found == errors(run(small(), *data(), layers="net.1"))
+
+
+class Scaled(Classifier):
+    """A layer that puts out the images in other units."""
+
+    def __init__(self, scale: float) -> None:
+        seed_everything(3, verbose=False)
+        super().__init__(mlp(inputs=16, width=12, depth=1))
+        self.side, self.scale = nn.Identity(), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.side(x.flatten(1) * self.scale)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e37, 1e-30])
+def test_features_whose_squares_are_beyond_float32_are_read(scale: float) -> None:
+    usual = run(Scaled(1.0), *data(), layers=["net.1", "side"])
+    report = run(Scaled(scale), *data(), layers=["net.1", "side"])
+    check_same(report, usual)
+    assert errors(usual)["side"] < 0.1
+    assert not any("NaN" in note for note in report.notes)
+
+
+def test_nan_in_one_sample_of_validation_is_told_of() -> None:
+    class Spoilt(Scaled):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            x = batch[0].clone()
+            if len(x) == 8:  # the last batch of validation
+                x[0, 0, 0, 0] = float("nan")
+            self(x)
+
+    report = run(Spoilt(1.0), *data(), layers="side", input=None)
+    assert errors(report)["side"] != errors(report)["side"]  # NaN
+    assert "no values of side in as given: NaN or Inf in what they put out" in report.notes
+
+
+def test_nothing_left_to_probe_is_told_with_the_shapes() -> None:
+    class Sizes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(2, 2), nn.Linear(2, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.one(torch.zeros(3, 2)), self.two(torch.zeros(5, 2))
+
+    with pytest.raises(
+        ValueError, match=r"layers: 'one' cannot be probed: .*\[3, 2\].*; 'two' cannot be probed: .*\[5, 3\]"
+    ):
+        run(Sizes(), *data(), num_classes=10, input=lambda batch: batch[0].long())
 
 
 def in_a_process_of_its_own(folder: Path, *arguments: str, **environment: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from lightning_probes.checkpoints import CheckpointError, find_checkpoints, load_weights, read_checkpoint
 from lightning_probes.network.torch_internals import trainer_of, without_trainers
@@ -57,10 +58,11 @@ def networks_to_probe(model: nn.Module, ckpt_path: Any, untrained: bool, weights
         return
     found = [_written(path, weights_only) for path in find_checkpoints(ckpt_path)]
     known = {point for point, _ in found}
+    built: dict[str, Tensor] = {}
     # Checkpoints without epoch and step come first, as found, and are numbered to tell them apart.
     free = ((0, i) for i in count(1) if (0, i) not in known)
     for point, path in sorted(found, key=lambda item: (item[0] or (0, 0))[::-1]):
-        load = partial(_load, source=model, path=path, weights_only=weights_only)
+        load = partial(_load, source=model, built=built, path=path, weights_only=weights_only)
         yield Network(str(path), point or next(free), load)
 
 
@@ -72,8 +74,21 @@ def _written(path: Path, weights_only: bool) -> tuple[tuple[int, int] | None, Pa
         return None, path
 
 
-def _load(model: nn.Module, source: nn.Module, path: Path, weights_only: bool) -> str:
-    _take_weights(model, source)
+def _load(model: nn.Module, source: nn.Module, built: dict[str, Tensor], path: Path, weights_only: bool) -> str:
+    """Load a checkpoint into ``model``, a copy of ``source``.
+
+    Args:
+        model: the copy.
+        source: the model as the user gave it; a checkpoint may lack some of its weights.
+        built: the weights by name that only the copy has, because it built further modules; empty before the first.
+        path: the checkpoint.
+        weights_only: as for :func:`networks_to_probe`.
+    """
+    own = _tensors_of(source)
+    if not built:
+        further = {name: x for name, x in _tensors_of(model).items() if name not in own and not is_lazy(x)}
+        built |= {name: tensor.detach().clone() for name, tensor in further.items()}
+    _take_weights(model, own | built)
     load_weights(model, path, read_checkpoint(path, weights_only=weights_only)[1])
     return ""
 
@@ -82,16 +97,29 @@ def copied(model: nn.Module) -> nn.Module:
     """Return a deep copy of ``model`` that refers neither to a trainer nor to the autograd graphs of its tensors."""
     modules = list(model.modules())
     held = [value for module in modules for value in (*vars(module).values(), *module.buffers(recurse=False))]
-    memo = {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
+    memo: dict[int, Any] = {}
+    memo |= {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
+    # Lazy buffers, unlike lazy parameters, refuse to be copied.
+    memo |= {
+        id(value): UninitializedBuffer(device=value.data.device, dtype=value.data.dtype)  # type: ignore[call-arg]
+        for value in held
+        if isinstance(value, UninitializedBuffer)
+    }
     with without_trainers(model):
         return copy.deepcopy(model, memo)
 
 
-def _take_weights(model: nn.Module, source: nn.Module) -> None:
-    """Copy the parameters and buffers of ``source`` into ``model``, its copy: a checkpoint may lack some of them."""
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _take_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy ``weights``, which may have been of another shape before modules were built, into ``model``."""
     with torch.no_grad():
-        for own, others in ((model.parameters(), source.parameters()), (model.buffers(), source.buffers())):
-            for tensor, other in zip(own, others, strict=True):
+        for name, tensor in _tensors_of(model).items():
+            other = weights.get(name)
+            if other is not None and not is_lazy(other) and not is_lazy(tensor) and other.shape == tensor.shape:
                 tensor.copy_(other)
 
 

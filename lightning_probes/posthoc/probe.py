@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,16 @@ from torch.utils.data import DataLoader
 
 from lightning_probes.checkpoints import CheckpointError
 from lightning_probes.network.extractor import LayerExtractor
+from lightning_probes.network.pairing import notes_of
 from lightning_probes.network.torch_internals import original_of
 from lightning_probes.options import Reading, checked, first_of, takes_reading, whole
 from lightning_probes.posthoc.networks import Network, copied, networks_to_probe
-from lightning_probes.posthoc.passes import Pass
+from lightning_probes.posthoc.passes import Pass, needs_building
 from lightning_probes.posthoc.runner import Runner
 from lightning_probes.probes.dataset import FeatureDataset, HalfPrecisionStore, LayerBatch
 from lightning_probes.probes.fit import FittedProbes, fit_layers
 from lightning_probes.report.curves import Curves, Kind, LayerFacts
+from lightning_probes.report.label_counts import LabelCounts
 from lightning_probes.report.report import ProbeReport
 
 if TYPE_CHECKING:
@@ -52,9 +55,10 @@ def probe(
     """Say what each layer of a network that is not being trained knows: its probe, fitted on all training data.
 
     One pass over the training data in eval mode keeps the reduced features, the probes are brought to their optimum,
-    and one pass over the validation data scores them. The model is given batches by its own ``validation_step``; a
-    module without one is called on ``input``. Nothing in the model changes: weights, buffers, flags, its trainer; nor
-    do the random states.
+    and one pass over the validation data scores them. The model is given batches by its own ``validation_step``. A
+    module without one is called on ``input``, as keywords if that is a mapping, and on what its ``forward`` takes by
+    name of the parts of the batch beside it (masks), but not on the targets. Nothing in the model changes: weights,
+    buffers, flags, its trainer; nor do the random states.
 
     Args:
         model: a LightningModule, or any module.
@@ -94,17 +98,19 @@ def probe(
     read = checked(reading, "probe()", inspect.signature(probe).parameters)
     network = LayerExtractor(layers, exclude, read)
     model = original_of(model) or model  # Code that is compiled already calls no new hooks.
-    if any(is_lazy(parameter) for parameter in model.parameters()):
-        raise ValueError("model: it has parameters without a shape; run a batch through it first")
     networks = list(networks_to_probe(model, ckpt_path, untrained, weights_only))
     # A checkpoint needs a model of its own to be loaded into.
     own = model if all(one.is_given for one in networks) else copied(model)
 
     loaders = {"train": train_dataloaders, "val": val_dataloaders}
+    builds = needs_building(model)
 
     @cache
     def stand_in(is_given: bool) -> Pass:
-        return Pass(model if is_given else own, network, read["input"], loaders, datamodule)
+        net = model if is_given else own
+        return Pass(
+            net, network, read["input"], read["target"], loaders, datamodule, builds=builds, is_copy=not is_given
+        )
 
     return _Posthoc(network, Runner(trainer), whole("max_bytes", max_bytes)).probe_all(networks, stand_in)
 
@@ -195,24 +201,29 @@ class _Posthoc:
 
     def _probe(self, model: Pass, one: Network) -> None:
         """Probe a network, and enter its points in the report."""
+        self._runner.build(model)
         if note := one.prepare(model.model):
             self._tell(note)
+        if any(map(is_lazy, chain(model.model.parameters(), model.model.buffers()))):
+            raise ValueError("model: it has parameters without a shape; run a batch through it first")
         if one.point in self._done:
             raise CheckpointError(f"{one.name} is of the same epoch and step as {self._done[one.point]}: left out")
+        labels = LabelCounts(self._network.labels)
         store = HalfPrecisionStore(self._max_bytes)
         try:
-            found = self._fit(model, store)
+            found = self._fit(model, store, labels)
         finally:
             store.close()
         assert found.tally is not None
         assert found.target_sums is not None
         task, ranks = self._network.task, self._runner.ranks
-        curves = Curves(self._network, ranks)
+        curves = Curves(self._network, ranks, labels)
         curves.add(Kind.PUBLISHED, ("train", 0), found.tally, found.target_sums)
         labelled = torch.zeros((), dtype=torch.long)
 
         def score(dataloader: int, batch: LayerBatch) -> None:
             labelled.add_(int(task.is_counted(batch.targets).sum()))
+            labels.add(("val", dataloader), batch.labels)
             tally = found.probes.score(batch)
             curves.add(Kind.PUBLISHED, ("val", dataloader), tally, task.target_sums(batch.targets))
 
@@ -231,11 +242,18 @@ class _Posthoc:
         self.report.cost |= {"share": share}
         where = f"{store.memory_bytes / 2**20:,.0f} MiB of features in memory"
         where += f", {store.file_bytes / 2**20:,.0f} MiB in temporary files" * (store.file_bytes > 0)
-        notes = [*self._network.labels.notes, task.doubts(found.target_sums.tolist()), where]
+        notes = [
+            *notes_of(self._network.pairings),
+            *self._network.labels.notes,
+            *self._network.mask_reader.notes,
+            task.doubts(found.target_sums.tolist()),
+            where,
+        ]
         self.report.notes = list(dict.fromkeys(filter(None, [*self.report.notes, *notes])))
+        labels.tell(self.report)
         self._done[one.point] = one.name
 
-    def _fit(self, model: Pass, store: HalfPrecisionStore) -> FittedProbes:
+    def _fit(self, model: Pass, store: HalfPrecisionStore, labels: LabelCounts) -> FittedProbes:
         dataset: FeatureDataset | None = None
 
         def keep(dataloader: int, batch: LayerBatch) -> None:
@@ -243,6 +261,7 @@ class _Posthoc:
             if dataset is None:  # The first labels may have shown the number of outputs.
                 dataset = FeatureDataset(self._network.task, store, numbers_left_out=True)
             dataset.add(batch)
+            labels.add(("train", 0), batch.labels)
 
         self._runner.run(model, "train", keep)
         ranks, begun = self._runner.ranks, time.perf_counter()
@@ -251,6 +270,11 @@ class _Posthoc:
         layers = self._network.layers
         seen = [dataset.labelled, *(layer in dataset.layers for layer in layers)]
         labelled, *ran = ranks.total(torch.tensor(seen)).tolist()
+        if labelled and not self._done:
+            self._network.leave_absent([layer for layer, n in zip(layers, ran, strict=True) if n])
+            ran = [n for layer, n in zip(layers, ran, strict=True) if layer not in self._network.absent]
+            layers = [layer for layer in layers if layer not in self._network.absent]
+            self._network.restore(layers)
         self._check(labelled, [layer for layer, n in zip(layers, ran, strict=True) if n < ranks.number])
         progress = self._runner.progress
         with progress.during("Fitting probes"):
@@ -267,7 +291,8 @@ class _Posthoc:
         assert found is not None
         self.report.cost["seconds"] += time.perf_counter() - begun
         self.report.cost["kept_bytes"] = max(self.report.cost["kept_bytes"], store.memory_bytes + store.file_bytes)
-        self.report.notes = list(dict.fromkeys([*self.report.notes, *self._network.notes, *self._network.labels.notes]))
+        told = [*model.notes, *self._network.notes, *self._network.labels.notes, *self._network.mask_reader.notes]
+        self.report.notes = list(dict.fromkeys([*self.report.notes, *told]))
         return found
 
     def _check(self, samples: int, silent: list[str]) -> None:
@@ -275,6 +300,9 @@ class _Posthoc:
             raise ValueError("train_dataloaders: no batch with labels came out of it; there is nothing to fit on")
         if objection := self._network.task.objection(samples):
             raise ValueError(f"train_dataloaders: {objection}")
+        if not self._network.layers:
+            told = "; ".join(f"{layer}: {reason}" for layer, reason in self._network.left_out.items())
+            raise ValueError(f"layers: nothing is left to probe: {told or 'the network has no layer that is probed'}")
         if silent:
             raise ValueError(
                 f"layers: {', '.join(map(repr, silent))} never ran on the training data, or had no features"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_probes.distributed import Ranks
@@ -84,6 +85,21 @@ class Runner:
         """
         self._bar.doing = "features to fit on" if stage == "train" else "features to score"
         model.begin(stage, take)
+        self._predict(model, _unchanged(model.model))
+
+    def build(self, model: Pass) -> None:
+        """Let a copy of the user's model build its modules, in the order in which a Trainer lets it, if it has to.
+
+        Raises:
+            KeyboardInterrupt: the user pressed Ctrl-C.
+            Exception: whatever the model raises.
+        """
+        if model.is_due:
+            model.begin_building()
+            self._predict(model, _seeded())
+
+    def _predict(self, model: Pass, around: AbstractContextManager[None]) -> None:
+        """Run the Trainer's prediction loop in a context, and leave no trace of it in the Trainer."""
         trainer: Any = self._trainer
         handler = signal.getsignal(signal.SIGINT)
         set_aside = trainer.callbacks, trainer.loggers
@@ -94,9 +110,11 @@ class Runner:
             if self.device.type == "cuda":
                 # CUDA is initialised first, since only random states that exist can be restored.
                 torch.cuda.init()  # type: ignore[no-untyped-call]
-            with warnings.catch_warnings(), _unchanged(model.model):
+            with warnings.catch_warnings(), around:
                 # Lightning warns of a loader that shuffles, but the order of samples is nothing to a probe.
                 warnings.filterwarnings("ignore", ".*sampler has shuffling enabled.*")
+                if model.is_due:  # It warns of an empty loader too.
+                    warnings.filterwarnings("ignore", ".*Total length of `list` across ranks is zero.*")
                 trainer.predict(model, return_predictions=False)
         except SystemExit as error:  # Lightning raises this after Ctrl-C.
             raise KeyboardInterrupt from error
@@ -112,6 +130,16 @@ class Runner:
 
 
 @contextmanager
+def _seeded() -> Iterator[None]:
+    """Seed the random generators: weights, shuffling and augmentation are the same in each pass and all processes."""
+    with isolate_rng(include_cuda=torch.cuda.is_initialized()):  # type: ignore[no-untyped-call]
+        torch.default_generator.manual_seed(0)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.manual_seed_all(0)
+        yield
+
+
+@contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Freeze the network, and restore the memory, values and precision of its parameters afterwards."""
     # Moving a module replaces the data of its gradients too, and some networks write to parameters in forward.
@@ -119,11 +147,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     saved = [(parameter, parameter.data, parameter.data.to("cpu", copy=True)) for parameter in model.parameters()]
     flags = [(module, module.training) for module in model.modules()]
     try:
-        with frozen(model):
-            # Shuffling and augmentation are the same in each pass and in all processes.
-            torch.default_generator.manual_seed(0)
-            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-                torch.cuda.manual_seed_all(0)
+        with frozen(model), _seeded():
             yield
     finally:
         for parameter, data, content in saved:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lightning_probes.network.batches import tensors_in
 from lightning_probes.replay.calls import Call, CannotRunAgainError, View, num_bytes
 from lightning_probes.replay.frozen import frozen
 from lightning_probes.replay.recorder import CallRecorder
@@ -38,15 +41,26 @@ def recorded(model: nn.Module, step: Callable[[], Any], layers: Mapping[str, nn.
     recorder.start()
     step()
     try:
-        return recorder.stop()
+        return recorder.stop().calls
     finally:
         recorder.detach()
 
 
 def refusal(model: nn.Module, step: Callable[[], Any]) -> str:
-    with pytest.raises(CannotRunAgainError) as caught:
-        recorded(model, step)
-    return str(caught.value)
+    """Return why a step, or some of it, cannot be run again."""
+    recorder = CallRecorder(Budget(8192, 2**30))
+    recorder.attach(model, leaves(model))
+    recorder.start()
+    step()
+    try:
+        found = recorder.stop()
+        assert found.reason
+        assert found.calls
+        return found.reason
+    except CannotRunAgainError as error:
+        return str(error)
+    finally:
+        recorder.detach()
 
 
 def outputs(model: nn.Module, run: Callable[[], Any]) -> Outputs:
@@ -55,7 +69,7 @@ def outputs(model: nn.Module, run: Callable[[], Any]) -> Outputs:
 
     def hook(name: str) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            seen.setdefault(name, []).append((output[0] if isinstance(output, tuple) else output).detach().clone())
+            seen.setdefault(name, []).append(next(tensors_in(output)).detach().clone())
 
         return keep
 
@@ -385,8 +399,20 @@ def test_an_object_that_cannot_be_copied_is_refused() -> None:
         def forward(self, x: Any) -> Tensor:
             return super().forward(x.z)
 
+    class Shared:
+        def __init__(self) -> None:
+            self.x = X
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
+
     model = nn.Sequential(Taker(6, 2))
-    assert refusal(model, lambda: model[0](Encoded("", X))) == "an argument of '0' is a Encoded, which cannot be copied"
+    for held in (nn.Identity(), torch.Generator(), X.numpy(), threading.Lock(), (i for i in range(3)), Shared()):
+        batch = SimpleNamespace(z=X, held=[held])
+        reason = refusal(model, lambda batch=batch: model[0](batch))  # type: ignore[misc]
+        assert reason.startswith("an argument of '0' is a SimpleNamespace, which cannot be copied: ")
+    large = SimpleNamespace(z=X, more=[[i] for i in range(20_000)])
+    assert "cannot be copied" in refusal(model, lambda: model[0](large))
     assert "no module that holds a probed layer" in refusal(model, lambda: None)
 
 
@@ -471,14 +497,14 @@ def test_a_forward_that_raises_leaves_the_recorder_usable() -> None:
     with pytest.raises(RuntimeError):
         model(torch.randn(5, 4))
     model(X)
-    calls = recorder.stop()
+    calls = recorder.stop().calls
     assert [call.module for call in calls] == [model]
     recorder.start()
     with pytest.raises(RuntimeError):
         model(torch.randn(5, 4))
     recorder.start()
     model.net(X)
-    calls = recorder.stop()
+    calls = recorder.stop().calls
     assert [call.module for call in calls] == [model.net]
 
 

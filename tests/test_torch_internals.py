@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +26,13 @@ from torch import nn
 from lightning_probes import LinearProbeCallback, probe
 from lightning_probes.network import torch_internals
 from lightning_probes.network.layers import select_layers
-from lightning_probes.network.torch_internals import compiled_parts, original_of
+from lightning_probes.network.torch_internals import (
+    OperationMode,
+    compiled_parts,
+    is_reshaped,
+    origin_of,
+    original_of,
+)
 
 PACKAGE = Path(__file__).parent.parent / "lightning_probes"
 
@@ -71,6 +80,11 @@ def test_nothing_private_of_others_is_used_anywhere_else() -> None:
         (torch._dynamo.eval_frame, "skip_code"),
         (torch.Tensor, "_version"),
         (torch.utils, "_pytree"),
+        (torch.utils, "_python_dispatch"),
+        (torch.ops.aten.add.Tensor, "_schema"),
+        (torch._dynamo.eval_frame, "cached_backends"),
+        (torch.utils._pytree, "register_pytree_node"),
+        (torch.zeros(1, requires_grad=True).exp().grad_fn, "_sequence_nr"),
         (nn.modules.loss, "_Loss"),
         (nn.modules.dropout, "_DropoutNd"),
         (nn.Module, "_compiled_call_impl"),
@@ -109,7 +123,29 @@ def test_wrappers_hold_what_they_wrap() -> None:
     assert {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks"} <= torch_internals.HOOK_ATTRIBUTES
 
 
+def test_autograd_tells_copies_and_shapes_from_values_that_were_computed() -> None:
+    x = torch.randn(2, 3, 4, requires_grad=True).exp().to(memory_format=torch.contiguous_format)
+    origin = origin_of(x)
+    assert origin is not None
+    for same in (x, x.flatten(1), x.reshape(6, 4), x.clone(), x[None].squeeze(0), x.unsqueeze(1).flatten()):
+        assert is_reshaped(same, origin)
+    for other in (x * 1, x.mT, x.mT.reshape(2, 12), x[:1], x.exp(), x.detach(), torch.stack([x, x]).view(4, 3, 4)):
+        assert not is_reshaped(other, origin)
+    parts = x.unbind()
+    assert origin_of(parts[0]) != origin_of(parts[1])
+    assert origin_of(x.detach()) is None
+
+
 # What is lost without it
+
+
+def test_without_the_numbers_of_autograd_a_copy_counts_as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 3, requires_grad=True).exp()
+    origin = origin_of(x)
+    assert origin is not None
+    monkeypatch.setattr(torch_internals, "_origin", lambda node, output: None)
+    assert origin_of(x) is None
+    assert not is_reshaped(x.clone(), origin)
 
 
 def test_without_the_class_of_wrappers_they_are_known_by_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,3 +245,39 @@ def test_a_method_that_is_no_override_is_taken_for_none() -> None:
 
     assert not is_overridden("state_dict", LinearProbeCallback(), parent=Callback)
     assert is_overridden("load_state_dict", LinearProbeCallback(), parent=Callback)
+
+
+def test_every_operation_is_followed_and_none_is_changed() -> None:
+    seen: list[str] = []
+    mode = OperationMode(lambda name, *_: seen.append(name))
+    x = torch.randn(3, 4)
+    expected = (x * 2 + 1).flip(0)
+    mode.start()
+    try:
+        found = (x * 2 + 1).flip(0)
+    finally:
+        mode.stop()
+    (x * 2).sum()
+    assert torch.equal(found, expected)
+    assert seen == ["aten::mul", "aten::add", "aten::flip"]
+
+
+def test_without_the_mode_contents_and_shapes_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_internals, "_DispatchMode", None)
+    assert not OperationMode(lambda *_: None).is_known
+    probes = probes_of("convolutions")
+    run("convolutions", probes)
+    assert {row["layer"] for row in probes.report.rows} > {"input"}
+    assert not any(note.startswith("rows") for note in probes.report.notes)
+
+
+def test_it_is_known_whether_anything_was_compiled() -> None:
+    code = """
+        import torch
+        from lightning_probes.network.torch_internals import has_compiled
+        torch.compiler.disable(lambda: None)
+        assert not has_compiled()
+        torch.compile(lambda x: x)
+        assert has_compiled()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

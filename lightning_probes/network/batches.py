@@ -1,4 +1,4 @@
-"""Find input, labels and mask in a batch, and read the labels of one batch after another."""
+"""Find input and labels in a batch, and read the labels of one batch after another."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 from torchmetrics import Metric
 
 from lightning_probes.network.torch_internals import tree_leaves
-from lightning_probes.options import ATTENTION_MASK, Where
-from lightning_probes.probes.tasks import Classification, Task, UnknownOutputsError
+from lightning_probes.options import Where
+from lightning_probes.probes.tasks import Classification, LabelCount, Task, UnknownOutputsError, UnusableLabelsError
 
 _LABEL_NAMES = ("label", "labels", "target", "targets", "y", "class", "classes", "category")
 
@@ -20,7 +21,8 @@ _LABEL_NAMES = ("label", "labels", "target", "targets", "y", "class", "classes",
 def parts_of(value: Any) -> dict[Any, Any]:
     """Return the parts of a container by index, key or name; empty if ``value`` is no container.
 
-    Containers are mappings, named tuples, lists, tuples and dataclasses.
+    Containers are mappings, named tuples, lists, tuples, dataclasses, and other objects with tensors as attributes,
+    such as graphs, of which the tensors are the parts.
     """
     if isinstance(value, Mapping):
         return dict(value)
@@ -30,7 +32,19 @@ def parts_of(value: Any) -> dict[Any, Any]:
         return dict(enumerate(value))
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in fields(value)}
-    return {}
+    return _tensors_by_attribute(value)
+
+
+def _tensors_by_attribute(value: Any) -> dict[str, Tensor]:
+    own = getattr(value, "__dict__", None)
+    if not isinstance(own, dict) or isinstance(value, (Tensor, nn.Module, type)):
+        return {}
+    found: dict[str, Tensor] = {}
+    for name, part in own.items():
+        # The graphs of PyTorch Geometric hand out what is in a mapping that they keep to themselves.
+        named = part if name.startswith("_") and isinstance(part, Mapping) else {name: part}
+        found |= {key: inner for key, inner in named.items() if isinstance(inner, Tensor) and key not in found}
+    return found
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -43,11 +57,26 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
                 yield from tensors_in(part)
 
 
+def extent_of(tensor: Tensor) -> int:
+    """Return how many elements of its storage a tensor spans, from its first to its last."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((n - 1) * step for n, step in steps) if tensor.numel() else 0
+
+
+def storage_of(tensor: Tensor) -> Any:
+    """Return a key of the storage of ``tensor``: its device and address, or the tensor's id where it has no address."""
+    try:
+        return tensor.device, tensor.untyped_storage().data_ptr() or id(tensor)
+    except (NotImplementedError, RuntimeError):  # A sparse tensor has several storages.
+        return tensor.device, id(tensor)
+
+
 def pick(batch: Any, where: Where, argument: str) -> Any:
     """Return what ``where`` names in ``batch``.
 
     Args:
-        batch: a tuple, list, mapping, dataclass or named tuple; mappings and dataclasses inside it are searched too.
+        batch: a tuple, list, mapping, dataclass, named tuple, or an object with tensors as attributes; such of them as
+            have names are searched inside it too.
         where: an index, a key or a function of the batch.
         argument: name of the argument that ``where`` was given as, for the message.
 
@@ -131,21 +160,13 @@ def _label_places(batch: Any) -> list[str]:
     return [place for *_, place in sorted(found, key=lambda place: place[:2])]
 
 
-def pick_mask(batch: Any, where: Where, samples: int) -> Tensor:
-    """Return which tokens of each sample count: ``(samples, tokens)``, true where the mask in ``batch`` is not 0.
-
-    Raises:
-        LookupError: the batch has no mask there.
-        TypeError, ValueError: the mask is no tensor, or has another shape.
-    """
-    mask = pick(batch, where, "token_mask")
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"token_mask: expected a tensor (batch, tokens), found {type(mask).__name__}")
-    if mask.is_nested or mask.dim() != 2 or len(mask) != samples:
-        raise ValueError(
-            f"token_mask: expected (batch, tokens) with a row for each of the {samples} labels, found {describe(mask)}"
-        )
-    return mask.detach() != 0
+def pick_index(batch: Any) -> Tensor | None:
+    """Return the vector ``batch`` of a batch, which has the sample of each row as in a batch of graphs, or ``None``."""
+    for part in (batch, *parts_of(batch).values()):
+        found = None if isinstance(part, Tensor) else parts_of(part).get("batch")
+        if isinstance(found, Tensor) and found.dim() == 1 and not found.is_floating_point():
+            return None if found.dtype == torch.bool else found
+    return None
 
 
 def unrepeated(loaders: Any, dataloader: int, batch_idx: int) -> int | None:
@@ -229,21 +250,24 @@ def _labels_of(module: nn.Module) -> int | None:
 class LabelReader:
     """Read the labels of batches; raise on a mistake in the first batch, before training, but never in a later one.
 
+    A label is used or counted: what is left out of later batches is in :meth:`count`.
+
     Args:
         target: where in a batch the labels are.
-        token_mask: where in a batch the mask of tokens is; ``None`` if it is nowhere.
 
     Attributes:
         task: knows what labels mean; it learns the number of outputs from the first labels if nothing else tells.
         is_checked: whether a first batch has been read to its end.
+        is_trusted: whether an earlier run has checked the labels, so that unusable ones raise no more.
         absent_in_training: whether the batches of training have no labels while those of validation have.
         present_in_validation: whether the batches of validation are known to have labels, so that training needs none.
+        passed_over: number of later batches that had nothing that could be labels, since they were last told of.
+        first_passed_over: why the first of them had nothing.
         notes: what a reader of the report should know.
     """
 
-    def __init__(self, target: Where, token_mask: Where | None) -> None:
+    def __init__(self, target: Where) -> None:
         self._target = target
-        self._token_mask = token_mask
         self.begin(Classification(), is_checked=False)
 
     def begin(self, task: Task, *, is_checked: bool) -> None:
@@ -255,62 +279,90 @@ class LabelReader:
         """
         self.task = task
         self.is_checked = is_checked
+        self.is_trusted = False
         self.absent_in_training = False
         self.present_in_validation = False
         self.notes: list[str] = []
-        self._has_passed_over = False
-        self._previewed: UnknownOutputsError | None = None
+        if not is_checked:
+            self.passed_over = 0
+            self.first_passed_over = ""
+        self._left_out: Tensor | None = None
+        self._previewed: ValueError | None = None
+
+    def where(self, batch: Any) -> Any:
+        """Return the labels of a batch as they are, whatever they are; ``None`` without any."""
+        try:
+            return pick(batch, self._target, "target")
+        except Exception:  # A user's function may raise anything.
+            return None
 
     def preview(self, batch: Any) -> None:
-        """Look at a batch of validation before training: if it has usable labels, batches of training need none."""
+        """Look at the first batches of validation before training: if one has labels, batches of training need none."""
+        if self.present_in_validation or self._previewed is not None:
+            return
         try:
             self._check(as_tensor(pick(batch, self._target, "target")))
             self.present_in_validation = True
-        except UnknownOutputsError as error:
+        except (UnknownOutputsError, UnusableLabelsError) as error:
             self._previewed = error.with_traceback(None)  # The frames of a traceback would hold the batch.
         except Exception:  # A user's function may raise anything; a mistake will show in training.
             pass
 
     def read(self, batch: Any) -> Tensor | None:
-        """Return targets ``(batch, outputs)``; ``None`` if the batch has no labels that can be used.
+        """Return targets ``(batch, outputs)``; ``None`` if the batch has nothing that could be labels.
 
         Raises:
-            LookupError, TypeError, ValueError: the first batch has no usable labels, nor had a previewed one; or the
-                labels do not show the number of outputs, and nothing else tells it.
+            UnusableLabelsError: some of the labels of the first batch have values without a meaning.
+            LookupError, TypeError, ValueError: the first batch has no labels, nor had a previewed one; or the labels do
+                not show the number of outputs, and nothing else tells it.
         """
         try:
             labels = as_tensor(pick(batch, self._target, "target"))
             if not self.is_checked:
-                self._check(labels)
-            return self.task.encode(labels)
+                self._check_first(labels)
+            targets = self.task.encode(labels)
+            self._left_out = self.task.is_left_out(labels)
+            return targets
         except Exception as error:  # A user's function may raise anything.
-            if not self.is_checked and not self.absent_in_training:
+            if self.is_checked:
+                self.pass_over(str(error) or type(error).__name__)
+            elif not self.absent_in_training:
+                if isinstance(error, UnusableLabelsError):
+                    raise
+                if self._previewed is not None:  # Validation has labels, which are wrong or lack the number of outputs.
+                    raise self._previewed from error
                 if not self.present_in_validation:
-                    if self._previewed is not None:  # There are labels, which lack only the number of outputs.
-                        raise self._previewed from error
                     raise
                 self.absent_in_training = True
                 self.notes.append(f"batches of training have no usable labels ({error})")
-            elif self.is_checked and not self._has_passed_over:
-                self._has_passed_over = True
-                self.notes.append(f"batches whose labels cannot be used are passed over (the first: {error})")
             return None
+
+    def pass_over(self, reason: str) -> None:
+        """Count a batch that is passed over because of its labels, and keep the first reason."""
+        self.first_passed_over = self.first_passed_over or reason
+        self.passed_over += 1
+
+    def count(self, targets: Tensor, samples: int) -> LabelCount:
+        """Count what became of the labels of the batch that was read last, without waiting for the device.
+
+        Args:
+            targets: what :meth:`read` returned.
+            samples: number of samples that count, from the first; the others were repeated by a sampler.
+        """
+        assert self._left_out is not None
+        used, left_out = self.task.is_counted(targets[:samples]).sum(), self._left_out[:samples].sum()
+        return LabelCount(samples, torch.stack([used, left_out]))
+
+    def _check_first(self, labels: Tensor) -> None:
+        try:
+            self._check(labels)
+        except UnusableLabelsError:
+            # A run that is under way goes on.
+            if not (self.is_trusted or self.absent_in_training):
+                raise
 
     def _check(self, labels: Tensor) -> None:
         """Let the task learn the number of outputs if it is unknown, and check the labels, values included."""
         self.task, note = self.task.learn(labels)
         self.notes += [note] * bool(note)
         self.task.check(labels)
-
-    def read_mask(self, batch: Any, samples: int) -> Tensor | None:
-        """Return which tokens count, ``(batch, tokens)``; ``None`` if the batch has no mask.
-
-        Raises:
-            LookupError, TypeError, ValueError: the first batch has no usable mask where the user said.
-        """
-        try:
-            return None if self._token_mask is None else pick_mask(batch, self._token_mask, samples)
-        except Exception:  # A user's function may raise anything.
-            if not self.is_checked and self._token_mask != ATTENTION_MASK:
-                raise
-            return None

@@ -6,6 +6,8 @@ Each entry says why nothing public serves, and what is lost in a version without
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,11 +15,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node as register_tree_node
 
 # Nothing public walks over containers. Lightning imports this private module too, and would break before this package.
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-__all__ = ["tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]
+__all__ = ["register_tree_node", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -48,6 +51,37 @@ def version_of(tensor: Tensor) -> int:
     Without it, a tensor changed between two calls of a step counts as unchanged.
     """
     return 0 if tensor.is_inference() else getattr(tensor, "_version", 0)
+
+
+_RESHAPING = re.compile(r"(Clone|View|UnsafeView|ReshapeAlias|Squeeze|Unsqueeze)Backward\d*")
+"""Match the names of the nodes of autograd whose outputs have the values of their input in the same order."""
+
+Origin = tuple[int, int]
+"""Tell outputs of a step's operations apart, without holding the graph that they are in."""
+
+
+def origin_of(tensor: Tensor) -> Origin | None:
+    """Return which output of which operation a tensor is, as autograd numbers them; ``None`` if autograd does not say.
+
+    Without it, a value that was copied between two calls counts as computed there, which autograd could tell apart.
+    """
+    return _origin(tensor.grad_fn, tensor.output_nr)
+
+
+def is_reshaped(tensor: Tensor, origin: Origin) -> bool:
+    """Return whether autograd shows that a tensor is the output ``origin``, only copied and in another shape."""
+    node: Any = tensor.grad_fn
+    output = tensor.output_nr
+    while (found := _origin(node, output)) is not None and found != origin:
+        if not _RESHAPING.fullmatch(node.name()) or len(node.next_functions) != 1:
+            return False
+        node, output = node.next_functions[0]
+    return found == origin
+
+
+def _origin(node: Any, output: int) -> Origin | None:
+    number = getattr(node, "_sequence_nr", None)
+    return None if number is None else (number(), output)
 
 
 def is_in_backward() -> bool:
@@ -313,3 +347,78 @@ def forget_rich_height(live: Any) -> None:
 
 def _has(holder: Any, *parts: str) -> bool:
     return all(hasattr(holder, part) for part in parts)
+
+
+# Operations
+
+
+class OperationMode:
+    """Call a function after every operation of torch that runs inside this context, in this thread.
+
+    The operations themselves run as ever. Where torch has no such mode, the function is never called.
+
+    Args:
+        follow: takes the operation's name, whether it writes to its arguments, its arguments, keyword arguments and
+            output, and the operation itself.
+    """
+
+    def __init__(self, follow: Callable[[str, bool, tuple[Any, ...], dict[str, Any], Any, Any], None]) -> None:
+        self._mode: Any = None
+        self._is_in = False
+        self._is_heard = False
+        if _DispatchMode is None:
+            return
+
+        class Mode(_DispatchMode):  # type: ignore[no-untyped-call]
+            def __torch_dispatch__(mode, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: N805
+                kwargs = kwargs or {}
+                output = operation(*args, **kwargs)
+                schema = getattr(operation, "_schema", None)
+                if self._is_heard and schema is not None:
+                    follow(schema.name, schema.is_mutable, args, kwargs, output, operation)
+                return output
+
+        self._mode = Mode()  # type: ignore[no-untyped-call]
+
+    @property
+    def is_known(self) -> bool:
+        """Return whether this version of torch has such a mode."""
+        return self._mode is not None
+
+    def start(self) -> None:
+        """Enter the context, unless it was left only in name."""
+        self._is_heard = True
+        if self._mode is not None and not self._is_in:
+            self._mode.__enter__()
+            self._is_in = True
+
+    def stop(self) -> None:
+        """Leave the context; below another mode, which alone can be left, stay and call nothing any more."""
+        self._is_heard = False
+        if self._is_in and _current_mode() is self._mode:
+            self._mode.__exit__(None, None, None)  # type: ignore[union-attr]
+            self._is_in = False
+
+    def remove(self) -> None:
+        """Leave the context for good."""
+        self.stop()
+        self._mode = self._mode if self._is_in else None
+
+
+try:
+    from torch.utils._python_dispatch import TorchDispatchMode as _DispatchMode
+    from torch.utils._python_dispatch import _get_current_dispatch_mode as _current_mode
+except ImportError:
+    _DispatchMode = None  # type: ignore[assignment, misc]
+
+
+def has_compiled() -> bool:
+    """Return whether anything was given to ``torch.compile`` in this process; true where that cannot be known.
+
+    A function whose first call runs under an :class:`OperationMode` would never be compiled afterwards.
+    """
+    evaluation = getattr(sys.modules.get("torch._dynamo"), "eval_frame", None)
+    if evaluation is None:
+        return "torch._dynamo" in sys.modules
+    backends = getattr(evaluation, "cached_backends", None)
+    return backends is None or any(backend is not None for backend in backends.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_probes.network.batches import tensors_in
 from lightning_probes.network.torch_internals import tree_leaves, tree_map, version_of
-from lightning_probes.replay.calls import Call, Link, Weight
+from lightning_probes.replay.calls import Call, Link, Weight, with_objects
 
 
 def copy_of_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -63,8 +63,12 @@ class Replay:
                 if isinstance(tensor, nn.Parameter) and id(tensor) not in self._values:
                     raise KeyError(f"weights: no {name!r}")
 
-    def run(self, calls: list[Call]) -> None:
+    def run(self, calls: list[Call], skip_to: Callable[[Mapping[str, int]], None] | None = None) -> None:
         """Run the calls of a step in their order; hooks see what the layers put out.
+
+        Args:
+            calls: the calls.
+            skip_to: takes, before each call, how often each layer had been called in the step by then.
 
         Raises:
             Exception: whatever a module raises.
@@ -88,7 +92,9 @@ class Replay:
             return leaf
 
         for i, call in enumerate(calls):
-            output = self._call(call.module, *tree_map(resolve, (call.args, call.kwargs)))
+            if skip_to is not None:
+                skip_to(call.heard)
+            output = self._call(call.module, *with_objects(tree_map(resolve, (call.args, call.kwargs))))
             if i in linked:
                 outputs[i] = list(tensors_in(output))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from lightning_probes.checkpoints import STATE_VERSION, check_version
 from lightning_probes.distributed import Ranks, refuse
@@ -164,6 +165,12 @@ class LinearProbeCallback(Callback):
         if is_unknown:  # The labels of the batch have shown the number of outputs by now.
             self._session.refit.budget.samples = self._samples()
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._session.refit.pause_following()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._session.refit.go_on_following()
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._network.check()
         self._session.check()
@@ -171,7 +178,7 @@ class LinearProbeCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._session.update(self._schedule.now(trainer))
+        self._session.update(self._schedule.now(trainer), pl_module, trainer.precision_plugin.forward_context)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._session.point != self._schedule.now(trainer) and self._is_due(trainer):
@@ -192,6 +199,7 @@ class LinearProbeCallback(Callback):
         self._session.leave_training()
         if self._session.is_ready:
             self._network.attach(pl_module, trainer.datamodule, order=self._session.facts.layers)  # type: ignore[attr-defined]
+            self._session.refit.attach(pl_module)
         else:
             rank_zero_warn(
                 "LinearProbeCallback: nothing to score: no probes were fitted, the checkpoint holds none; for a "
@@ -207,7 +215,8 @@ class LinearProbeCallback(Callback):
             # Probes are not fitted at the start of validation, when a callback may still put averaged weights in.
             self._prepare(trainer, pl_module, is_validation=True)
             loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-            self._session.watch(batch, unrepeated(loaders, dataloader_idx, batch_idx))
+            stage = "test" if trainer.testing else "val"
+            self._session.watch(batch, unrepeated(loaders, dataloader_idx, batch_idx), stage, dataloader_idx)
 
     def on_validation_batch_end(
         self,

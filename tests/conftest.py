@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +22,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(marker.name in SLOW for marker in item.iter_markers()):
             item.add_marker("slow")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """Forget what a test compiled: operations of a step are followed only in processes that compile nothing."""
+    yield
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None and any(dynamo.eval_frame.cached_backends.values()):
+        dynamo.reset()
 
 
 @pytest.fixture

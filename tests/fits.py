@@ -48,16 +48,20 @@ def fit_and_listen(trainer: Trainer, *args: Any) -> list[str]:
 
 
 class Bare(Classifier):
-    """Its steps compute with a parameter between two modules."""
+    """Its steps compute with parameters before its modules and between them."""
 
     def __init__(self, width: int = 256) -> None:
         seed_everything(3, verbose=False)
         super().__init__(nn.Linear(width, 10))
         self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU())
+        self.shift = nn.Parameter(torch.zeros(1))
         self.gain = nn.Parameter(torch.ones(width))
 
+    def logits(self, x: Tensor) -> Tensor:
+        return self.net(self.body(x + 0 * self.shift) * self.gain)  # type: ignore[no-any-return]
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.net(self.body(batch[0]) * self.gain), batch[1])
+        return F.cross_entropy(self.logits(batch[0]), batch[1])
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.log("val_loss", F.cross_entropy(self.net(self.body(batch[0]) * self.gain), batch[1]))
+        self.log("val_loss", F.cross_entropy(self.logits(batch[0]), batch[1]))

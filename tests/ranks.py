@@ -87,7 +87,7 @@ def fit(model: LightningModule, probes: LinearProbeCallback, *data: Any, **optio
 
 
 class Between(Classifier):
-    """Its step computes between two modules: it cannot be run again."""
+    """Its step computes before and between its modules: it cannot be run again."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
@@ -95,7 +95,7 @@ class Between(Classifier):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         net: Any = self.net
-        return F.cross_entropy(net[1:](net[0](batch[0]) * self.gain), batch[1])
+        return F.cross_entropy(net[1:](net[0](batch[0] + 0 * self.gain) * self.gain), batch[1])
 
 
 class OneSided(Classifier):

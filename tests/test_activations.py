@@ -6,7 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import product
 from math import ceil, floor, prod
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,8 +17,11 @@ from networks import BasicBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_probes.network.hooks import HEARD_BY, ActivationRecorder, first_float_tensor, is_channels_first
-from lightning_probes.network.pooling import Reducer, reduce
+from lightning_probes.network.arrangement import Arrangement
+from lightning_probes.network.hooks import HEARD_BY, ActivationRecorder, first_float_tensor
+from lightning_probes.network.masks import MaskReader
+from lightning_probes.network.pooling import Reducer, mean_by_sample, nested_means, reduce
+from lightning_probes.options import Axes
 from lightning_probes.replay.frozen import frozen
 
 
@@ -35,34 +38,38 @@ def pooled(activation: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    ("shape", "channels_first", "grid"),
+    ("shape", "axes", "grid"),
     [
-        ((6,), False, None),
-        ((6, 1), False, None),
-        ((6, 50), False, None),
-        ((6, 7, 5), False, "tokens"),
-        ((6, 70, 50), False, "tokens"),
-        ((6, 4, 8), True, (8,)),
-        ((6, 4, 30), True, (8,)),
-        ((6, 3, 3, 3), False, (3, 3)),
-        ((6, 8, 7, 5), False, (2, 2)),
-        ((6, 2, 3, 9), False, (3, 5)),
-        ((6, 2, 1, 40), False, (1, 16)),
-        ((6, 64, 5, 5), False, (1, 1)),
-        ((6, 4, 6, 6, 6), False, (2, 2, 2)),
-        ((6, 2, 2, 5, 7), False, (2, 2, 2)),
-        ((6, 2, 2, 2, 2, 3), False, None),
+        ((6,), "tokens", None),
+        ((6, 1), "tokens", None),
+        ((6, 50), "tokens", None),
+        ((6, 7, 5), "tokens", "mean"),
+        ((6, 70, 50), "tokens", "mean"),
+        ((6, 3, 7, 5), "tokens", "mean"),
+        ((6, 2, 3, 4, 5), "tokens", "mean"),
+        ((6, 4, 8), "channels", (8,)),
+        ((6, 4, 30), "channels", (8,)),
+        ((6, 3, 3, 3), "channels", (3, 3)),
+        ((6, 8, 7, 5), "channels", (2, 2)),
+        ((6, 2, 3, 9), "channels", (3, 5)),
+        ((6, 2, 1, 40), "channels", (1, 16)),
+        ((6, 64, 5, 5), "channels", (1, 1)),
+        ((6, 4, 6, 6, 6), "channels", (2, 2, 2)),
+        ((6, 2, 2, 5, 7), "channels", (2, 2, 2)),
+        ((6, 2, 2, 2, 2, 3), "channels", None),
     ],
 )
 def test_reduce_gives_the_means_of_the_reference(
-    shape: tuple[int, ...], channels_first: bool, grid: tuple[int, ...] | str | None, dtype: torch.dtype
+    shape: tuple[int, ...], axes: Axes, grid: tuple[int, ...] | str | None, dtype: torch.dtype
 ) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    found = reduce(x, 32, channels_first=channels_first)
+    found = reduce(x, 32, axes=axes)
     if isinstance(grid, tuple):
         expected = pooled(x, grid)
     else:
-        expected = x.double().mean(dim=1) if grid == "tokens" else x.double().reshape(6, -1)
+        expected = x.double().reshape(6, -1)
+        if grid == "mean":
+            expected = x.double().reshape(6, -1, shape[-1]).mean(dim=1)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # Rounding alone: pooling stays in the activation's type, means over tokens are taken in float32 at least.
     unit = torch.finfo(dtype if isinstance(grid, tuple) else found.dtype).eps
@@ -91,13 +98,13 @@ def test_tokens_that_are_masked_are_left_out_of_the_mean(views: int, dtype: torc
 
 
 @pytest.mark.parametrize(
-    ("shape", "channels_first"), [((4, 7, 5), False), ((6, 6, 5), False), ((4, 6, 5), True), ((4, 6), False)]
+    ("shape", "axes"), [((4, 7, 5), "tokens"), ((6, 6, 5), "tokens"), ((4, 6, 5), "channels"), ((4, 6), "tokens")]
 )
-def test_a_mask_of_something_else_changes_nothing(shape: tuple[int, ...], channels_first: bool) -> None:
+def test_a_mask_of_something_else_changes_nothing(shape: tuple[int, ...], axes: Axes) -> None:
     mask = torch.arange(6).expand(4, 6) < 3
     x = torch.randn(shape)
-    expected = reduce(x, 32, channels_first=channels_first)
-    assert torch.equal(reduce(x, 32, channels_first=channels_first, mask=mask), expected)
+    expected = reduce(x, 32, axes=axes)
+    assert torch.equal(reduce(x, 32, axes=axes, mask=mask), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -117,7 +124,7 @@ def test_vectors_wider_than_max_features_keep_their_width() -> None:
 @given(channels=st.integers(1, 40), size=st.lists(st.integers(1, 9), min_size=1, max_size=3), most=st.integers(1, 1200))
 @settings(deadline=None)
 def test_maps_are_pooled_to_the_largest_grid_that_fits(channels: int, size: list[int], most: int) -> None:
-    width = reduce(torch.zeros(1, channels, *size), most, channels_first=True).shape[1]
+    width = reduce(torch.zeros(1, channels, *size), most, axes="channels").shape[1]
     grids = [tuple(min(s, n) for n in size) for s in range(1, max(size) + 1)]
     fitting = [channels * prod(grid) for grid in grids if channels * prod(grid) <= most]
     assert width == max(fitting, default=channels)
@@ -129,17 +136,104 @@ def test_every_pooled_grid_has_the_right_values(channels: int, size: list[int], 
     x = torch.randn(2, channels, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(most))
     side = max([s for s in range(1, max(size) + 1) if channels * prod(min(s, n) for n in size) <= most], default=1)
     expected = pooled(x, tuple(min(side, n) for n in size))
-    torch.testing.assert_close(reduce(x, most, channels_first=True), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(reduce(x, most, axes="channels"), expected, rtol=1e-12, atol=1e-12)
+
+
+@given(channels=st.integers(1, 6), size=st.lists(st.integers(1, 7), min_size=1, max_size=3), most=st.integers(1, 200))
+@settings(deadline=None)
+def test_a_map_with_channels_last_has_the_features_of_one_with_channels_first(
+    channels: int, size: list[int], most: int
+) -> None:
+    x = torch.randn(2, channels, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(most))
+    kinds: list[Any] = ["pool", "subset", "projection"]
+    for kind in kinds:
+        reducer = Reducer(kind, most)
+        found = reducer("layer", x.movedim(1, -1), axes="channels_last")
+        torch.testing.assert_close(found, reducer("layer", x, axes="channels"), rtol=1e-12, atol=1e-12)
+
+
+LAYOUTS = [torch.strided, torch.jagged]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_nested_tensor_is_averaged_over_each_components_own_length(layout: Any, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(n, 5, generator=generator).to(dtype) for n in (3, 1, 7, 3)]
+    found = nested_means(torch.nested.nested_tensor(parts, layout=layout))
+    expected = torch.stack([part.double().mean(dim=0) for part in parts])
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nested_tensors_may_have_an_empty_component_and_more_dimensions(layout: Any) -> None:
+    parts = [torch.ones(0, 2, 5), torch.arange(20.0).view(2, 2, 5)]
+    found = nested_means(torch.nested.nested_tensor(parts, layout=layout))
+    assert torch.equal(found, torch.stack([torch.zeros(5), parts[1].flatten(0, 1).mean(dim=0)]))
+
+
+def test_nested_components_without_a_width_in_common_are_refused_with_their_shapes() -> None:
+    for parts, shapes in (
+        ([torch.ones(3), torch.ones(4)], r"\[\(3,\), \(4,\)\]"),
+        ([torch.ones(3, 2), torch.ones(3, 4)], r"\[\(3, 2\), \(3, 4\)\]"),
+    ):
+        with pytest.raises(ValueError, match=f"expected nested components .*, found {shapes}"):
+            nested_means(torch.nested.nested_tensor(parts))
+
+
+@given(st.lists(st.integers(0, 4), max_size=20))
+@settings(deadline=None)
+def test_rows_are_averaged_by_sample(index: list[int]) -> None:
+    rows = torch.randn(len(index), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = mean_by_sample(rows, torch.tensor(index, dtype=torch.long), 5)
+    for sample in range(5):
+        own = [row for row, place in zip(rows, index, strict=True) if place == sample]
+        expected = torch.stack(own).mean(dim=0) if own else torch.zeros(3, dtype=torch.float64)
+        torch.testing.assert_close(found[sample], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_of_an_encoder_that_skips_padding_have_the_means_of_the_tokens_that_count() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    lengths = [6, 2, 4]
+    x, is_padding = torch.randn(3, 6, 8), torch.arange(6).expand(3, 6) >= torch.tensor(lengths).unsqueeze(1)
+    found = recorder(encoder, "layers.0", "layers.1")
+    found.start(3)
+    with torch.no_grad():
+        encoder(x, src_key_padding_mask=is_padding)
+        features = found.stop().features
+        alone = [sample[:length].unsqueeze(0) for sample, length in zip(x, lengths, strict=True)]
+        for i in range(2):
+            alone = [encoder.layers[i](sample) for sample in alone]
+            expected = torch.cat([sample.mean(dim=1) for sample in alone])
+            torch.testing.assert_close(features[f"layers.{i}"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_that_puts_out_a_nested_tensor_has_a_row_of_features_for_each_component() -> None:
+    class Packing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nested.nested_tensor([x[0], x[1, :2], x[2, :4]])
+
+    model = nn.ModuleDict({"packing": Packing()})
+    x = torch.randn(3, 6, 8)
+    found = recorder(model, "packing")
+    found.memory = {"packing": torch.zeros(3, 8)}
+    found.start(3)
+    model["packing"](x)
+    features = found.stop().features["packing"]
+    assert features is found.memory["packing"]
+    torch.testing.assert_close(features, torch.stack([x[0].mean(0), x[1, :2].mean(0), x[2, :4].mean(0)]))
+    found.start(4)  # as many labels as there are not
+    model["packing"](x)
+    assert "first dimension is not that of the 4 labels" in found.stop().misfits["packing"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(4,), (4, 5), (4, 1, 5), (4, 5, 1), (4, 2, 3, 3), (4, 9, 9, 9), (4, 32, 1, 1)])
-@pytest.mark.parametrize("channels_first", [False, True])
-def test_reduce_never_shares_memory_with_the_activation(
-    shape: tuple[int, ...], dtype: torch.dtype, channels_first: bool
-) -> None:
+@pytest.mark.parametrize("axes", get_args(Axes))
+def test_reduce_never_shares_memory_with_the_activation(shape: tuple[int, ...], dtype: torch.dtype, axes: Axes) -> None:
     x = torch.randn(shape).to(dtype)
-    found = reduce(x, 32, channels_first=channels_first)
+    found = reduce(x, 32, axes=axes)
     before = found.clone()
     x.zero_()
     assert torch.equal(found, before)
@@ -180,36 +274,9 @@ def test_outputs_without_a_float_tensor_give_none(output: Any) -> None:
     assert first_float_tensor(output) is None
 
 
-class Conformer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 3))
-
-
-@pytest.mark.parametrize(
-    ("model", "path", "expected"),
-    [
-        (nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU()), "0", True),
-        (nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU()), "1", True),
-        (nn.Sequential(nn.BatchNorm1d(3), nn.MaxPool1d(2)), "1", True),
-        (nn.Sequential(nn.Conv1d(2, 3, 3), nn.Linear(3, 3)), "1", False),
-        (nn.Sequential(nn.Sequential(nn.Conv1d(2, 3, 3)), nn.ReLU()), "0", True),
-        (nn.Sequential(nn.Sequential(nn.Conv1d(2, 3, 3)), nn.ReLU()), "1", False),
-        (nn.Sequential(Conformer(), nn.Linear(4, 4)), "0", True),
-        (nn.Sequential(nn.Linear(2, 3), nn.ReLU()), "1", False),
-        (nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU()), "1", False),
-    ],
-)
-def test_three_dimensions_are_channels_first_with_or_beside_a_conv1d(
-    model: nn.Module, path: str, expected: bool
-) -> None:
-    parents = {child: parent for parent in model.modules() for child in parent.children()}
-    assert is_channels_first(model.get_submodule(path), parents) is expected
-
-
 def recorder(model: nn.Module, *layers: str, max_features: int = 64) -> ActivationRecorder:
     made = ActivationRecorder(Reducer("pool", max_features))
-    made.attach({layer: model.get_submodule(layer) for layer in layers}, dict.fromkeys(layers, False))
+    made.attach({layer: model.get_submodule(layer) for layer in layers})
     return made
 
 
@@ -279,29 +346,41 @@ def test_recomputation_of_activation_checkpointing_is_ignored(use_reentrant: boo
     assert torch.equal(found.stop().features["0"], expected)
 
 
-def test_of_several_calls_the_last_that_fits_the_batch_counts() -> None:
+def test_of_several_calls_the_first_that_fits_the_batch_counts() -> None:
     model = nn.Sequential(nn.Linear(3, 4))
     found = recorder(model, "0")
     found.start(4)
-    _, expected, _ = (model(torch.randn(samples, 3)) for samples in (4, 8, 7))
+    _, expected, _, _ = (model(torch.randn(samples, 3)) for samples in (7, 4, 8, 4))
     assert torch.equal(found.stop().features["0"], expected)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_of_several_calls_the_arranged_one_counts(number: int) -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    found = recorder(model, "0")
+    found.arrangements = {"0": Arrangement(calls=(number,))}
+    found.start(4)
+    outputs = [model(torch.randn(4, 3)) for _ in range(3)]
+    assert torch.equal(found.stop().features["0"], outputs[number])
 
 
 @pytest.mark.parametrize("views", [1, 2, 5])
 def test_activations_of_several_views_of_a_batch_are_kept_whole(views: int) -> None:
     model = nn.Sequential(nn.Linear(3, 4))
     found = recorder(model, "0")
+    found.arrangements = {"0": Arrangement("blocks", each=views, at=tuple(range(0, 4 * views, 4)), of=(4 * views, 4))}
     found.start(4)
     out = model(torch.randn(4 * views, 3))
     assert torch.equal(found.stop().features["0"], out)
 
 
-def test_call_that_does_not_fit_is_noted_with_its_shape() -> None:
+@pytest.mark.parametrize("rows", [6, 8])
+def test_call_that_does_not_fit_is_noted_with_its_shape(rows: int) -> None:
     model = nn.Sequential(nn.Linear(3, 4))
     found = recorder(model, "0")
     found.start(4)
-    model(torch.randn(6, 3))
-    expected = "its activation has shape (6, 4), whose first dimension is no multiple of the 4 labels of the batch"
+    model(torch.randn(rows, 3))
+    expected = f"its activation has shape [{rows}, 4], whose first dimension is not that of the 4 labels of the batch"
     assert found.recording.misfits == {"0": expected}
     assert found.stop().features == {}
 
@@ -343,8 +422,10 @@ def test_the_mask_is_that_of_the_step() -> None:
     model = nn.Sequential(nn.Linear(3, 4))
     found = recorder(model, "0")
     x, mask = torch.randn(2, 5, 3), torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+    reader = MaskReader(0)
+    reader.attach(model, {"0": model[0]}, "input")
     for own in (mask, None):
-        found.start(2, mask=own)
+        found.start(2, masks=None if own is None else reader.read([own], 2, is_first=True))
         out = model(x)
         expected = masked_by_hand(out, mask if own is not None else torch.ones(2, 5)).float()
         torch.testing.assert_close(found.stop().features["0"], expected.detach())
@@ -367,7 +448,7 @@ def test_hooks_are_gone_after_detach() -> None:
 def test_attaching_again_leaves_one_hook() -> None:
     model = nn.Sequential(nn.Linear(3, 4))
     found = recorder(model, "0")
-    found.attach({"0": model[0]}, {"0": False})
+    found.attach({"0": model[0]})
     assert len(model[0]._forward_hooks) == 1
 
 

@@ -258,7 +258,7 @@ def test_activation_checkpointing_in_compiled_code(use_reentrant: bool, eager: L
 def test_features_are_those_before_an_operation_in_place() -> None:
     net = Net().train()
     recorder = ActivationRecorder(Reducer())
-    recorder.attach({"conv": net.body.conv, "act": net.body.act}, {"conv": False, "act": False})
+    recorder.attach({"conv": net.body.conv, "act": net.body.act})
     net.compile(backend="aot_eager")
     recorder.start(16)
     net(images(16).tensors[0]).sum().backward()

@@ -105,7 +105,7 @@ def test_help_shows_every_argument_with_its_docstring(capsys: pytest.CaptureFixt
     assert list(texts) == list(ARGUMENTS)
     for name, text in texts.items():
         said = " ".join(text.split())
-        value = rf"(?:{name.upper()}|\{{true,false\}}|\{{last,first,mean\}}|\{{pool,subset,projection\}})"
+        value = rf"(?:{name.upper()}|\{{true,false\}}|\{{first,last,mean\}}|\{{pool,subset,projection\}})"
         assert re.search(rf"--trainer\.callbacks\.{name} {value} {re.escape(said)} \(type: ", shown), name
 
 
@@ -128,7 +128,7 @@ layout:
   "encoder.*": channels
   input: tokens
 calls: mean
-token_mask: mask
+token_mask: {"encoder.*": mask, input: 2}
 name: digit
 learning_rate: 1.0e-2
 fit_samples: 1000
@@ -154,7 +154,7 @@ def test_every_argument_can_be_written_in_yaml() -> None:
     assert probes.state_key == LinearProbeCallback(name="digit").state_key
     assert network._reading["layout"] == written["layout"]
     assert network.recorder._calls == "mean"
-    assert network.labels._token_mask == "mask"
+    assert network.mask_reader._token_mask == {"encoder.*": "mask", "input": 2}
     assert probes._new_session().refit.budget == Budget(1000, 2_000_000, on_device=True)
     assert (probes._learning_rate, probes._schedule._every_n_epochs) == (0.01, 3)
     assert probes._is_strict is False
@@ -181,10 +181,11 @@ def of_network(probes: LinearProbeCallback, attribute: str) -> Any:
         ("target: -1", "labels._target", -1),
         ("target: operator.length_hint", "labels._target", __import__("operator").length_hint),
         ("num_classes: null", "_reading.num_classes", None),
-        ("{}", "labels._token_mask", "attention_mask"),
-        ("token_mask: null", "labels._token_mask", None),
-        ("token_mask: 2", "labels._token_mask", 2),
-        ("token_mask: operator.length_hint", "labels._token_mask", __import__("operator").length_hint),
+        ("{}", "mask_reader._token_mask", "attention_mask"),
+        ("token_mask: null", "mask_reader._token_mask", None),
+        ("token_mask: 2", "mask_reader._token_mask", 2),
+        ("token_mask: {'*.1': operator.index}", "mask_reader._token_mask", {"*.1": __import__("operator").index}),
+        ("token_mask: operator.length_hint", "mask_reader._token_mask", __import__("operator").length_hint),
     ],
 )
 def test_argument_in_yaml_means_what_it_means_in_python(init_args: str, attribute: str, expected: Any) -> None:
@@ -203,6 +204,7 @@ def test_argument_in_yaml_means_what_it_means_in_python(init_args: str, attribut
         ("calls: second", "calls"),
         ("reduction: mean", "reduction"),
         ("token_mask: 2.5", "token_mask"),
+        ("token_mask: {net: 2.5}", "token_mask"),
         ("log_metrics: cross_entropy", "log_metrics"),
         ("layer: net.0", "layer"),
     ],
@@ -224,7 +226,7 @@ def test_lists_and_mappings_of_omegaconf_are_accepted() -> None:
         "_reading.num_classes",
         "_reading.input",
         "labels._target",
-        "labels._token_mask",
+        "mask_reader._token_mask",
     ):
         found, expected = of_network(probes, attribute), of_network(plain, attribute)
         assert found == expected
@@ -252,7 +254,9 @@ def test_an_entry_of_the_options_reaches_callback_probe_and_command_line(
             assert re.search(rf"^ {{4,8}}{name}: \S", doc or "", re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     # The command line takes what the callback was given.
-    given = build("--trainer.callbacks.layout={net.1: tokens}", "--trainer.callbacks.calls=mean").selection
+    token_mask = "--trainer.callbacks.token_mask={net.1: words, net.3: 2}"
+    given = build("--trainer.callbacks.layout={net.1: tokens}", "--trainer.callbacks.calls=mean", token_mask).selection
+    assert given["token_mask"] == {"net.1": "words", "net.3": 2}
     assert given["layout"] == {"net.1": "tokens"}
     assert given["calls"] == "mean"
 

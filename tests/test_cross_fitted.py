@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_probes import LinearProbeCallback
+from lightning_probes.probes import fit
 
 
 def noise(samples: int, batch_size: int = 20, seed: int = 0) -> DataLoader[Any]:
@@ -40,6 +41,13 @@ def check_cross_fitted(probes: LinearProbeCallback, said: list[str], epochs: int
     assert all(row["converged"] for row in probes.report.rows)
 
 
+@pytest.fixture
+def weak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A penalty under which probes remember each sample: for labels of noise a strong one is the best."""
+    monkeypatch.setattr(fit, "choose_strength", lambda *args, **bounds: (1e-4, None))
+
+
+@pytest.mark.usefixtures("weak")
 def test_probes_are_cross_fitted_and_no_sample_scores_a_probe_that_saw_it(tmp_path: Path) -> None:
     probes = LinearProbeCallback()
     trainer = make_trainer(tmp_path, probes, max_epochs=3)
@@ -54,6 +62,7 @@ def test_probes_are_cross_fitted_and_no_sample_scores_a_probe_that_saw_it(tmp_pa
         assert val["value"] > 0.9 - 5 * math.sqrt(0.09 / 160)
 
 
+@pytest.mark.usefixtures("weak")
 def test_validating_again_scores_no_probe_on_samples_that_it_saw(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, probes := LinearProbeCallback())
     trainer.fit(model := Bare(), noise(200), held_out := noise(160, seed=1))
@@ -108,6 +117,31 @@ def test_each_loader_of_validation_is_cross_fitted_by_itself(tmp_path: Path) -> 
     assert other["value"] < 0.6
     (train,) = probes.report.select(layer="body.2", stage="train", metric="error")
     assert train["samples"] == 100
+
+
+class HalfBare(Bare):
+    """Computes between its modules only, so that the first one can be run again."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.net(self.body(x) * self.gain)  # type: ignore[no-any-return]
+
+
+def test_what_can_be_run_again_is_fitted_on_training_and_the_rest_cross_fitted(tmp_path: Path) -> None:
+    both, alone = LinearProbeCallback(["body.2", "net"]), LinearProbeCallback(["body.2", "net"])
+    said = fit_and_listen(make_trainer(tmp_path, both, max_epochs=2), HalfBare(), loader(96), loader(60, 30, seed=1))
+    make_trainer(tmp_path, alone, max_epochs=2).fit(Bare(), loader(96), loader(60, 30, seed=1))
+    assert len(said) == 1
+    assert "training cannot be run again for net (the input of 'net' is computed" in said[0]
+    data = {row["layer"]: row["fitted_on"]["data"] for row in both.report.select(stage="val", epoch=2)}
+    assert data == {"input": "train", "body.2": "train", "net": "val, cross-fitted"}
+    for epoch in (1, 2):
+        # The cross-fitted layer has the numbers that it has where all layers are cross-fitted.
+        found, expected = (
+            [row["value"] for row in one.report.select(layer="net", stage="val", epoch=epoch) if row["metric"] != "lag"]
+            for one in (both, alone)
+        )
+        assert found == expected
+    assert {row["samples"] for row in both.report.select(stage="val")} == {60}
 
 
 class Denoiser(Classifier):

@@ -85,7 +85,7 @@ def has_hooks(model: nn.Module) -> bool:
         ({"max_features": 0}, ValueError, "max_features: expected a positive integer, found 0"),
         ({"name": 3}, TypeError, "name: expected a non-empty string, found 3"),
         ({"name": ""}, TypeError, "name: expected a non-empty string, found ''"),
-        ({"layout": {"net.0": "rows"}}, ValueError, r"layout: expected .*'tokens' or 'channels'.*'rows'"),
+        ({"layout": {"net.0": "rows"}}, ValueError, r"layout: expected .*'tokens', 'channels', .*'rows'"),
         ({"layout": {"net.0": ["tokens"]}}, (TypeError, ValueError), "layout: "),
         ({"layout": "tokens"}, (TypeError, ValueError), "layout: "),
         ({"layout": 3}, (TypeError, ValueError), "layout: "),
@@ -147,6 +147,24 @@ MISTAKES: dict[str, tuple[Callable[[], LightningModule], dict[str, Any], type[Ex
         ValueError,
         "layout: 'nett' matches no layer",
     ),
+    "layout of a layer that is not probed": (
+        WithSide,
+        {"layers": "net.1", "layout": {"net.3": "tokens"}},
+        ValueError,
+        r"layout: 'net\.3' has no effect, since none of net\.3 is probed; probed are input, net\.1",
+    ),
+    "layout of an input that is not probed": (
+        WithSide,
+        {"input": None, "layout": {"input": "channels"}},
+        ValueError,
+        r"layout: 'input' has no effect, since none of input is probed",
+    ),
+    "layout of vectors": (
+        WithSide,
+        {"layout": {"net.*": "channels_last"}},
+        ValueError,
+        r"layout: 'net\.\*' has no effect: 'channels_last' is about three dimensions or more, found net\.1 \(16, 32\)",
+    ),
     "no number of classes": (
         classless,
         {},
@@ -202,10 +220,10 @@ MISTAKES: dict[str, tuple[Callable[[], LightningModule], dict[str, Any], type[Ex
         f"target='label': the batch has no such key; it is {SHAPES}",
     ),
     "named layer that does not fit the batch": (
-        lambda: WithSide(lambda x: x.flatten(1)[:7]),
+        lambda: WithSide(lambda x: x.flatten(1)[:7, :30]),
         {"layers": ["net.*", "side"]},
         ValueError,
-        r"layers: 'side' cannot be probed: its activation has shape \(7, 64\), whose first dimension is no multiple of "
+        r"layers: 'side' cannot be probed: its activation has shape \[7, 30\], whose first dimension is not that of "
         "the 16 labels of the batch",
     ),
     "named layer without floats": (
@@ -239,11 +257,10 @@ def test_mistake_raises_before_the_first_optimiser_step(mistake: str, tmp_path: 
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (lambda x: x.flatten(1)[:7], "its activation has shape (7, 64)"),
+        (lambda x: x.flatten(1)[:7], "the rows of its output [7, 64]"),
         (lambda x: x.flatten(1).argmax(dim=1), "its output holds no floating-point tensor"),
-        (None, "did not run"),
     ],
-    ids=["shape", "integers", "not called"],
+    ids=["shape", "integers"],
 )
 def test_layer_that_nobody_named_and_that_does_not_fit_is_left_out_and_the_start_says_so(
     function: Callable[[Tensor], Any] | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -474,8 +474,12 @@ class Small(Classifier):
     [
         ("num_classes=many", "num_classes: expected a positive integer, found 'many'"),
         ("max_features=2.5", "max_features: expected a positive integer, found 2.5"),
-        ("calls=second", "calls: expected 'last', 'first' or 'mean', found 'second'"),
-        ("layout={input: rows}", "layout: expected {pattern: 'tokens' or 'channels'}, found {'input': 'rows'}"),
+        ("calls=second", "calls: expected 'first', 'last' or 'mean', found 'second'"),
+        (
+            "layout={input: rows}",
+            "layout: expected {pattern: 'tokens', 'channels', 'channels_last', 'time_first', 'parts' or 'views'}, "
+            "found {'input': 'rows'}",
+        ),
         ("exclud=net.1", "LinearProbeCallback has no argument 'exclud'; nearest: exclude"),
     ],
 )

@@ -22,7 +22,7 @@ from lightning_probes import LinearProbeCallback
 class Beside(nn.Module):
     def __init__(self, factor: float) -> None:
         super().__init__()
-        self.factor = factor
+        self.factor = nn.Parameter(torch.tensor(factor), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1) * self.factor

@@ -179,15 +179,15 @@ def test_bars_training_and_random_states_are_what_they_are_without_probes(
 
 
 class Bare(Classifier):
-    """Its steps compute with a parameter between two modules, which cannot be run again."""
+    """Its steps compute with a parameter before its modules, which cannot be run again."""
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(32, 10))
         self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 32))
-        self.gain = nn.Parameter(torch.ones(32))
+        self.gain = nn.Parameter(torch.ones(1))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.net(self.body(batch[0]) * self.gain), batch[1])
+        return F.cross_entropy(self.net(self.body(batch[0] * self.gain)), batch[1])
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.training_step(batch, batch_idx)
@@ -385,7 +385,7 @@ def test_start_says_how_much_will_be_kept(options: dict[str, Any], data: Any, ba
 def test_start_says_that_training_is_not_kept_where_it_cannot_be_run_again(validates: bool, said: list[str]) -> None:
     trainer_with(None, LinearProbeCallback()).fit(Bare(), loader(), loader(32) if validates else None)
     instead = " but features of validation, up to 14,000 samples (5.7 MiB)" if validates else ""
-    assert f"; keeps no training batch{instead}: the input of 'net' is computed from" in said[0]
+    assert f"; keeps no training batch{instead}: the input of 'body' is computed from" in said[0]
 
 
 @pytest.mark.parametrize(

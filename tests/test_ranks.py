@@ -108,6 +108,9 @@ def test_several_processes_find_what_one_finds(
         off = 1e-5 if case == "same" else 5e-3
         assert values(several["rows"], "cross_entropy")[key] == pytest.approx(value, abs=off)
     assert several["baseline"] == one["baseline"]
+    assert [(row["labels"], row["l2"]) for row in several["rows"]] == [
+        (row["labels"], row["l2"]) for row in one["rows"]
+    ]
     assert {row["samples"] for row in several["rows"] if row["stage"] == "val"} == {ranks.HELD_OUT}
 
 
@@ -123,6 +126,9 @@ def test_samples_that_a_sampler_repeats_count_once(number: int, two: dict[str, F
     rows = {2: two, 3: three}[number]["padded"][0]["rows"]
     assert {row["samples"] for row in rows if row["stage"] == "val"} == {ranks.HELD_OUT}
     assert {row["samples"] for row in rows if row["stage"] == "test"} == {ranks.HELD_OUT}
+    # What a sampler repeats is neither used nor left out.
+    counts = [row["labels"] for row in rows if row["stage"] != "train"]
+    assert counts == [{"used": ranks.HELD_OUT, "left_out": 0, "unusable": 0}] * len(counts)
 
 
 def test_online_probes_are_published_as_the_mean_of_all_processes(two: dict[str, Found]) -> None:

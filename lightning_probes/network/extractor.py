@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
-from lightning_probes.network.batches import LabelReader, find_task, pick
-from lightning_probes.network.hooks import ActivationRecorder, Recording, is_channels_first
-from lightning_probes.network.layers import match_layers, select_layers
+from lightning_probes.network.arrangement import Arrangement, by_layout
+from lightning_probes.network.axes import FeatureAxes
+from lightning_probes.network.batches import LabelReader, find_task, pick, pick_index
+from lightning_probes.network.hooks import ActivationRecorder, Recording
+from lightning_probes.network.layers import Selection, match_layers, select_layers
+from lightning_probes.network.masks import MaskReader, Masks
+from lightning_probes.network.pairing import TRAINING, Outcome, Pairing, choose, may_fit_batch
 from lightning_probes.network.pooling import Reducer
+from lightning_probes.network.provenance import Provenance
 from lightning_probes.network.torch_internals import compiled_parts
-from lightning_probes.options import Reading, patterns
+from lightning_probes.options import Axes, Reading, RowLayout, first_of, patterns
 from lightning_probes.probes.dataset import LayerBatch
 from lightning_probes.probes.tasks import Task
 
 INPUT = "input"
 """Name the raw input among the layers; its probe is at depth 0."""
+
+
+@dataclass(frozen=True)
+class OpenedBatch:
+    """Hold what has to be known of a batch to read the features of its samples again.
+
+    Attributes:
+        samples: number of samples.
+        data: name of the data that the batch comes from.
+        masks: which tokens of each sample count; ``None`` for all.
+        index: sample of each row, if the batch has such a vector; ``None`` if it has none.
+    """
+
+    samples: int
+    data: str = TRAINING
+    masks: Masks | None = None
+    index: Tensor | None = None
 
 
 class LayerExtractor:
@@ -41,9 +65,16 @@ class LayerExtractor:
         labels: reads the labels of each batch.
         recorder: holds the hooks.
         reducer: reduces activations to features.
+        axes: knows which dimension of each layer's activation holds features.
+        row_layout: what the user said of the rows of layers: ``time_first``, ``parts`` or ``views``.
+        absent: layers that were waited for in vain; see :meth:`leave_absent`.
         has_input: whether the raw input is one of the layers.
-        mask: which tokens of the last opened batch count; ``None`` if that batch has no mask.
+        mask_reader: reads the masks of each batch, and knows how they were used.
+        masks: which tokens of the last opened batch count; ``None`` if that batch has no mask.
+        index: sample of each row, if the last opened batch has such a vector; ``None`` if it has none.
         is_ordered: whether the layers and their order are fixed, in all processes.
+        pairings: ``{data: what is known of its rows}``, where data are those of one loader, such as ``val/0``.
+        pairing: the one of the last opened batch.
     """
 
     def __init__(self, layers: Any, exclude: Any, reading: Reading) -> None:
@@ -51,23 +82,38 @@ class LayerExtractor:
         self.selected: list[str] = []
         self.modules: dict[str, nn.Module] = {}
         self.notes: list[str] = []
-        self.labels = LabelReader(reading["target"], reading["token_mask"])
+        self.labels = LabelReader(reading["target"])
+        self.mask_reader = MaskReader(reading["token_mask"])
         self.reducer = Reducer(reading["reduction"], reading["max_features"])
+        self.axes = FeatureAxes(nn.Module(), {})
+        self.row_layout: dict[str, str] = {}
+        self.absent: list[str] = []
         self.recorder = ActivationRecorder(self.reducer, reading["calls"])
         self.has_input = False
-        self.mask: Tensor | None = None
+        self.index: Tensor | None = None
+        self.masks: Masks | None = None
         self.is_ordered = False
+        self.pairings: dict[str, Pairing] = {}
+        self.pairing = Pairing()
         self._patterns = patterns("layers", layers)
         self._exclude = patterns("exclude", exclude)
         self._reading = reading
-        self._input_channels_first = False
+        self._selection = Selection({})
+        self._layout: dict[str, list[str]] = {}
         self._unfit: dict[str, str] = {}
         self._targets: Tensor | None = None
+        self._found = Recording(0)
+        self._counting = 0
 
     @property
     def task(self) -> Task:
         """Return what the probes are asked; its number of outputs is 0 before the first batch if only labels tell."""
         return self.labels.task
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Return ``{layer: reason}`` of the layers that the first batch does not fit, so that they are not probed."""
+        return dict(self._unfit)
 
     def learn_outputs(self, outputs: int) -> None:
         """Take the number of outputs from a checkpoint, unless it is known already."""
@@ -89,35 +135,65 @@ class LayerExtractor:
         # For layers that were probed before, labels or a checkpoint may have told the number of outputs.
         known = self._reading["num_classes"] or (self.task.outputs if order is not None else 0)
         task = find_task(known or None, *owners, model)
-        modules, note = select_layers(model, self._patterns, self._exclude)
-        self.notes = [note] if note else []
+        self._selection = select_layers(model, self._patterns, self._exclude)
+        modules = self._selection.layers
+        self.notes = [self._selection.note] if self._selection.note else []
         self.notes += [self.reducer.note] if self.reducer.note else []
-        parents = {child: parent for parent in model.modules() for child in parent.children()}
-        channels = {layer: is_channels_first(module, parents) for layer, module in modules.items()}
-        for pattern, kind in (self._reading["layout"] or {}).items():
-            named = [INPUT] if pattern == INPUT else match_layers(model, pattern, "layout")
-            channels |= dict.fromkeys(named, kind == "channels")
-        self._input_channels_first = channels.get(INPUT, False)
         takes_input = self._reading["input"] is not None
         if takes_input and INPUT in modules:
             self.notes.append("raw input skipped: a module has the name 'input'")
         self.has_input = takes_input and INPUT not in modules
         self.layers = [INPUT] * self.has_input + list(modules)
-        self.selected = list(self.layers)
+        self.selected = [INPUT] * self.has_input + self._selection.settled()
+        axes = self._read_layout(model, is_checked=order is not None)
         self.labels.begin(task, is_checked=order is not None)
         self.is_ordered = False
         self._unfit = {}
         self.modules = modules
-        self.recorder.attach(modules, channels, compiled_parts(model)[1])
-        if order is not None:
+        self.mask_reader.attach(model, modules, INPUT)
+        self.pairings = self.pairings if order is not None else {}
+        if order is None or not self.axes.is_watched:
+            self.axes = FeatureAxes(model, modules, axes)
+        self.recorder.attach(modules, self.axes.of, compiled_parts(model)[1])
+        if order is None:
+            self.absent = []
+        else:
             self.restore(order)
+
+    def _read_layout(self, model: nn.Module, *, is_checked: bool) -> dict[str, Axes]:
+        """Resolve the patterns of ``layout``, and return the axes that it gives, by layer.
+
+        Raises:
+            ValueError: a pattern names no layer that is probed.
+        """
+        axes: dict[str, Axes] = {}
+        self.row_layout, self._layout = {}, {}
+        for pattern, kind in (self._reading["layout"] or {}).items():
+            is_input = pattern == INPUT and INPUT not in self._selection.layers
+            named = [INPUT] if is_input else list(match_layers(model, pattern, "layout"))
+            probed = [layer for layer in named if layer in self.layers]
+            if not probed and not is_checked:
+                raise ValueError(
+                    f"layout: {pattern!r} has no effect, since none of {first_of(named)} is probed; probed are "
+                    f"{first_of(self.layers, 8)}"
+                )
+            self._layout[pattern] = probed
+            if kind == "tokens" or kind == "channels" or kind == "channels_last":
+                axes |= dict.fromkeys(probed, kind)
+            else:
+                self.row_layout |= dict.fromkeys(probed, kind)
+        return axes
+
+    def heard(self) -> dict[str, int]:
+        """Return how often each layer has been called so far in the step under way."""
+        return self.recorder.recording.heard
 
     def restore(self, order: Sequence[str]) -> None:
         """Keep to the layers of an earlier run, in their order; remove the hooks of other layers."""
         self.layers = list(order)
         self.has_input = INPUT in order and self.has_input
         self.is_ordered = True
-        for layer in self.modules.keys() - set(self.layers):
+        for layer in self.modules.keys() - set(self.layers) | set(self.absent):
             self.recorder.detach(layer)
 
     def detach(self) -> None:
@@ -125,27 +201,57 @@ class LayerExtractor:
         self.recorder.detach()
         self.modules = {}
         self._targets = None
-        self.mask = None
+        self.masks = None
 
-    def open(self, batch: Any, only: Container[str] | None = None) -> None:
+    def open(self, batch: Any, only: Container[str] | None = None, data: str = TRAINING) -> Provenance | None:
         """Take the labels and the raw input of ``batch``, before the step can change them, and start recording.
 
         Args:
             batch: a batch as Lightning's hooks get it.
             only: layers to record; ``None`` for all.
+            data: name of the data that the batch comes from, each with rows of its own.
+
+        Returns:
+            What follows the samples of the batch through the step, if it is not known yet which row is of which sample;
+            else ``None``.
 
         Raises:
             LookupError, TypeError, ValueError: the first batch has no usable labels, nor had a previewed one; or it has
                 no usable mask where the user said. Later batches like this are passed over.
         """
         self._targets = self.labels.read(batch)
-        self.mask = None
+        self._found = Recording(0)
+        self.pairing = self.pairings.setdefault(data, Pairing(data))
+        self.masks = None
+        self.index = None
         if self._targets is None:
-            return
-        self.mask = self.labels.read_mask(batch, len(self._targets))
-        self.recorder.start(len(self._targets), only, self.mask)
-        if self.has_input:
-            self._record_input(batch)
+            return None
+        samples = self._counting = len(self._targets)
+        self.masks = self.mask_reader.read(batch, samples, is_first=not self.labels.is_checked)
+        self.index = pick_index(batch)
+        # All layers are needed while it is not known which rows are of which sample.
+        self._start(samples, only if self.pairing.is_known else None)
+        value = self._picked_input(batch)
+        if self.has_input and isinstance(value, Tensor):
+            self._record_input(value, samples)
+        if self.pairing.is_known:
+            return None
+        if self.index is not None and (len(self.index) == 0 or int(self.index.max()) >= samples):
+            self.index = None
+        rows = self._rows_of_input(value, samples)
+        labels = self.labels.where(batch)
+        try:
+            return Provenance(
+                batch, labels, samples, value, index=self.index, rows=rows, may_trace=not self.recorder.compiled
+            )
+        except Exception as error:  # A batch may hold any kind of tensor.
+            self.pairing.give_up(f"following the batch raised {type(error).__name__}: {error}")
+            return None
+
+    def _start(self, samples: int, only: Container[str] | None = None) -> None:
+        self.recorder.arrangements = self.pairing.arrangements
+        self.recorder.refused = self.pairing.refused
+        self.recorder.start(samples, only, self.masks, self.index)
 
     def abandon(self) -> None:
         """Discard an opened batch whose step did not end."""
@@ -157,36 +263,71 @@ class LayerExtractor:
         if samples is not None and self._targets is not None:
             self._targets = self._targets.clone()
             self._targets[samples:] = self.task.left_out
+            self._counting = min(samples, len(self._targets))
 
-    def observe(self, samples: int, run: Callable[[], None], mask: Tensor | None = None) -> Recording:
+    def opened(self, samples: int, copy: Callable[[Tensor], Tensor]) -> OpenedBatch:
+        """Return what has to be known of the last opened batch, with copies of its tensors made by ``copy``."""
+        masks = None if self.masks is None else self.masks.copied(copy)
+        return OpenedBatch(samples, self.pairing.data, masks, None if self.index is None else copy(self.index))
+
+    def observe(self, batch: OpenedBatch, run: Callable[[], None]) -> Recording:
         """Record the layers while ``run`` runs them outside of a step, without lent memory.
 
         Args:
-            samples: number of samples that are run.
+            batch: what is known of the batch that is run.
             run: runs the layers.
-            mask: which tokens of each sample count.
         """
         recorder = self.recorder
-        memory, before = recorder.memory, recorder.recording
+        before = recorder.memory, recorder.recording, recorder.arrangements, recorder.refused
         recorder.memory = {}
-        recorder.start(samples, mask=mask)
+        pairing = self.pairings.get(batch.data, Pairing(batch.data))
+        recorder.arrangements, recorder.refused = pairing.arrangements, pairing.refused
+        recorder.start(batch.samples, masks=batch.masks, index=batch.index)
         try:
             run()
         finally:
             found = recorder.stop()
-            recorder.memory, recorder.recording = memory, before
+            recorder.memory, recorder.recording, recorder.arrangements, recorder.refused = before
         return found
 
     def check(self) -> None:
-        """Raise if a layer that the user named cannot be probed; check the activations of the first batch only.
+        """Raise if what the user wrote of layers does not fit the activations of the first batch.
 
         Raises:
-            ValueError: a layer cannot be probed; the message names layer, shape and number of labels.
+            ValueError: a layer that the user named cannot be probed, or a ``layout`` has no effect; the message names
+                the layer and its shape.
         """
+        is_first = not self.labels.is_checked and self._targets is not None
+        if is_first and not self.is_ordered and not self.labels.absent_in_training:
+            self._check_layout()
         if not self.labels.is_checked and self._patterns is not None and not self.labels.absent_in_training:
-            for layer, reason in self.recorder.recording.misfits.items():
-                if layer != INPUT and layer not in self.recorder.recording.features:
+            found = self.recorder.recording
+            for layer, reason in found.misfits.items():
+                is_open = not self.pairing.is_known and layer in found.shapes
+                may_fit = is_open and (layer not in self._patterns or may_fit_batch(found.shapes[layer], found.samples))
+                if layer != INPUT and layer not in found.features and not may_fit:
                     raise ValueError(f"layers: {layer!r} cannot be probed: {reason}")
+
+    def _check_layout(self) -> None:
+        shapes = self.recorder.shapes
+        for pattern, layers in self._layout.items():
+            kind = (self._reading["layout"] or {})[pattern]
+            seen = [layer for layer in layers if layer in shapes]
+            raw = self.recorder.recording.shapes
+            rows = [layer for layer in layers if layer in raw]
+            samples = self.recorder.recording.samples
+            if kind in get_args(RowLayout) and rows and not any(by_layout(kind, raw[x], samples) for x in rows):
+                found = ", ".join(f"{layer} {list(raw[layer])}" for layer in rows[:3])
+                expected = "as second dimension" if kind == "time_first" else "several times as first dimension"
+                raise ValueError(
+                    f"layout: {pattern!r} has no effect: {kind!r} is about the {samples} samples {expected}, found "
+                    f"{found}"
+                )
+            if kind in get_args(Axes) and seen and all(len(shapes[layer]) < 3 for layer in seen):
+                found = ", ".join(f"{layer} {shapes[layer]}" for layer in seen[:3])
+                raise ValueError(
+                    f"layout: {pattern!r} has no effect: {kind!r} is about three dimensions or more, found {found}"
+                )
 
     def close(self) -> LayerBatch | None:
         """Stop recording, and return the features and targets of the batch; ``None`` if it had no usable labels."""
@@ -194,43 +335,228 @@ class LayerExtractor:
             return None
         targets, self._targets = self._targets, None
         self.check()
-        found = self.recorder.stop()
-        if not self.labels.is_checked:
-            self._settle(found)
+        self._found = found = self.recorder.stop()
+        if found.contradictions and not found.features:
+            # Where nothing fits any more, the number of labels is to blame, and not every layer.
+            self.labels.pass_over(f"{len(targets)} labels, and {next(iter(found.contradictions.values()))}")
+            found.contradictions = {}
+            return None
+        count = self.labels.count(targets, self._counting)
         # A function of the user's may make labels on another device.
         devices = {x.device for x in found.features.values()}
         targets = targets.to(devices.pop()) if len(devices) == 1 else targets
-        return LayerBatch(found.features, targets, found.faults)
+        return LayerBatch(found.features, targets, found.faults, count)
 
-    def _record_input(self, batch: Any) -> None:
+    def _picked_input(self, batch: Any) -> Any:
         where = self._reading["input"]
-        assert where is not None
+        if where is None:
+            return None
         try:
-            value = pick(batch, where, "input")
+            return pick(batch, where, "input")
         except Exception as error:  # A user's function may raise anything.
             if not self.labels.is_checked and not isinstance(error, LookupError):
                 raise
-            value = None
-        if isinstance(value, Tensor):
-            self.recorder.take(INPUT, value, channels_first=self._input_channels_first)
+            return None
 
-    def _settle(self, found: Recording) -> None:
-        """Order the layers as the first batch called them; leave out misfits unless the user named them."""
+    def _rows_of_input(self, value: Any, samples: int) -> Tensor | None:
+        """Return the sample of each row of the input if the user says that a sample has several."""
+        layout = self.row_layout.get(INPUT)
+        if layout not in ("parts", "views") or not isinstance(value, Tensor):
+            return None
+        if (found := by_layout(layout, value.shape, samples)) is None:
+            return None
+        rows = torch.arange(len(value), device=value.device)
+        return rows // found.each if layout == "parts" else rows % samples
+
+    def _record_input(self, value: Tensor, samples: int) -> None:
+        if INPUT not in self.pairing.arrangements and (found := self._arranged_input(value, samples)) is not None:
+            self.pairing.arrangements[INPUT] = found
+        self.recorder.take(INPUT, value)
+
+    def _arranged_input(self, value: Tensor, samples: int) -> Arrangement | None:
+        if (layout := self.row_layout.get(INPUT)) is not None:
+            return by_layout(layout, value.shape, samples)
+        if self.index is not None and value.dim() and len(value) == len(self.index):
+            return Arrangement("indexed")
+        places = [dim for dim, size in enumerate(value.shape[:2]) if size == samples]
+        return Arrangement("rows", places[0]) if places else None
+
+    def pair(self, outcomes: Mapping[str, Mapping[int, Outcome]], *, is_shuffled: bool, not_run: str) -> None:
+        """Take in what an experiment with the last closed batch found.
+
+        Args:
+            outcomes: ``{layer: {number of the call: what was found}}`` of the layers that could be run again.
+            is_shuffled: whether the step mixed samples before the network saw them.
+            not_run: why some of the step could not be run again; empty if all could.
+        """
+        found = self._found
+        # A layer that was not run again may have one row a sample by its shape.
+        ordered: dict[str, Mapping[int, Outcome]] = {
+            layer: outcomes.get(layer, {}) for layer in found.heard if layer in outcomes or layer in found.features
+        }
+        ordered |= {layer: calls for layer, calls in outcomes.items() if layer not in ordered}
+        ordered.pop(INPUT, None)
+        wanted = {layer: meaning for layer, meaning in self.row_layout.items() if meaning != "time_first"}
+        ones = {layer for layer, x in found.features.items() if len(x) == found.samples}
+        found_out = choose(ordered, self._reading["calls"], ones=ones, wanted=wanted)
+        training = self.pairings.get(TRAINING)
+        for layer, outcome in found_out.items():
+            # A process that may make no further passes takes what training has shown of a layer that stays still.
+            if outcome.is_still and training is not None and layer in training.arrangements:
+                found_out[layer] = Outcome(training.arrangements[layer])
+        self.pairing.learn(found_out, is_shuffled=is_shuffled)
+        guessed = [x for x in found.features if x not in found_out and x != INPUT]
+        if not_run and guessed:
+            self.pairing.notes.append(f"rows of {first_of(guessed)}: one a sample is assumed, since {not_run}")
+        for layer, layout in self.row_layout.items():
+            known = self.pairing.arrangements.get(layer)
+            is_said = layout != "time_first" and known is not None and known.rows_in_a_sample > 1
+            shape = found.shapes.get(layer)
+            if shape and not is_said and (forced := by_layout(layout, shape, found.samples)) is not None:
+                self.pairing.arrangements[layer] = forced
+                self.pairing.refused.pop(layer, None)
+
+    def read(self, activations: Mapping[tuple[str, int], Any], seen: LayerBatch) -> LayerBatch:
+        """Return the features of a batch from the activations of all calls of its layers, as they are arranged now.
+
+        Args:
+            activations: ``{(layer, number of the call): activation}``.
+            seen: features of the batch as they were read in the step, which stay where there is no activation.
+        """
+
+        def take_all() -> None:
+            for (layer, number), activation in activations.items():
+                self.recorder.skip_to({layer: number})
+                self.recorder.take(layer, activation)
+
+        for layer, _ in activations:
+            # The width that was seen in the step may be that of another call.
+            self.recorder.widths.pop(layer, None)
+        # Compiled code that does not call its hooks will not call them in later steps either.
+        unheard = self.recorder.compiled - self._found.heard.keys()
+        found = self.observe(self.opened(len(seen.targets), lambda part: part), take_all)
+        found.features = {layer: x for layer, x in found.features.items() if layer not in unheard}
+        again = {layer for layer, _ in activations}
+        kept = {layer: x for layer, x in seen.features.items() if layer not in again}
+        self._found.features = kept | found.features
+        self._found.misfits = {
+            layer: reason for layer, reason in self._found.misfits.items() if layer not in again
+        } | found.misfits
+        # Run again, a network also calls the layers that its step skipped by chance.
+        order = dict.fromkeys([INPUT, *(layer for layer, _ in activations), *self._found.heard])
+        heard = self._found.heard | dict.fromkeys(again - self._found.heard.keys(), 1)
+        self._found.heard = {layer: heard[layer] for layer in order if layer in heard}
+        return LayerBatch(self._found.features, seen.targets, seen.faults | found.faults, seen.labels)
+
+    def settle(self) -> None:
+        """Order the layers as the last closed batch, the first one, called them; leave out misfits.
+
+        Nothing is done for a later batch.
+        """
+        found = self._found
+        if self.labels.is_checked or not found.samples:
+            return
         self.labels.is_checked = True
         if self.is_ordered:
             return
         if self.has_input and INPUT not in found.features:
-            self.notes.append("raw input skipped: the batch has no such float tensor")
+            reason = found.misfits.get(INPUT, "")
+            reason = reason if "shape" in reason else "the batch has no such float tensor"
+            self.notes.append(f"raw input skipped: {reason}")
             self.layers.remove(INPUT)
             self.has_input = False
+        # Where a step mixes samples, validation may tell more of the layers.
+        refused = {} if self.pairing.is_shuffled else self.pairing.refused
+        belongs = (
+            found.features.keys() | self.pairing.arrangements.keys() | self.pairing.refused.keys() - refused.keys()
+        )
+        called = [layer for layer in found.heard if layer in belongs]
+        self._unfit = {layer: reason for layer, reason in refused.items() if layer in self.layers}
         if self._patterns is None:
-            # Compiled code may not call the hooks of its layers, which are called when the batch is run again.
-            fit = found.features.keys() | self.recorder.compiled
-            misfits = found.misfits
-            self._unfit = {layer: misfits.get(layer, "did not run") for layer in self.layers if layer not in fit}
-            self.layers = [layer for layer in self.layers if layer in fit]
-        calls = {layer: order for order, layer in enumerate(found.features)}
-        self.layers.sort(key=lambda layer: calls.get(layer, len(calls)))
+            # Compiled code may not call the hooks of its layers, which are called when the batch is run again. A layer
+            # that did not run may have been skipped by chance: it keeps its place until the first publication. So does
+            # one that a later batch may show to fit.
+            if not self.pairing.is_known:
+                belongs |= {x for x, shape in found.shapes.items() if may_fit_batch(shape, found.samples)}
+            stays = {INPUT, *self._selection.settled(called)}
+            for layer in [layer for layer in self.layers if layer not in stays]:
+                self.recorder.detach(layer)
+                found.features.pop(layer, None)
+            fit = belongs | self.recorder.compiled
+            misfits = {layer: reason for layer, reason in found.misfits.items() if layer not in fit}
+            self._unfit = {layer: reason for layer, reason in (misfits | self._unfit).items() if layer in stays}
+            self.layers = [layer for layer in self.layers if layer in stays]
+        self.layers = [layer for layer in self.layers if layer not in self._unfit]
+        self._order(called)
+        self._note_assumed()
+
+    def _note_assumed(self) -> None:
+        """Note whose axes are assumed, where another choice would have given other features."""
+        # An image is taken for what it is, and without pooling a map has the same features in whatever order.
+        unpooled = {layer for layer, values in self.recorder.totals.items() if values <= self.reducer.max_features}
+        assumed = {layer: axes for layer, axes in self.axes.assumed.items() if layer in self.layers}
+        for kind in get_args(Axes):
+            plain = set[str]() if kind == "tokens" else unpooled | {INPUT}
+            if layers := [layer for layer, axes in assumed.items() if axes == kind and layer not in plain]:
+                self.notes.append(f"assumed to be {kind}, since no module tells (see layout): {first_of(layers, 8)}")
+
+    def _order(self, called: list[str]) -> None:
+        """Order the layers by their calls; a layer that was not called comes after the one before it in the tree."""
+        calls = {layer: order for order, layer in enumerate(called)}
+        places: dict[str, int] = {}
+        place = -1
+        for layer in self.layers:
+            places[layer] = place = calls.get(layer, place)
+        self.layers.sort(key=places.__getitem__)
+
+    def leave_absent(self, ran: Container[str]) -> None:
+        """Leave out the default layers that are not among those that ``ran``, with a note; a run has one such moment.
+
+        Vectors over layers keep the place of such a layer, which has no samples.
+
+        Args:
+            ran: layers that have had features, in any process.
+        """
+        if self._patterns is not None:
+            return
+        # Compiled code may not call hooks: layers there may have run.
+        known = {INPUT, *self.recorder.compiled}
+        self.absent = [layer for layer in self.layers if layer not in ran and layer not in known]
+        by_reason: dict[str, list[str]] = {}
+        for layer in self.absent:
+            by_reason.setdefault(self.recorder.reasons.get(layer, "did not run"), []).append(layer)
+            self.recorder.detach(layer)
+        self.notes += [f"left out: {', '.join(layers)} ({reason})" for reason, layers in by_reason.items()]
+
+    def how(self, layer: str) -> dict[str, str]:
+        """Return ``{"rows", "reduction"}``: which rows of a layer are of a sample, and how they became features."""
+        known = next((x for pairing in self.pairings.values() if (x := pairing.arrangements.get(layer))), None)
+        rows = "" if known is None else known.described()
+        shape = self.recorder.shapes.get(layer)
+        is_masked = self.mask_reader.is_applied(layer)
+        axes = None if shape is None else self.axes.of(layer, shape)
+        reduction = "" if axes is None else self.reducer.described(shape or (), axes, is_masked=is_masked)
+        return {"rows": rows or "one row a sample", "reduction": reduction}
+
+    def pop_contradictions(self) -> dict[str, str]:
+        """Return why layers of the last closed batch are not arranged as the first one showed, and refuse them."""
+        found, self._found.contradictions = self._found.contradictions, {}
+        for layer, reason in found.items():
+            self.pairing.drop(layer, reason)
+        return found
+
+    def check_layers(self) -> None:
+        """Raise if a layer that the user named by its path cannot be probed, or none is left.
+
+        Raises:
+            ValueError: the message has the reason of each layer.
+        """
+        if not self.labels.is_checked:
+            return
+        named = [layer for layer in self._unfit if layer in (self._patterns or [])]
+        if named or (self._unfit and not set(self.layers) - {INPUT}):
+            reasons = [f"{layer!r} cannot be probed: {self._unfit[layer]}" for layer in named or self._unfit]
+            raise ValueError(f"layers: {'; '.join(reasons)}")
 
     def agree(self, gather: Callable[[Any], list[Any]]) -> None:
         """Make all processes probe, after the first step, the layers that any process probes, in one order.
@@ -252,6 +578,7 @@ class LayerExtractor:
             self.restore([layer for layer in layers if layer not in differing])
             if differing:
                 self.notes.append(f"left out: {', '.join(differing)} (of other widths in other processes)")
-            if unfit := [layer for layer in self._unfit if layer not in layers]:
-                reason = self._unfit[unfit[0]] if len(unfit) == 1 else "did not run or do not fit the batch"
-                self.notes.append(f"left out: {', '.join(unfit)} ({reason})")
+            for reason in dict.fromkeys(self._unfit.values()):
+                unfit = [layer for layer, why in self._unfit.items() if why == reason and layer not in layers]
+                if unfit:
+                    self.notes.append(f"left out: {', '.join(unfit)} ({reason})")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
+from lightning_probes.network.arrangement import PLAIN, Arrangement, ContradictionError, values_of
 from lightning_probes.network.batches import describe, parts_of
-from lightning_probes.network.pooling import OtherSizeError, Reducer
+from lightning_probes.network.masks import Masks
+from lightning_probes.network.pooling import OtherSizeError, Reducer, assumed_axes, nested_means
 from lightning_probes.network.torch_internals import (
     is_in_backward,
     leave,
@@ -20,20 +23,22 @@ from lightning_probes.network.torch_internals import (
     part_of_a_graph,
     tell,
 )
-from lightning_probes.options import Calls
+from lightning_probes.options import Axes, Calls
 
 HEARD_BY = "_lightning_probes_heard_by"
 """Name the attribute set on all modules during a replay: the recorder that alone listens."""
 
-_LENGTH_MODULES = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d)
+AxesOf = Callable[[str, Sequence[int]], Axes]
+"""Take the name of a layer and the shape of its activation, and tell which dimension holds features."""
+
 _NOT_HEARD = "it never ran, or in code that was compiled before the probes came: call torch.compiler.reset() before fit"
 
 
 def first_float_tensor(output: Any) -> Tensor | None:
     """Return the first floating-point tensor with a batch dimension in nested containers; ``None`` if there is none."""
     if isinstance(output, Tensor):
-        # Padded batches can come as nested tensors, which have no shape.
-        is_dense = not output.is_nested and output.layout == torch.strided
+        # Padded batches can come as nested tensors.
+        is_dense = output.is_nested or output.layout == torch.strided
         return output if is_dense and output.is_floating_point() and output.dim() else None
     for part in parts_of(output).values():
         if (found := first_float_tensor(part)) is not None:
@@ -41,21 +46,21 @@ def first_float_tensor(output: Any) -> Tensor | None:
     return None
 
 
-def is_channels_first(module: nn.Module, parents: Mapping[nn.Module, nn.Module]) -> bool:
-    """Return whether three dimensions of a module's output mean ``(batch, channels, length)``, not tokens and width.
+def first_activation(output: Any) -> Tensor | PackedSequence | None:
+    """Return the first packed sequence or :func:`first_float_tensor` in nested containers; ``None`` without any.
 
-    That is so if the module is or holds a Conv1d or BatchNorm1d, or is an element without parameters (an activation, a
-    pooling) directly beside one.
-
-    Args:
-        module: a module of a network.
-        parents: the parent of each module of the network.
+    A nested tensor is returned as the mean of each component, ``(samples, width)``.
     """
-    if any(isinstance(below, _LENGTH_MODULES) for below in module.modules()):
-        return True
-    parent = parents.get(module)
-    is_element = next(module.parameters(), None) is None
-    return is_element and parent is not None and any(isinstance(child, _LENGTH_MODULES) for child in parent.children())
+    if isinstance(output, PackedSequence):
+        return output if output.data.is_floating_point() else None
+    if isinstance(output, Tensor):
+        tensor = first_float_tensor(output)
+        # A component of a nested tensor is a sample of its own length.
+        return nested_means(tensor) if tensor is not None and tensor.is_nested else tensor
+    for part in parts_of(output).values():
+        if (found := first_activation(part)) is not None:
+            return found
+    return None
 
 
 @dataclass
@@ -65,20 +70,28 @@ class Recording:
     Attributes:
         samples: number of labels of the batch.
         only: layers to record; ``None`` for all.
-        mask: which tokens of each sample count, ``(batch, tokens)``; ``None`` for all.
+        masks: which tokens of each sample count, by layer; ``None`` for all.
+        index: sample of each row of layers that have as many rows of a sample as the batch says; ``None`` without.
         features: ``{layer: (rows, features)}`` in the order of the calls.
         misfits: ``{layer: reason}`` of the calls that could not be used.
+        contradictions: ``{layer: reason}`` of the calls that are not arranged as the first batch showed.
         faults: ``{layer: exception}`` of the hooks that raised.
         counts: ``{layer: number of calls that were used}``.
+        heard: ``{layer: number of its calls so far}``, in the order of the first calls.
+        shapes: ``{layer: shape of its activation in the last call that counts}``.
     """
 
     samples: int
     only: Container[str] | None = None
-    mask: Tensor | None = None
+    masks: Masks | None = None
+    index: Tensor | None = None
     features: dict[str, Tensor] = field(default_factory=dict)
     misfits: dict[str, str] = field(default_factory=dict)
+    contradictions: dict[str, str] = field(default_factory=dict)
     faults: dict[str, Exception] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    heard: dict[str, int] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class ActivationRecorder:
@@ -86,26 +99,36 @@ class ActivationRecorder:
 
     Args:
         reducer: reduces activations to features.
-        calls: which of several calls of a layer counts, of those whose first dimension is a multiple of the batch: the
-            last, the first, or the mean of all that have as many rows as the first.
+        calls: which of several calls of a layer counts, of those whose rows are of samples: the first, the last, or the
+            mean of all that have as many rows as the first.
 
     Attributes:
         recording: what is recorded in the step under way; after :meth:`stop` only the reasons why layers are missing.
         widths: ``{layer: features}`` of every layer seen so far.
         totals: ``{layer: values per sample before reduction}`` of every layer seen so far.
+        shapes: ``{layer: shape of its last activation, with rows in dimension 0}`` of every layer seen so far.
         memory: ``{layer: (samples, features)}``, lent by the probes that use the features; features of this shape are
             written there.
         compiled: layers in compiled code, which does not call hooks that are newer than the code.
+        arrangements: ``{layer: which rows of its activation are of which sample}``. A layer without an entry is taken
+            to have one row a sample if its first dimension is that of the batch.
+        refused: ``{layer: why}`` of the layers in whose activations no row is of one sample.
+        sink: takes layer, number of the call and output in the place of :meth:`record`; ``None`` for none.
     """
 
-    def __init__(self, reducer: Reducer, calls: Calls = "last") -> None:
+    def __init__(self, reducer: Reducer, calls: Calls = "first") -> None:
         self.recording = Recording(0)
         self.widths: dict[str, int] = {}
         self.totals: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.memory: dict[str, Tensor] = {}
         self.compiled: set[str] = set()
+        self.arrangements: Mapping[str, Arrangement] = {}
+        self.refused: Mapping[str, str] = {}
+        self.sink: Callable[[str, int, Any], None] | None = None
         self._reducer = reducer
         self._calls = calls
+        self._axes: AxesOf = _assumed
         self._is_on = False
         self._places: dict[str, int] = {}
         self._unhookable: dict[str, str] = {}
@@ -117,25 +140,27 @@ class ActivationRecorder:
         return dict.fromkeys(self.compiled, _NOT_HEARD) | self.recording.misfits
 
     def attach(
-        self, layers: Mapping[str, nn.Module], channels_first: Mapping[str, bool], compiled: Container[int] = ()
+        self, layers: Mapping[str, nn.Module], axes: AxesOf | None = None, compiled: Container[int] = ()
     ) -> None:
         """Register one hook on each layer, and change nothing else in the modules.
 
         Args:
             layers: the modules by layer.
-            channels_first: whether three dimensions of a layer's output mean ``(batch, channels, length)``, by layer.
+            axes: tells which dimension of a layer's activation holds features; ``None`` goes by their number.
             compiled: ids of modules in compiled code.
         """
         self.detach()
         self.compiled = {layer for layer, module in layers.items() if id(module) in compiled}
         self.widths = {}
         self.totals = {}
+        self.shapes = {}
+        self._axes = axes or _assumed
         self._unhookable = {}
         for layer, module in layers.items():
             if isinstance(module, torch.jit.ScriptModule):
                 self._unhookable[layer] = "it is a TorchScript module, which takes no hooks"
                 continue
-            self._hooks[layer] = module.register_forward_hook(self._hook(layer, module, channels_first[layer]))
+            self._hooks[layer] = module.register_forward_hook(self._hook(layer, module))
 
     def detach(self, layer: str | None = None) -> None:
         """Remove the hook of ``layer``, or all hooks, and discard what was recorded."""
@@ -146,15 +171,24 @@ class ActivationRecorder:
             self.recording.features.pop(name, None)
             self.recording.misfits.pop(name, None)
             self.memory.pop(name, None)
+            if layer is not None:
+                for known in (self.widths, self.totals, self.shapes):
+                    known.pop(name, None)
         if layer is None:
             self._is_on = False
             # The raw input has features and memory too, but no hook.
             self.recording = Recording(0)
             self.memory = {}
 
-    def start(self, samples: int, only: Container[str] | None = None, mask: Tensor | None = None) -> None:
+    def start(
+        self,
+        samples: int,
+        only: Container[str] | None = None,
+        masks: Masks | None = None,
+        index: Tensor | None = None,
+    ) -> None:
         """Start recording a step; the arguments are those of :class:`Recording`."""
-        self.recording = Recording(samples, only, mask, misfits=dict(self._unhookable))
+        self.recording = Recording(samples, only, masks, index, misfits=dict(self._unhookable))
         self._is_on = True
 
     def stop(self) -> Recording:
@@ -164,67 +198,114 @@ class ActivationRecorder:
         self.recording = Recording(0, misfits=dict(found.misfits))
         return found
 
-    def take(self, layer: str, output: Any, *, channels_first: bool = False) -> None:
+    def skip_to(self, heard: Mapping[str, int]) -> None:
+        """Count the calls of layers as if they had been called so often in the step under way."""
+        self.recording.heard.update(heard)
+
+    def take(self, layer: str, output: Any) -> None:
         """Record an output as :meth:`record` does; store exceptions in the recording, do not raise."""
         try:
-            self.record(layer, output, channels_first=channels_first)
+            self.record(layer, output)
         except Exception as error:
             self.recording.misfits[layer] = f"{type(error).__name__}: {error}"
             self.recording.faults[layer] = error.with_traceback(None)  # The frames of a traceback would hold it.
 
-    def record(self, layer: str, output: Any, *, channels_first: bool = False) -> None:
+    def record(self, layer: str, output: Any) -> None:
         """Reduce and keep one output of a layer; note in ``misfits`` what does not fit the batch."""
+        if not self._is_on:
+            return
+        found = self.recording
+        number = found.heard.get(layer, 0)
+        found.heard[layer] = number + 1
         if not self._is_asked_for(layer):
             return
-        found, activation = self.recording, first_float_tensor(output)
+        if self.sink is not None:
+            self.sink(layer, number, output)
+            return
+        activation, arrangement = first_activation(output), self.arrangements.get(layer)
         if activation is None:
             found.misfits[layer] = f"its output holds no floating-point tensor but {describe(output)}"
-        elif not len(activation) or not activation.numel() or len(activation) % found.samples:
-            found.misfits[layer] = (
-                f"its activation has shape {tuple(activation.shape)}, whose first dimension is no multiple "
-                f"of the {found.samples} labels of the batch"
-            )
+        elif layer in self.refused:
+            found.misfits[layer] = self.refused[layer]
+        elif arrangement is not None and arrangement.calls and number not in arrangement.calls:
+            pass
         elif self._calls != "first" or layer not in found.features:
-            self._add(layer, activation, channels_first)
+            self._add(layer, activation, arrangement)
 
     def _is_asked_for(self, layer: str) -> bool:
         return self._is_on and (self.recording.only is None or layer in self.recording.only)
 
-    def _add(self, layer: str, activation: Tensor, channels_first: bool) -> None:
+    def _add(self, layer: str, activation: Tensor | PackedSequence, arrangement: Arrangement | None) -> None:
         found = self.recording
-        so_far = found.features.get(layer) if self._calls == "mean" else None
-        if so_far is not None and len(so_far) != len(activation):
-            found.misfits[layer] = f"its calls have {len(so_far)} and {len(activation)} samples, which have no mean"
-            return
-        # Lent memory already holds the mean of earlier calls, so a later call is not written there.
-        memory = self.memory.get(layer) if so_far is None else None
+        packed = activation if isinstance(activation, PackedSequence) else None
+        found.shapes[layer] = tuple(values_of(activation).shape)
         try:
-            features = self._reducer(layer, activation, channels_first=channels_first, out=memory, mask=found.mask)
+            rows = self._rows(activation, arrangement)
+        except ContradictionError as error:
+            found.misfits[layer] = str(error)
+            if found.samples > 1:  # A network may drop a dimension of a single sample.
+                found.contradictions[layer] = str(error)
+            return
+        except ValueError as error:
+            found.misfits[layer] = str(error)
+            return
+        arrangement = arrangement or PLAIN
+        so_far = found.features.get(layer) if self._calls == "mean" else None
+        # Lent memory already holds the mean of earlier calls, so a later call is not written there.
+        memory = self.memory.get(layer) if so_far is None and arrangement.is_as_it_is else None
+        try:
+            axes = self._axes(layer, rows.shape)
+            mask = None
+            if found.masks is not None and rows.dim() == 3 and axes == "tokens":
+                mask = found.masks.of(layer, rows.shape[1], is_repeated=arrangement.is_batch_after_batch)
+            features = self._reducer(layer, rows, axes=axes, out=memory, mask=mask)
         except OtherSizeError as error:
             found.misfits[layer] = str(error)
+            return
+        features = arrangement.join(features, found.samples, found.index, packed)
+        if so_far is not None and len(so_far) != len(features):
+            found.misfits[layer] = f"its calls have {len(so_far)} and {len(features)} samples, which have no mean"
             return
         width = self.widths.setdefault(layer, features.shape[1])
         if features.shape[1] != width:
             found.misfits[layer] = f"it has {features.shape[1]} features where it had {width} before"
             return
-        self.totals[layer] = activation.numel() // len(activation)
+        self.shapes[layer] = tuple(rows.shape)
+        self.totals[layer] = rows.numel() // len(rows)
         found.counts[layer] = found.counts.get(layer, 0) + 1
         found.features[layer] = features if so_far is None else so_far.add_((features - so_far) / found.counts[layer])
 
-    def _hook(self, layer: str, module: nn.Module, channels_first: bool) -> Any:
+    def _rows(self, activation: Tensor | PackedSequence, arrangement: Arrangement | None) -> Tensor:
+        """Return an activation with the rows of samples in dimension 0.
+
+        Raises:
+            ContradictionError, ValueError: the activation does not fit its arrangement or, without any, the batch.
+        """
+        found = self.recording
+        if arrangement is not None:
+            return arrangement.rows(activation, found.samples, found.index)
+        if isinstance(activation, PackedSequence) or not activation.numel() or len(activation) != found.samples:
+            shape = "a packed sequence" if isinstance(activation, PackedSequence) else list(activation.shape)
+            raise ValueError(
+                f"its activation has shape {shape}, whose first dimension is not that of the {found.samples} labels of "
+                "the batch"
+            )
+        return activation
+
+    def _hook(self, layer: str, module: nn.Module) -> Any:
         known = weakref.ref(module)  # The place where this listens outlives a module that nobody detaches.
 
         def heard(output: Any) -> None:
             # Activation checkpointing runs a layer again inside backward, where the same samples come a second time.
             module = known()
             if module is not None and vars(module).get(HEARD_BY, self) is self and not is_in_backward():
-                self.take(layer, output, channels_first=channels_first)
+                self.take(layer, output)
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             # This is asked first: nothing that changes from step to step may become a condition of compiled code.
             if torch.compiler.is_compiling():
                 found = first_float_tensor(output)
-                tell(None if found is None else found.detach(), place)
+                tell(None if found is None or found.is_nested else found.detach(), place)
             # Most of many layers are not asked for in a step, and leave here.
             elif self._is_asked_for(layer):
                 take(output)
@@ -233,3 +314,7 @@ class ActivationRecorder:
         take = never_compiled(heard)
         place = self._places[layer] = listen(module, take)
         return part_of_a_graph(hook)
+
+
+def _assumed(layer: str, shape: Sequence[int]) -> Axes:
+    return assumed_axes(len(shape))

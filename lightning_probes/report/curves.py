@@ -16,6 +16,8 @@ from torchmetrics.utilities import rank_zero_warn
 from lightning_probes.distributed import Ranks
 from lightning_probes.network.extractor import LayerExtractor
 from lightning_probes.probes.tasks import Task
+from lightning_probes.report.label_counts import LabelCounts
+from lightning_probes.report.method import CROSS_FITTED
 from lightning_probes.report.report import ProbeReport, Row
 
 Curve = tuple[str, int]
@@ -46,7 +48,9 @@ class LayerFacts:
         self._network = network
         self._layers: list[str] = []
         self._totals: dict[str, int] = {}
+        self._how: dict[str, dict[str, str]] = {}
         self._first_depth = 0
+        self._is_settled = False
 
     @property
     def layers(self) -> list[str]:
@@ -63,37 +67,58 @@ class LayerFacts:
         return f"{len(layers)} layer{'s' * (len(layers) > 1)}, {features:,} features" if widths else ""
 
     def agree(self, ranks: Ranks) -> None:
-        """Share the sizes of layers among all processes, since a layer may run in some of them only."""
+        """Share the sizes of layers among all processes, since a layer may run in some of them only.
+
+        The first time that there are any, default layers that ran in no process are left out from then on.
+        """
         self._totals = ranks.union(self._totals | self._network.recorder.totals)
+        own = {layer: self._network.how(layer) for layer in self._network.recorder.shapes}
+        self._how = ranks.union(self._how | own)
+        if self._totals and not self._is_settled:
+            self._is_settled = True
+            self._network.leave_absent(self._totals)
 
     def about(self, known: Mapping[str, Row], widths: Mapping[str, int]) -> dict[str, Row]:
-        """Return ``{layer: {"depth", "features", "features_total", "fitted_on", "converged"}}``.
+        """Return what rows say of each layer: ``depth``, ``features``, ``fitted_on``, ``converged``, ``l2`` and others.
 
         Args:
             known: ``{layer: entries}`` that replace or extend these entries; layers may be missing.
             widths: number of features by layer.
         """
+        # A layer that never ran has no rows, and depths have no gap in its place.
+        left = [layer for layer in self.layers if layer not in self._network.absent]
+        depths = {layer: self._first_depth + i for i, layer in enumerate(left)}
         return {
             layer: {
-                "depth": self._first_depth + i,
+                "depth": depths.get(layer, -1),
                 "features": widths.get(layer, 0),
                 "features_total": self._totals.get(layer, 0),
                 "fitted_on": None,
                 "converged": None,
+                "l2": None,
+                **(self._how.get(layer) or self._network.how(layer)),
                 **known.get(layer, {}),
             }
-            for i, layer in enumerate(self.layers)
+            for layer in self.layers
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Return layers and sizes as plain types."""
-        return {"layers": self.layers, "totals": self._totals, "first_depth": self._first_depth}
+        return {
+            "layers": self.layers,
+            "totals": self._totals,
+            "first_depth": self._first_depth,
+            "absent": list(self._network.absent) if self._is_settled else None,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned, and give the network the same layers in the same order."""
         self._layers = list(state["layers"])
         self._totals = dict(state["totals"])
         self._first_depth = state["first_depth"]
+        absent = state.get("absent", [])  # Earlier releases left such layers out in the first step.
+        self._is_settled = absent is not None
+        self._network.absent = list(absent or [])
         self._network.restore(self._layers)
 
 
@@ -121,7 +146,7 @@ def rows_of(task: Task, about: Mapping[str, Row], scores: Scores, stage: str, **
         about: ``{layer: entries of its rows}``, in the order of ``scores``.
         scores: scores of all layers.
         stage: ``train``, ``val`` or ``test``.
-        point: entries of all rows: ``dataloader``, ``epoch``, ``step``, ``logged_step``.
+        point: entries of all rows: ``dataloader``, ``epoch``, ``step``, ``logged_step``, ``labels``.
     """
     rows: list[Row] = []
     for i, (layer, known) in enumerate(about.items()):
@@ -148,15 +173,18 @@ class Curves:
     Args:
         network: extractor of the layers whose probes are scored.
         ranks: the processes that score together.
+        labels: counts the labels of each curve; ``None`` for a new one.
 
     Attributes:
         target_sums: sums over the targets that probes were fitted on, for each entry the highest of all points.
         set_aside: layers whose features were not finite, or for which something was raised; their values are NaN from
             then on.
         notes: warnings about layers, for the report.
+        labels: as given.
     """
 
-    def __init__(self, network: LayerExtractor, ranks: Ranks) -> None:
+    def __init__(self, network: LayerExtractor, ranks: Ranks, labels: LabelCounts | None = None) -> None:
+        self.labels = labels or LabelCounts(network.labels)
         self.target_sums: list[float] = []
         self.set_aside: set[str] = set()
         self.notes: list[str] = []
@@ -186,13 +214,19 @@ class Curves:
 
     def fail(self, layers: Iterable[str], doing: str, error: Exception, now: tuple[int, int]) -> None:
         """Set layers aside because the probes' own code raised ``error``, and warn once."""
-        new = [layer for layer in layers if layer not in self.set_aside]
+        new = [layer for layer in layers if layer not in self.set_aside and layer not in self._network.absent]
         self.set_aside.update(new)
         if new:
             self._tell(
                 f"set aside at epoch {now[0]}, step {now[1]}, since {doing} raised "
                 f"{type(error).__name__}: {error}: {', '.join(map(repr, new))}; their values are NaN from now on"
             )
+
+    def drop(self, layer: str, reason: str, now: tuple[int, int]) -> None:
+        """Set a layer aside because a batch shows that its rows were misunderstood, and warn once."""
+        if layer not in self.set_aside:
+            self.set_aside.add(layer)
+            self._tell(f"set aside at epoch {now[0]}, step {now[1]}: {layer!r}, since {reason}; NaN from now on")
 
     def blame(self, faults: Mapping[str, Exception], doing: str, now: tuple[int, int]) -> None:
         """Set the layers in ``faults`` aside, with one warning for all layers with the same exception."""
@@ -206,7 +240,8 @@ class Curves:
         rank_zero_warn(f"LinearProbeCallback: {note}")
 
     def agree(self, layers: int) -> None:
-        """Share curves, layers set aside and notes among all processes, before a publication."""
+        """Share curves, layers set aside, notes and counts of labels among all processes, before a publication."""
+        self.labels.agree(self._ranks)
         if self._ranks.number > 1:
             own = [(kind, curve) for kind, curves in self._sums.items() for curve in curves]
             found = self._ranks.gather((own, self.set_aside, self.notes))
@@ -217,22 +252,26 @@ class Curves:
                 self.touch(kind, curve, layers)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return layers set aside, notes and the tally of training, which cannot be scored again, for a checkpoint."""
+        """Return layers set aside, notes, and the tally and labels of training, which is not scored again."""
         along = self._sums.get(Kind.TRAINED_ALONG, {}).get(("train", 0))
         sums = [] if along is None else [tensor.clone() for tensor in along]
-        return {"set_aside": sorted(self.set_aside), "notes": list(self.notes), "trained_along": sums}
+        state = {"set_aside": sorted(self.set_aside), "notes": list(self.notes), "trained_along": sums}
+        return state | {"labels": self.labels.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
         """Restore what :meth:`state_dict` returned."""
         self.set_aside = set(state["set_aside"])
         self.notes = list(state.get("notes", []))
+        if "labels" in state:
+            self.labels.load_state_dict(state["labels"], device, has_counts=self._ranks.rank == 0)
         # Process 0 has written the tally, and alone adds it.
         if state["trained_along"] and self._ranks.rank == 0:
             tally, target_sums = (tensor.to(device) for tensor in state["trained_along"])
             self.add(Kind.TRAINED_ALONG, ("train", 0), tally, target_sums)
 
     def clear(self, *kinds: Kind) -> None:
-        """Discard the tallies of some kinds of probes, or of all."""
+        """Discard the tallies of some kinds of probes, or of all; labels of training belong to those trained along."""
+        self.labels.clear(keeps_training=bool(kinds) and Kind.TRAINED_ALONG not in kinds)
         for kind in kinds or list(self._sums):
             self._sums.pop(kind, None)
 
@@ -289,9 +328,11 @@ class Curves:
             if online is not None:
                 pairs = zip(online.tallies, scores.tallies, strict=True)
                 scores.online = [own if own[-1] == tally[-1] else None for own, tally in pairs]
-            new = rows_of(
-                task, about, scores, stage, dataloader=dataloader, epoch=epoch, step=step, logged_step=logged_step
-            )
+            is_crossed = any((row.get("fitted_on") or {}).get("data") == CROSS_FITTED for row in about.values())
+            # Of cross-fitted probes the stage "train" is the validation that they were fitted on.
+            read = ("val", 0) if stage == "train" and is_crossed else (stage, dataloader)
+            place = {"dataloader": dataloader, "epoch": epoch, "step": step, "logged_step": logged_step}
+            new = rows_of(task, about, scores, stage, **place, labels=self.labels.of(read))
             report.enter(new, baseline=task.baseline(scores.target_sums) if labelled and not dataloader else None)
             rows += new
         return rows
@@ -318,7 +359,7 @@ class Curves:
             )
 
     def _warn_silent(self, stage: str, layers: list[str], reasons: Mapping[str, str]) -> None:
-        new = [layer for layer in layers if layer not in self._silent | self.set_aside]
+        new = [layer for layer in layers if layer not in self._silent.union(self.set_aside, self._network.absent)]
         self._silent.update(new)
         if new:
             by_reason: dict[str, list[str]] = {}
@@ -332,5 +373,5 @@ class Curves:
             self.set_aside.add(layer)
             self._tell(
                 f"layer {layer!r} is set aside at epoch {epoch}, step {step}: NaN or Inf in its "
-                f"features ({stage}); its values are NaN from now on"
+                f"features or their squares ({stage}); its values are NaN from now on"
             )

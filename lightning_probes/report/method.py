@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,17 @@ NO_VALIDATION = (
     "show takes a validation loader: trainer.fit(model, train_loader, val_loader)"
 )
 """Note in the report of a run without a validation loop what its errors mean."""
+
+
+_REDUCTIONS = {
+    "vector": "vector{s}",
+    "map": "map{s}",
+    "grid": "grid{s}",
+    "mean": "mean{s} of tokens",
+    "subset": "random subset{s}",
+    "projection": "random projection{s}",
+}
+"""Name the kinds of features by the first word of what rows say of them."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +60,10 @@ def method_of(points: Mapping[str, Sequence[Mapping[str, Any]]], stage: str) -> 
     sentences = [_sentence(main, fitted, stage)]
     for data, same in others:
         sentences.append(f"But {first_of([row['layer'] for row in same])}: {_sentence(data, same, stage)}")
+    sentences += _features(last)
     if late := [row["layer"] for row in last if row.get("converged") is False]:
         sentences.append(f"Not at the optimum (converged: False): {first_of(late)}.")
+    sentences += _of_labels(last[0].get("labels") or {})
     earlier: dict[str, list[str]] = {}
     for name, rows in points.items():
         if (data := next(iter(_by_kind(rows)))) != main:
@@ -59,6 +73,27 @@ def method_of(points: Mapping[str, Sequence[Mapping[str, Any]]], stage: str) -> 
         sentences.append(f"But at {first_of(names)}: {_sentence(data, _by_kind(rows)[data], stage)}")
         warnings.setdefault(_warning(data, rows[0], stage), f"at {first_of(names)}: ")
     return Method("; ".join(f"{where}{warning}" for warning, where in warnings.items() if warning), sentences)
+
+
+def _features(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say what the features of the layers are, where that is known, and which rows they are of."""
+    kinds = Counter(name for row in rows if (name := _REDUCTIONS.get(str(row.get("reduction", "")).split(" ")[0])))
+    if not kinds:
+        return []
+    counted = ", ".join(f"{name.format(s='s' * (n > 1))} ({n})" for name, n in kinds.items())
+    other = [row["layer"] for row in rows if row.get("rows") not in ("one row a sample", None)]
+    of_rows = f"not one row a sample: {first_of(other)}" if other else "one row a sample"
+    return [f"Features: {counted}; {of_rows}."]
+
+
+def _of_labels(labels: Mapping[str, int]) -> list[str]:
+    """Say how many labels of a stage were used, unless all were."""
+    samples = sum(labels.values())
+    if not samples or labels["used"] == samples:
+        return []
+    reasons = {"left out on purpose": labels["left_out"], "not usable": labels["unusable"]}
+    others = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items() if number)
+    return [f"Of {samples:,} labels {labels['used']:,} were used ({others})."]
 
 
 def _by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

@@ -62,6 +62,9 @@ class ProbeReport:
             - ``epoch``: epochs completed, 0 for the network as ``fit`` found it, and ``step``: its ``global_step``;
             - ``metric``: ``error``, a fraction in [0, 1]; ``cross_entropy`` in nats; or ``lag``, the online probe's
               error minus this probe's error on the same samples;
+            - ``labels``: ``{"used", "left_out", "unusable"}``, how many labels of the stage's batches since the last
+              point were used, left their sample out on purpose (-100), or left it out since they have no meaning;
+              ``None`` where they were not counted;
             - ``value``: value of the metric; NaN for a layer that was set aside;
             - ``samples``: number of samples scored;
             - ``low`` and ``high``: 95 % interval of an error (Wilson 1927), which covers the choice of the scored
@@ -73,6 +76,7 @@ class ProbeReport:
             - ``fitted_on``: ``{"data", "samples"}``, what and how many samples the probe was fitted on: ``train``,
               ``val, cross-fitted``, or ``online`` for a probe that was only trained along with the network;
             - ``converged``: whether the probe is at its optimum; ``None`` for an online probe;
+            - ``l2``: the strength of L2 that was chosen for the probe; ``None`` for an online probe;
             - ``network``, only from :func:`~lightning_probes.probe`: ``as given``, ``untrained``, or a checkpoint's
               path.
         baseline: ``{stage: error}``, fractions in [0, 1]: the error of always answering the most frequent class among

@@ -20,11 +20,15 @@ from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.distributed import Ranks
 from lightning_probes.network.extractor import LayerExtractor
+from lightning_probes.network.pairing import MIXED_BY_STEP, TRAINING
+from lightning_probes.network.provenance import Provenance
+from lightning_probes.network.torch_internals import compiled_parts
+from lightning_probes.options import first_of
 from lightning_probes.probes.dataset import FeatureDataset, LayerBatch, MemoryStore
 from lightning_probes.probes.fit import FittedProbes, fit_layers
 from lightning_probes.probes.heads import StackedProbes
 from lightning_probes.progress import Progress, size
-from lightning_probes.replay.calls import CannotRunAgainError
+from lightning_probes.replay.calls import CannotRunAgainError, RecordedStep
 from lightning_probes.replay.recorded_batches import Context, RecordedBatch, RecordedBatches, device_of
 from lightning_probes.replay.replayer import copy_of_weights
 from lightning_probes.replay.reservoir import Budget, Reservoir
@@ -33,6 +37,9 @@ from lightning_probes.report.method import CROSS_FITTED
 
 Faults = dict[str, Exception]
 """Map layers to what was raised for them."""
+
+
+_SHARED_OUT = "its weights are shared out among processes"
 
 
 class Refit:
@@ -66,6 +73,8 @@ class Refit:
         self._batches = RecordedBatches(network, budget)
         self._start = StartingPoint()
         self._validation: defaultdict[int, Reservoir[LayerBatch]] | None = None
+        self._crossed: set[str] = set()
+        self._is_shared_out = False
         self._online: Tensor | None = None
         self._faults: Faults = {}
 
@@ -81,11 +90,11 @@ class Refit:
         Returns:
             A note for readers of the report; empty if there is nothing to say.
         """
+        self.attach(model)
         if not self.budget.samples:
             return ""
-        self._batches.attach(model)
-        if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
-            self._batches.refuse("its weights are shared out among processes")
+        if self._is_shared_out:
+            self._batches.refuse(_SHARED_OUT)
         if gone_before:
             return "" if has_start else f"no starting point: {gone_before}"
         if any(is_lazy(tensor) for tensor in model.parameters()):
@@ -95,6 +104,13 @@ class Refit:
         self._start.keep(model)
         self.cost["weights_bytes"] = self._start.num_bytes
         return ""
+
+    def attach(self, model: nn.Module) -> None:
+        """Find the modules of ``model`` whose calls can be recorded."""
+        self._is_shared_out = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+        # Hooks in compiled code are part of it, so that new ones would have it compiled again.
+        if self.budget.samples or not compiled_parts(model)[1]:
+            self._batches.attach(model)
 
     def end(self) -> str:
         """Release the model and the kept batches; return a note for readers of the report."""
@@ -114,13 +130,34 @@ class Refit:
         """Begin an epoch, whose batches replace those of the epoch before."""
         self._batches.kept.renew(epoch)
 
-    def open(self) -> bool:
+    def wants(self) -> bool:
         """Decide before a training step whether its batch will be kept, and return that."""
-        return self.budget.samples > 0 and self._batches.open()
+        return self._batches.wants()
 
-    def close(self, seen: LayerBatch | None) -> None:
+    def record(self, provenance: Provenance | None) -> None:
+        """Start recording a training step if its batch will be kept, or if ``provenance`` is to follow its samples."""
+        self._batches.record(None if self._is_shared_out else provenance)
+
+    def pause_following(self) -> None:
+        """Follow no operation of the step until :meth:`go_on_following`: those of backward tell nothing."""
+        self._batches.recorder.pause_following()
+
+    def go_on_following(self) -> None:
+        """Follow operations of the step again."""
+        self._batches.recorder.go_on_following()
+
+    def stop(self) -> RecordedStep | CannotRunAgainError | None:
+        """Return what was recorded of a step that has ended, or why it cannot be run again; ``None`` without either."""
+        try:
+            return self._batches.stop() if not self._is_shared_out else CannotRunAgainError(_SHARED_OUT)
+        except CannotRunAgainError as error:
+            return error.with_traceback(None)  # The frames of a traceback would hold the batch.
+
+    def close(self, step: RecordedStep | CannotRunAgainError | None, seen: LayerBatch | None) -> None:
         """Keep the batch of a training step that has ended, if it was wanted."""
-        self._batches.close(seen)
+        self._batches.close(step, seen)
+        if self._network.pairing.is_shuffled and self._network.pairing.data == TRAINING:
+            self._batches.refuse(MIXED_BY_STEP)
         if self._network.labels.absent_in_training:
             self._batches.refuse("its batches have no usable labels")
 
@@ -173,6 +210,12 @@ class Refit:
                 self.fitted = self._fit(model, context, online=online)
         except CannotRunAgainError as error:
             self._batches.refuse(str(error))
+        # All processes go the same way, since fits wait for each other.
+        missing = set().union(*self._ranks.gather(self._missing() if self.fitted is not None else set()))
+        if self.fitted is not None and not has_validation and self._batches.partly and missing:
+            # The layers that cannot be run again would have no probe but the online one: all are of one kind then.
+            self.fitted = None
+            self._batches.refuse(self._batches.partly)
         if self.fitted is not None and self._start.is_due and (is_validation or not has_validation):
             with self._timed("Fitting probes at start"):
                 self._fit_start(model, context)
@@ -180,36 +223,67 @@ class Refit:
         if self.fitted is None:
             reason = self._batches.refusal or "no batch of it was kept: fit_samples and fit_bytes have no room for one"
             self._validation = self._no_batches() if is_validation else None
+            self._crossed = set(self._network.layers)
             way = "cross-fitted on validation" if has_validation else "those trained along, which lag behind"
             no_start = ", and there is no starting point" if self._start.is_due else ""
             self._drop_start()
             self._say(f"training cannot be run again ({reason}): the probes are {way}", no_start)
+        elif missing:
+            self._say_crossed(missing)
+            if is_validation:
+                self._validation, self._crossed = self._no_batches(), missing
 
-    def watch(self, batch: Any) -> None:
-        """Start recording the calls of a step of validation if the starting point is scored on it too."""
-        if self._start.fitted is not None:
-            self._batches.watch(batch)
+    def _missing(self) -> set[str]:
+        """Return the layers without features in training that may have some elsewhere, since nothing went wrong."""
+        assert self.fitted is not None
+        known = self.fitted.known.keys() | self._faults.keys() | self._curves.set_aside
+        # A layer that has never been seen may not run in validation either.
+        seen = self._network.recorder.widths
+        return {layer for layer in self._network.layers if layer not in known and layer in seen}
+
+    def _say_crossed(self, missing: set[str]) -> None:
+        layers = first_of([layer for layer in self._network.layers if layer in missing])
+        reason = self._batches.partly or "they have no features there"
+        self._say(
+            f"training cannot be run again for {layers} ({reason}): cross-fitted on validation where it has features"
+        )
+
+    def watch(self, batch: Any, provenance: Provenance | None) -> None:
+        """Start recording a step of evaluation, to score the starting point on it or to follow samples."""
+        if not self._is_shared_out and (self._start.fitted is not None or provenance is not None):
+            self._batches.watch(batch, provenance)
 
     def score(
-        self, curve: Curve, seen: LayerBatch | None, online: StackedProbes | None, model: nn.Module, context: Context
+        self,
+        curve: Curve,
+        step: RecordedStep | CannotRunAgainError | None,
+        seen: LayerBatch | None,
+        online: StackedProbes | None,
+        model: nn.Module,
+        context: Context,
     ) -> None:
         """Score all probes on a batch that was evaluated."""
-        watched: RecordedBatch | None = None
-        try:
-            watched = self._batches.take(seen)
-        except CannotRunAgainError as error:
-            if seen is not None:
-                self._start.fault = self._start.fault or f"validation cannot be run again: {error}"
+        if isinstance(step, CannotRunAgainError):
+            if seen is not None and self._start.fitted is not None:
+                self._start.fault = self._start.fault or f"validation cannot be run again: {step}"
+            step = None
+        elif step is not None and step.reason and not self._batches.partly:
+            # The starting point would lack layers that training has.
+            self._start.fault = self._start.fault or f"validation cannot be run again: {step.reason}"
         if seen is None:
             return
+        watched = self._batches.taken(step, seen) if self._start.fitted is not None else None
         target_sums = self._network.task.target_sums(seen.targets)
-        if self._validation is None and curve[0] == "val" and self._is_cross_fitted():
+        if self._validation is None and curve[0] == "val" and (crossed := self._cross_fitted()):
             # In a further validation the probes that were fitted on all of its samples must not score them.
-            self._validation = self._no_batches()
+            self._validation, self._crossed = self._no_batches(), crossed
+        others = seen
         if self._validation is not None:
-            self._keep(self._validation[curve[1]], seen)
-        elif (probes := self.fitted.probes if self.fitted is not None else online) is not None:
-            self._curves.add(Kind.PUBLISHED, curve, probes.score(seen), target_sums)
+            self._keep(self._validation[curve[1]], seen.only(self._crossed))
+            others = seen.only(set(self._network.layers) - self._crossed)
+        probes = self.fitted.probes if self.fitted is not None else online
+        if probes is not None and (self._validation is None or not self._is_all_crossed):
+            self._curves.add(Kind.PUBLISHED, curve, probes.score(others), target_sums)
         if online is not None and (self.fitted is not None or self._validation is not None):
             self._curves.add(Kind.ONLINE, curve, online.score(seen), target_sums)
         if watched is not None:
@@ -236,6 +310,7 @@ class Refit:
                     self._curves.add(Kind.ONLINE, ("train", 0), self._online, found.target_sums)
         if self.fitted is not None:
             self.fitted = FittedProbes(self.fitted.probes, self.fitted.known)
+        self._crossed = set()
         self._online = None
         return self._start.conclude()
 
@@ -345,13 +420,19 @@ class Refit:
             kept[dataloader].clear()
             found = self._fit_on(dataset, CROSS_FITTED, self._ranks.device, is_crossed=True)
             if found is not None and found.crossed_tally is not None and found.target_sums is not None:
-                self._curves.add(Kind.PUBLISHED, ("val", dataloader), found.crossed_tally, found.target_sums)
+                # Targets count once, with the layers whose probes were fitted on training if any were.
+                sums = found.target_sums if self._is_all_crossed else torch.zeros_like(found.target_sums)
+                self._curves.add(Kind.PUBLISHED, ("val", dataloader), found.crossed_tally, sums)
                 # Of several loaders the first one gives the probes of the stage "train".
-                self.fitted = self.fitted or found
+                self.fitted = found if self.fitted is None else self.fitted.with_others(found)
 
-    def _is_cross_fitted(self) -> bool:
-        known = self.fitted.known.values() if self.fitted is not None else ()
-        return any(row["fitted_on"]["data"] == CROSS_FITTED for row in known)
+    @property
+    def _is_all_crossed(self) -> bool:
+        return self._crossed >= set(self._network.layers)
+
+    def _cross_fitted(self) -> set[str]:
+        known = self.fitted.known if self.fitted is not None else {}
+        return {layer for layer, row in known.items() if row["fitted_on"]["data"] == CROSS_FITTED}
 
     # The starting point
 

@@ -6,15 +6,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_probes.distributed import Ranks
 from lightning_probes.network.extractor import INPUT, LayerExtractor
+from lightning_probes.network.pairing import notes_of
+from lightning_probes.probes.dataset import LayerBatch
 from lightning_probes.progress import Progress, size
+from lightning_probes.replay.calls import CannotRunAgainError, RecordedStep
 from lightning_probes.replay.recorded_batches import Context
 from lightning_probes.replay.reservoir import Budget
+from lightning_probes.replay.trial import pair
 from lightning_probes.report.curves import Curve, Curves, Kind, LayerFacts
 from lightning_probes.report.method import NO_VALIDATION, ONLINE
 from lightning_probes.report.report import ProbeReport, Row
@@ -60,6 +65,8 @@ class ProbingSession:
         self.doubts = ""
         self._progress = progress
         self._is_first_step = True
+        self._due: set[str] | None = None
+        self._pairs_noted: list[str] = []
         self._has_greeted = False
         self._kept: Callable[[], str] | None = None
         self._begun = time.perf_counter()
@@ -123,9 +130,12 @@ class ProbingSession:
         """
         due = self.online.due()
         with self._around("recording it"):
-            if self.refit.open() and due is not None:
+            if self.refit.wants() and due is not None:
                 due.add(INPUT)  # No replay gives the raw input.
-        self.network.open(batch, self.online.open(due))
+        self._due = due
+        provenance = self.network.open(batch, self.online.open(due))
+        with self._around("recording it"):
+            self.refit.record(provenance)
 
     def check(self, features: Mapping[str, Tensor] | None = None) -> None:
         """Restart restored probes whose widths differ from those of the first ``features`` after resuming.
@@ -138,18 +148,33 @@ class ProbingSession:
             self.refit.fitted = None
             self.curves.set_aside -= afresh
 
-    def update(self, now: tuple[int, int]) -> None:
+    def update(self, now: tuple[int, int], model: nn.Module, context: Context) -> None:
         """Take in a training step that has ended: keep its batch if it is wanted, and train the online probes.
 
         Args:
             now: epochs completed and ``global_step`` after the step.
+            model: the network.
+            context: makes the context that the network runs in.
+
+        Raises:
+            ValueError: the first batch shows that no layer can be probed.
         """
         self.now = now
         seen = self.network.close()
-        if is_first := self._is_first_step:  # All processes have one, with labels or not.
-            self._is_first_step = False
+        step: RecordedStep | CannotRunAgainError | None = None
+        with self._around("keeping a batch"):
+            step = self.refit.stop()
+        if seen is not None:
+            self.curves.labels.add(("train", 0), seen.labels)
+        is_first, self._is_first_step = self._is_first_step, False  # All processes have one, with labels or not.
+        with self._around("finding out which row is of which sample", together=is_first):
+            seen = self._paired(seen, step, model, context, is_first=is_first)
+        self.network.settle()
+        self._drop_contradicted()
+        if is_first:
             with self._around("agreeing on layers", together=True):
                 self.network.agree(self.ranks.gather)
+            self.network.check_layers()
         if seen is not None and (is_first or not self.network.is_ordered):
             # Some of the layers may be left out by now.
             seen = seen.only(self.network.layers)
@@ -158,13 +183,43 @@ class ProbingSession:
             seen = self.online.accept(seen)
             self.curves.blame(seen.faults, "taking its activation", self.now)
         with self._around("keeping a batch"):
-            self.refit.close(seen)
+            self.refit.close(step, seen)
         if seen is None:
             return
         with self._around("updating their probes", Kind.TRAINED_ALONG, ("train", 0)):
             tally = self.online.update(seen)
             self.curves.add(Kind.TRAINED_ALONG, ("train", 0), tally, self.network.task.target_sums(seen.targets))
         self._greet()
+
+    def _paired(
+        self,
+        seen: LayerBatch | None,
+        step: RecordedStep | CannotRunAgainError | None,
+        model: nn.Module,
+        context: Context,
+        *,
+        is_first: bool,
+    ) -> LayerBatch | None:
+        """Find out which row is of which sample if that is not known; return the features of the samples."""
+        pairing = self.network.pairing
+        is_due = seen is not None and not pairing.is_known
+        if is_first and self.ranks.number > 1:
+            # A module may wait for the other processes, so all of them run it or none.
+            if all(self.ranks.gather(is_due)):
+                assert seen is not None
+                seen = pair(self.network, step, seen, model, context, self.ranks)
+            elif not pairing.is_known:
+                pairing.give_up("some process had no labels in its first batch")
+            pairing.is_known = True
+        elif is_due and seen is not None:
+            seen = pair(self.network, step, seen, model, context, is_only=self.ranks.number == 1)
+            seen = seen if self._due is None else seen.only(self._due)
+        return seen
+
+    def _drop_contradicted(self) -> None:
+        """Set layers aside that are not arranged as the first batch showed."""
+        for layer, reason in self.network.pop_contradictions().items():
+            self.curves.drop(layer, reason, self.now)
 
     # A step of evaluation
 
@@ -199,20 +254,26 @@ class ProbingSession:
         if self.refit.fitted is not None:
             _note(report, gap)
 
-    def watch(self, batch: Any, samples: int | None) -> None:
+    def watch(self, batch: Any, samples: int | None, stage: str, dataloader: int) -> None:
         """Start recording a step of evaluation, of which the first ``samples`` samples count, or all with ``None``."""
         with self._around("recording a batch"):
-            self.refit.watch(batch)
-            self.network.open(batch)
+            provenance = self.network.open(batch, data=f"{stage}/{dataloader}")
             self.network.count_only(samples)
+            self.refit.watch(batch, provenance)
 
     def score(self, stage: str, dataloader: int, model: nn.Module, context: Context) -> None:
         """Score the probes on the batch that was just evaluated."""
         with self._around("scoring their probes", Kind.PUBLISHED, (stage, dataloader)):
             seen = self.network.close()
+            step = self.refit.stop()
+            if seen is not None and not self.network.pairing.is_known:
+                seen = pair(self.network, step, seen, model, context, is_only=self.ranks.number == 1)
+            self.network.settle()
+            self._drop_contradicted()
             if seen is not None:
+                self.curves.labels.add((stage, dataloader), seen.labels)
                 self.curves.blame(seen.faults, "taking its activation", self.now)
-            self.refit.score((stage, dataloader), seen, self.online.probes, model, context)
+            self.refit.score((stage, dataloader), step, seen, self.online.probes, model, context)
         self._greet()
 
     def forget(self) -> None:
@@ -245,11 +306,12 @@ class ProbingSession:
             The rows of the network as ``fit`` found it, empty unless they were due; and the rows of the network as it
             is now.
         """
-        rows, new = list[Row](), list[Row]()
+        rows, new, paired = list[Row](), list[Row](), list[str]()
         first = dict[str, Row]()
         with self._around("scoring their probes", together=True):
             self.network.agree(self.ranks.gather)
             self.facts.agree(self.ranks)
+            paired = list(dict.fromkeys(chain(*self.ranks.gather(notes_of(self.network.pairings)))))
             first = self._about(self.refit.conclude())
             self.curves.agree(len(self.facts.layers))
         self.curves.blame(self.refit.pop_faults(), "fitting its probe", self.now)
@@ -264,9 +326,13 @@ class ProbingSession:
             report.notes = [note for note in report.notes if note != self.doubts]
             self.doubts = self.curves.doubts
             _note(report, *self.network.notes, *self.network.labels.notes)
+            _note(report, *self.network.mask_reader.notes)
             _note(report, self.doubts, self.refit.note, self.ranks.note)
             self._count_cost(report)
-        _note(report, *self.curves.notes)
+        report.notes = [note for note in report.notes if note not in self._pairs_noted]
+        self._pairs_noted = paired
+        _note(report, *self._pairs_noted, *self.curves.notes)
+        self.curves.labels.tell(report)
         self.curves.clear()
         self.online.turn()
         self.point = self.now = epoch, step

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lightning_probes.checkpoints import STATE_VERSION
+from lightning_probes.network.pairing import Pairing
 from lightning_probes.report.report import ProbeReport
 from lightning_probes.training.resume import differing, refuse
 from lightning_probes.training.session import ProbingSession
@@ -18,11 +19,12 @@ def state_of(session: ProbingSession, report: ProbeReport) -> dict[str, Any]:
     """Return everything that a resumed run needs, as tensors and plain types.
 
     Beside the report there are, under ``probes``: the layers (``selected``, ``facts``: order, depth and size), how
-    features are reduced (``reduction``), the classes (``num_classes``), the probes trained along (``along``) and those
-    at their optimum with what is known of them (``optimum``), epoch and step of the last point and of the last step
-    (``point``, ``now``), layers set aside and the running tally of the probes trained along (``points``), the note on
-    classes that never occur (``missing``), and whether training has no labels (``trains_without_labels``). The keys are
-    those of release 0.1.0. No batch and no feature is saved.
+    features are reduced (``reduction``) and which dimension holds them (``axes``), which row is of which sample
+    (``pairings``), the classes (``num_classes``), the probes trained along (``along``) and those at their optimum with
+    what is known of them (``optimum``), epoch and step of the last point and of the last step (``point``, ``now``),
+    layers set aside and the running tally of the probes trained along (``points``), the note on classes that never
+    occur (``missing``), and whether training has no labels (``trains_without_labels``). The keys are those of release
+    0.1.0, and new ones. No batch and no feature is saved.
     """
     network = session.network
     probes = {
@@ -37,6 +39,8 @@ def state_of(session: ProbingSession, report: ProbeReport) -> dict[str, Any]:
         "now": list(session.now),
         "missing": session.doubts,
         "points": session.curves.state_dict(),
+        "axes": network.axes.state_dict(),
+        "pairings": [known.state_dict() for known in network.pairings.values() if known.is_known],
     }
     return {"version": STATE_VERSION, "probes": probes, "report": asdict(report)}
 
@@ -72,16 +76,21 @@ def restore(
     session.now = tuple(state["now"])
     session.doubts = state.get("missing", "")
     network.labels.present_in_validation |= state["trains_without_labels"]
+    network.labels.is_trusted = True
     if state["num_classes"] != outputs or reduction["kind"] != network.reducer.kind:
         return
     network.reducer.load_state_dict(reduction)
-    layers = selected if difference else state["facts"]["layers"]
+    layers = network.layers if difference else state["facts"]["layers"]
     session.online.load_state_dict(
         state["along"], layers, device, strict=strict, is_training=is_training, goes_on=not difference
     )
     if difference:
         # The first batch will show the order of the layers, which is that of their calls.
         return
+    # Checkpoints without this entry were written before it was found out which row is of which sample.
+    if "axes" in state:
+        network.axes.load_state_dict(state["axes"])
+    network.pairings = {known["data"]: Pairing.from_state(known) for known in state.get("pairings", [])}
     session.facts.load_state_dict(state["facts"])
     session.refit.load_state_dict(state["optimum"], session.facts.layers, device)
     session.curves.load_state_dict(state["points"], device)

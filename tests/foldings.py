@@ -409,22 +409,24 @@ def channels_folded() -> Case:
 # Views and unlabelled samples
 
 
+def together(*order: str, read: Reference) -> Case:
+    """Give the network labelled and unlabelled samples in one batch."""
+
+    def step(host: Any, x: Any) -> Any:
+        return host.net(torch.cat([x[part] for part in order]))
+
+    layers = {"net.0": read, "net.2": read}
+    return Case({"net": mlp()}, step, with_unlabelled(vector()), layers, options=LABELLED)
+
+
 @case
 def labelled_and_unlabelled() -> Case:
-    def step(host: Any, x: Any) -> Any:
-        return host.net(torch.cat([x["labelled"], x["unlabelled"]]))
-
-    read = {"net.0": first_row, "net.2": first_row}
-    return Case({"net": mlp()}, step, with_unlabelled(vector()), read, options=LABELLED)
+    return together("labelled", "unlabelled", read=first_row)
 
 
 @case
 def unlabelled_and_labelled() -> Case:
-    def step(host: Any, x: Any) -> Any:
-        return host.net(torch.cat([x["unlabelled"], x["labelled"]]))
-
-    read = {"net.0": last_row, "net.2": last_row}
-    return Case({"net": mlp()}, step, with_unlabelled(vector()), read, options=LABELLED)
+    return together("unlabelled", "labelled", read=last_row)
 
 
 @case
@@ -451,24 +453,26 @@ def three_views_from_the_loader() -> Case:
     return Case({"net": mlp()}, lambda host, x: host.net(torch.cat(x)), sample, {"net.0": rows, "net.2": rows})
 
 
-@case
-def labelled_call_first() -> Case:
+def one_after_the_other(*order: str) -> Case:
+    """Call the network on labelled samples and on unlabelled ones in the same step."""
+
     def step(host: Any, x: Any) -> Any:
-        return host.net(x["labelled"]) + host.net(x["unlabelled"])
+        first, second = (host.net(x[part]) for part in order)
+        return first + second
 
     case = Case({"net": mlp()}, step, with_unlabelled(vector()), {"net.0": whole, "net.2": whole}, options=LABELLED)
-    case.reads_call = {"net.0": 0, "net.2": 0}
+    case.reads_call = dict.fromkeys(case.read, order.index("labelled"))
     return case
+
+
+@case
+def labelled_call_first() -> Case:
+    return one_after_the_other("labelled", "unlabelled")
 
 
 @case
 def unlabelled_call_first() -> Case:
-    def step(host: Any, x: Any) -> Any:
-        return host.net(x["unlabelled"]) + host.net(x["labelled"])
-
-    case = Case({"net": mlp()}, step, with_unlabelled(vector()), {"net.0": whole, "net.2": whole}, options=LABELLED)
-    case.reads_call = {"net.0": 1, "net.2": 1}
-    return case
+    return one_after_the_other("unlabelled", "labelled")
 
 
 @case
@@ -834,32 +838,25 @@ def prompt_tokens() -> Case:
     )
 
 
-@case
-def mixed_samples() -> Case:
-    def step(host: Any, x: Tensor) -> Any:
-        return host.net(0.6 * x + 0.4 * x[torch.randperm(len(x))])
-
+def only_in_training(change: Callable[[Tensor], Tensor]) -> Case:
+    """Give the network in training what the step made of the samples, and in validation the samples as they are."""
     return Case(
         {"net": mlp()},
-        step,
+        lambda host, x: host.net(change(x)),
         vector(),
         fallback={"net.0": whole, "net.2": whole},
         validating=lambda host, x: host.net(x),
     )
+
+
+@case
+def mixed_samples() -> Case:
+    return only_in_training(lambda x: 0.6 * x + 0.4 * x[torch.randperm(len(x))])
 
 
 @case
 def shuffled_samples() -> Case:
-    def step(host: Any, x: Tensor) -> Any:
-        return host.net(x[torch.randperm(len(x))])
-
-    return Case(
-        {"net": mlp()},
-        step,
-        vector(),
-        fallback={"net.0": whole, "net.2": whole},
-        validating=lambda host, x: host.net(x),
-    )
+    return only_in_training(lambda x: x[torch.randperm(len(x))])
 
 
 @case

@@ -122,7 +122,7 @@ class Arrangement:
             packed: what the layer put out, for ``packed``.
         """
         if self.kind == "packed" and packed is not None:
-            index = index_of(packed).to(features.device)
+            index = index_of(packed)
         if self.kind in ("packed", "indexed") and index is not None:
             return mean_by_sample(features, index, samples)
         if self.kind == "blocks":

@@ -31,7 +31,6 @@ MIXED_BY_STEP = "the step mixes samples or changes their order before the networ
 DEAD = "its output does not depend on the content of the batch"
 """Say why a layer that stays still whatever it is given has no arrangement."""
 
-
 TRAINING = "train"
 """Name the data of training; the data of an evaluation are named by stage and loader, such as ``val/0``."""
 

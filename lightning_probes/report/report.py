@@ -76,6 +76,8 @@ class ProbeReport:
             - ``fitted_on``: ``{"data", "samples"}``, what and how many samples the probe was fitted on: ``train``,
               ``val, cross-fitted``, or ``online`` for a probe that was only trained along with the network;
             - ``converged``: whether the probe is at its optimum; ``None`` for an online probe;
+            - ``rows``: which rows of the layer are of a sample, and ``reduction``: how they became features, both in
+              a few words;
             - ``l2``: the strength of L2 that was chosen for the probe; ``None`` for an online probe;
             - ``network``, only from :func:`~lightning_probes.probe`: ``as given``, ``untrained``, or a checkpoint's
               path.

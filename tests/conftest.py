@@ -32,6 +32,14 @@ def nothing_compiled() -> Iterator[None]:
         dynamo.reset()
 
 
+@pytest.fixture(autouse=True)
+def no_mode_left() -> Iterator[None]:
+    """Fail a test after which operations are followed still: each that comes would take ten times its time."""
+    yield
+    if (torch := sys.modules.get("torch")) is not None:
+        assert not torch._C._len_torch_dispatch_stack()
+
+
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
     """Let the interrupt signal raise here and in processes started here, and leave it as it was found.

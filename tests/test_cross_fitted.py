@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_probes import LinearProbeCallback
-from lightning_probes.probes import fit
+from lightning_probes.probes import strength
 
 
 def noise(samples: int, batch_size: int = 20, seed: int = 0) -> DataLoader[Any]:
@@ -44,7 +44,7 @@ def check_cross_fitted(probes: LinearProbeCallback, said: list[str], epochs: int
 @pytest.fixture
 def weak(monkeypatch: pytest.MonkeyPatch) -> None:
     """A penalty under which probes remember each sample: for labels of noise a strong one is the best."""
-    monkeypatch.setattr(fit, "choose_strength", lambda *args, **bounds: (1e-4, None))
+    monkeypatch.setattr(strength, "STRONGEST", -8)
 
 
 @pytest.mark.usefixtures("weak")

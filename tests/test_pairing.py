@@ -349,6 +349,17 @@ def test_a_step_that_is_followed_is_bit_equal(name: str, fit_samples: int | None
     assert probes.report.rows
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_several_callbacks_leave_no_mode_behind(number: int) -> None:
+    host = Trained(CASES["labelled_and_unlabelled"]())
+    probes = [LinearProbeCallback(**options_of(host.case), name=f"probes {i}") for i in range(number)]
+    Trainer(max_epochs=1, callbacks=[*probes], num_sanity_val_steps=0, **QUIET).fit(host, *host.case.loaders())
+    assert not is_in_torch_dispatch_mode()
+    errors = [[row["value"] for row in each.report.select(metric="error")] for each in probes]
+    assert errors == errors[:1] * number
+    assert errors[0]
+
+
 def test_the_mode_is_closed_after_an_exception() -> None:
     class Fails(Trained):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

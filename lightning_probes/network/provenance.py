@@ -126,7 +126,7 @@ class Provenance:
 
     def stop(self) -> None:
         """Follow no operation any more, and forget what was known."""
-        self._mode.remove()
+        self._mode.stop()
         self.traces = False
         # The mode and this object know each other, so that the tensors would stay until the next garbage collection.
         self._numbers, self._held, self._owned = {}, [], []

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -352,10 +353,18 @@ def _has(holder: Any, *parts: str) -> bool:
 # Operations
 
 
+try:
+    from torch.utils._python_dispatch import TorchDispatchMode as _DispatchMode
+    from torch.utils._python_dispatch import _get_current_dispatch_mode as _current_mode
+except ImportError:
+    _DispatchMode = None  # type: ignore[assignment, misc]
+
+
 class OperationMode:
     """Call a function after every operation of torch that runs inside this context, in this thread.
 
-    The operations themselves run as ever. Where torch has no such mode, the function is never called.
+    The operations themselves run as ever. Where torch has no such mode, the function is never called. Several contexts
+    may be left in any order: torch knows one mode for all of them, since modes can be left in one order only.
 
     Args:
         follow: takes the operation's name, whether it writes to its arguments, its arguments, keyword arguments and
@@ -363,53 +372,53 @@ class OperationMode:
     """
 
     def __init__(self, follow: Callable[[str, bool, tuple[Any, ...], dict[str, Any], Any, Any], None]) -> None:
-        self._mode: Any = None
-        self._is_in = False
-        self._is_heard = False
-        if _DispatchMode is None:
-            return
-
-        class Mode(_DispatchMode):  # type: ignore[no-untyped-call]
-            def __torch_dispatch__(mode, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: N805
-                kwargs = kwargs or {}
-                output = operation(*args, **kwargs)
-                schema = getattr(operation, "_schema", None)
-                if self._is_heard and schema is not None:
-                    follow(schema.name, schema.is_mutable, args, kwargs, output, operation)
-                return output
-
-        self._mode = Mode()  # type: ignore[no-untyped-call]
+        self._follow = follow
 
     @property
     def is_known(self) -> bool:
         """Return whether this version of torch has such a mode."""
-        return self._mode is not None
+        return _DispatchMode is not None
 
     def start(self) -> None:
-        """Enter the context, unless it was left only in name."""
-        self._is_heard = True
-        if self._mode is not None and not self._is_in:
-            self._mode.__enter__()
-            self._is_in = True
+        """Enter the context."""
+        if _DispatchMode is None:
+            return
+        _following.functions[self] = self._follow
+        if _following.mode is None:
+            _following.mode = _mode_of(_following.functions)
+            _following.mode.__enter__()
 
     def stop(self) -> None:
-        """Leave the context; below another mode, which alone can be left, stay and call nothing any more."""
-        self._is_heard = False
-        if self._is_in and _current_mode() is self._mode:
-            self._mode.__exit__(None, None, None)  # type: ignore[union-attr]
-            self._is_in = False
-
-    def remove(self) -> None:
-        """Leave the context for good."""
-        self.stop()
-        self._mode = self._mode if self._is_in else None
+        """Leave the context; below another mode, which alone can be left, torch's own goes on and calls nothing."""
+        _following.functions.pop(self, None)
+        if _following.mode is not None and not _following.functions and _current_mode() is _following.mode:
+            _following.mode.__exit__(None, None, None)  # type: ignore[union-attr]
+            _following.mode = None
 
 
-try:
-    from torch.utils._python_dispatch import TorchDispatchMode as _DispatchMode
-    from torch.utils._python_dispatch import _get_current_dispatch_mode as _current_mode
-except ImportError:
-    _DispatchMode = None  # type: ignore[assignment, misc]
+class _Following(threading.local):
+    """Hold what is called after an operation in this thread, and the mode of torch that calls it."""
+
+    def __init__(self) -> None:
+        self.functions: dict[OperationMode, Callable[..., None]] = {}
+        self.mode: Any = None
+
+
+_following = _Following()
+
+
+def _mode_of(functions: Mapping[Any, Callable[..., None]]) -> Any:
+    class Mode(_DispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            output = operation(*args, **kwargs)
+            schema = getattr(operation, "_schema", None)
+            if schema is not None:
+                for follow in list(functions.values()):
+                    follow(schema.name, schema.is_mutable, args, kwargs, output, operation)
+            return output
+
+    return Mode()  # type: ignore[no-untyped-call]
 
 
 def has_compiled() -> bool:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_probes.distributed import Ranks, Total, alone
-from lightning_probes.probes.dataset import FOLDS, FeatureDataset, LayerSamples, draw_folds
+from lightning_probes.probes.dataset import FeatureDataset, LayerSamples, draw_folds
 from lightning_probes.probes.heads import StackedProbes
 from lightning_probes.probes.rows import Parts, Rows, statistics
 from lightning_probes.probes.solver import TOLERANCE, Solution, solve, tally_on
 from lightning_probes.probes.standardise import standardise_
-from lightning_probes.probes.strength import choose_strength
+from lightning_probes.probes.strength import Folds
 from lightning_probes.probes.tasks import Task, accumulator
 
 _SMALLEST = 1e-30
@@ -71,6 +72,7 @@ def fit_layers(
     ranks: Ranks,
     device: torch.device,
     track: Track,
+    near: Mapping[str, float] = MappingProxyType({}),
     is_crossed: bool = False,
     is_strict: bool = False,
 ) -> FittedProbes | None:
@@ -87,6 +89,7 @@ def fit_layers(
         ranks: the processes that share the samples; probes are fitted on the samples of all.
         device: where probes are fitted.
         track: shows the progress of the fit.
+        near: strength of L2 of each layer's last probe, where the search for the next begins.
         is_crossed: whether each fold is also scored by probes fitted on the other folds.
         is_strict: whether a fault of any layer is raised at once.
 
@@ -97,16 +100,13 @@ def fit_layers(
         Exception: the first fault if no layer could be fitted; if strict, or with several processes, any fault.
     """
     solutions: dict[str, Solution] = {}
-    crossed: dict[str, Tensor] = {}
     faults: dict[str, Exception] = {}
     read = dataset.reader(ranks, device)
     for layer in track("layer", layers, len(layers)):
         if (samples := read(layer)) is None:
             continue
         try:
-            if is_crossed:
-                crossed[layer] = _cross_scored(task, samples, ranks.total)
-            solutions[layer] = fit_samples(task, samples, ranks.total)
+            solutions[layer] = fit_samples(task, samples, ranks.total, near.get(layer), is_crossed)
         except Exception as error:
             if is_strict or ranks.number > 1:
                 raise
@@ -127,14 +127,18 @@ def fit_layers(
     # Only process 0 contributes the solver's tallies: they are sums over processes, and are summed over them again.
     own = {layer: found.tally for layer, found in solutions.items() if ranks.rank == 0}
     tally = _side_by_side(task, layers, own, device)
+    crossed = {layer: found.crossed_tally for layer, found in solutions.items() if found.crossed_tally is not None}
     crossed_tally = _side_by_side(task, layers, crossed, device) if is_crossed else None
     sums = dataset.target_sums.to(device, accumulator(device))
     return FittedProbes(StackedProbes.of(layers, task, solutions), known, tally, crossed_tally, sums, faults)
 
 
-def fit_samples(task: Task, samples: LayerSamples, total: Total) -> Solution:
+def fit_samples(
+    task: Task, samples: LayerSamples, total: Total, near: float | None = None, is_crossed: bool = False
+) -> Solution:
     """Fit the probe of a layer on its samples, as :func:`fit_probe` does."""
-    return fit_probe(task, samples.features, samples.targets, folds=samples.folds, total=total)
+    _, x, y, folds = samples
+    return fit_probe(task, x, y, folds=folds, total=total, near=near, is_crossed=is_crossed)
 
 
 @torch.no_grad()
@@ -146,13 +150,15 @@ def fit_probe(
     folds: Tensor | None = None,
     total: Total = alone,
     l2: float | None = None,
+    near: float | None = None,
+    is_crossed: bool = False,
     tolerance: float = TOLERANCE,
     max_iterations: int = 500,
 ) -> Solution:
     """Fit the probe of a layer on all samples, at the strength of L2 whose loss on held-out samples is lowest.
 
     Features are standardised by the statistics of all samples given, in a copy. How a strength is chosen:
-    :func:`~lightning_probes.probes.strength.choose_strength`.
+    :class:`~lightning_probes.probes.strength.Folds`.
 
     Args:
         task: defines the loss.
@@ -163,6 +169,8 @@ def fit_probe(
             at random.
         total: sums a tensor over the processes that share the samples; each calls this function with its own samples.
         l2: strength of the penalty, at least 0; ``None`` chooses it.
+        near: strength where the search for one begins; ``None`` if nothing is known.
+        is_crossed: whether each fold is also scored by a probe that was fitted on the others.
         tolerance: bound on the gradient, see :func:`~lightning_probes.probes.solver.solve`.
         max_iterations: bound on the iterations of each fit.
 
@@ -187,12 +195,14 @@ def fit_probe(
     rows = Rows.standardised(parts, mean, variance, total)
     rows = rows if isinstance(features, Parts) else rows.kept()
     part = (draw_folds(len(y)) if folds is None else folds[counted.to(folds.device)]).to(y.device)
-    gram, start = _mean_gram(rows), None
+    gram, start, crossed = _mean_gram(rows), None, None
     bounds: dict[str, Any] = {"tolerance": tolerance, "max_iterations": max_iterations}
     if l2 is None:
-        l2, start = choose_strength(task, rows, y, part, gram=gram, **bounds)
+        search = Folds(task, rows, y, part, gram=gram, near=near, **bounds)
+        l2, start = search.choose()
+        crossed = search.cross_scored() if is_crossed else None
     best = solve(task, rows, y, l2, start=start, gram=gram, **bounds)
-    return replace(best, mean=mean, variance=variance)
+    return replace(best, mean=mean, variance=variance, crossed_tally=crossed)
 
 
 def score(task: Task, solution: Solution, features: Tensor, targets: Tensor) -> Tensor:
@@ -207,18 +217,6 @@ def score(task: Task, solution: Solution, features: Tensor, targets: Tensor) -> 
     x = features.to(solution.weight.dtype, copy=True)
     x = standardise_(x[None], solution.mean[None, None], solution.variance[None, None])[0]
     return tally_on(task, Rows.of(x), targets, solution.weight, solution.bias)
-
-
-def _cross_scored(task: Task, samples: LayerSamples, total: Total) -> Tensor:
-    """Return the tally of all samples, each scored by a probe that was fitted on the other folds."""
-    layer, x, y, folds = samples
-    assert isinstance(x, Tensor)
-    tally = task.no_tally(1, x.device)[:, 0]
-    for i in range(FOLDS):
-        others = folds != i
-        found = fit_samples(task, LayerSamples(layer, x[others], y[others], folds[others]), total)
-        tally = tally + score(task, found, x[~others], y[~others])
-    return tally
 
 
 def _side_by_side(task: Task, layers: Sequence[str], tallies: dict[str, Tensor], device: torch.device | str) -> Tensor:
@@ -248,4 +246,4 @@ def _nothing(task: Task, mean: Tensor, targets: Tensor) -> Solution:
     width = torch.full_like(mean, float("nan"))
     weight = width.expand(targets.shape[1], -1).clone()
     tally = torch.full_like(task.no_tally(1, mean.device)[:, 0], float("nan"))
-    return Solution(weight, weight[:, 0].clone(), width, width, math.nan, False, 0, float("nan"), tally)
+    return Solution(weight, weight[:, 0].clone(), width, width, math.nan, False, 0, float("nan"), tally, tally)

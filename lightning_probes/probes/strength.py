@@ -1,15 +1,16 @@
-"""Choose the strength of L2 of a probe, by its loss on samples that it was not fitted on."""
+"""Choose the strength of L2 of a probe by its loss on folds that it was not fitted on; score folds by such probes."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_probes.probes.dataset import FOLDS
 from lightning_probes.probes.rows import Rows
-from lightning_probes.probes.solver import Subsets, in_span, tally_on
+from lightning_probes.probes.solver import Problems, in_span
 from lightning_probes.probes.tasks import Task
 
 WEAKEST, STRONGEST = -12, 4
@@ -20,7 +21,7 @@ as the penalty grows.
 """
 
 ENOUGH_HELD_OUT = 1000
-"""Give the number of held-out samples at which one fold chooses a strength about as well as five do."""
+"""Give the number of held-out samples at which more folds hardly choose a better strength."""
 
 FEWEST = 20
 """Give the least number of samples that can choose: of 10 to 15, folds chose worse than a strength that is given."""
@@ -31,36 +32,26 @@ _UNCHOSEN = 0
 _TIE = 1e-4
 """Call two losses equal that differ by less than this share of the loss of the best constant probe."""
 
-_ROUGHLY = 10
-"""Multiply the tolerance by this to try strengths; the chosen one must be the best at the tolerance itself."""
+_ROUGHLY = 2
+"""Multiply the tolerance by this to try strengths.
 
-_NEARLY_SEPARABLE = 0.2
-"""Tighten the tolerance in proportion where the objective is below this share of the best constant probe's loss.
-
-The tolerance bounds the gradient relative to that of the constant probe. Where next to no loss is left, as with more
-features than samples, that bound is met far from the optimum, and weak penalties look better than they are.
+A fit short of its optimum makes a weak penalty look better than it is, like training that stops early.
 """
 
-_TIGHTEST = 0.2
-"""Bound that: no trial is fitted more than five times as exactly as what is published."""
+_SMALL = 1e7
+"""Bound the samples times outputs times width times folds of a search that tries more strengths at once than it needs:
+a fit this small costs the same for all as for one."""
 
 
-def choose_strength(
-    task: Task,
-    x: Rows,
-    y: Tensor,
-    part: Tensor,
-    *,
-    gram: Tensor | None,
-    tolerance: float,
-    max_iterations: int,
-) -> tuple[float, tuple[Tensor, Tensor] | None]:
-    """Return the strength of L2 with the lowest mean loss on held-out folds, and a start for a fit at it.
+class Folds:
+    """Fit probes of a layer on all of its folds but some, and choose their strengths on folds that they have not seen.
 
-    Each fold that has samples is held out in turn or, of 5 000 samples or more, the last one only. Strengths are
-    half-decades. From one that the numbers of features and samples suggest the search goes downhill until both
-    neighbours of the best are worse: the held-out loss has one minimum along the path but for noise. Of strengths that
-    are equally good the strongest is chosen. With fewer than 20 samples there is no choice, and the strength is 1.
+    The probe of all samples and, if folds are to be scored, the probe that lacks one of them each have a strength of
+    their own: that with the lowest mean loss over further folds, each held out in turn, as many as hold 1 000 samples.
+    Strengths are half-decades. From one that was the best before, or that the numbers of features and samples suggest,
+    the search goes downhill until both neighbours of the best are worse: the held-out loss has one minimum along the
+    path but for noise. Of strengths that are equally good the strongest is chosen. With fewer than 20 samples there is
+    no choice, and the strength is 1.
 
     Every process makes the same decisions, since they depend on sums over processes only.
 
@@ -70,114 +61,154 @@ def choose_strength(
         y: targets ``(samples, outputs)``, all of samples that count.
         part: fold of each sample, ``(samples,)``.
         gram: as for :func:`~lightning_probes.probes.solver.solve`.
-        tolerance: bound on the gradient of the chosen fit.
+        tolerance: bound on the gradient of the probes that are published.
         max_iterations: bound on the iterations of each fit.
+        near: strength where the search begins; ``None`` if nothing is known.
     """
-    samples = int(x.total(y.new_tensor(float(len(y)))))
-    sizes = x.total(torch.bincount(part, minlength=FOLDS).to(y.dtype)).tolist()
-    present = [i for i, size in enumerate(sizes) if size]
-    if samples < FEWEST or len(present) < 2:
-        return _strength(_UNCHOSEN), None
-    guess = _guess(x.width - 1, samples)
-    held = present[-1:] if samples >= FOLDS * ENOUGH_HELD_OUT else present
-    basis = None
-    if gram is None and x.whole is not None:
-        basis, x = in_span(x.whole)
-        gram = x.gram() / samples
-    assert gram is not None
-    constant = _constant_loss(task, x, y)
-    trials = _Trials(task, x, y, torch.stack([part == i for i in held]), gram, constant, tolerance, max_iterations)
-    losses: dict[int, float] = {}
-
-    def best() -> int:
-        highest = min(losses.values()) + _TIE * constant
-        return max(step for step, loss in losses.items() if loss <= highest)
-
-    losses[guess] = trials.loss(guess, _ROUGHLY * tolerance)
-    exact: set[int] = set()
-    while True:
-        found = best()
-        untried = [step for step in (found - 1, found + 1) if WEAKEST <= step <= STRONGEST and step not in losses]
-        if untried:
-            losses[untried[0]] = trials.loss(untried[0], _ROUGHLY * tolerance)
-        elif found not in exact:
-            # A fit short of its optimum makes a weak penalty look better than it is, like training that stops early.
-            losses[found] = trials.loss(found, tolerance)
-            exact.add(found)
-        else:
-            break
-    # The mean of the folds' probes, each of which lacks other samples, is close to the probe of all samples.
-    start = trials.starts[found].mean(dim=0)
-    weight = start[:, :-1] if basis is None else start[:, :-1] @ basis.T
-    return _strength(found), (weight, start[:, -1])
-
-
-class _Trials:
-    """Fit probes on all samples but those of each fold, side by side, and score each on its fold."""
 
     def __init__(
         self,
         task: Task,
         x: Rows,
         y: Tensor,
-        held: Tensor,
-        gram: Tensor,
-        constant: float,
+        part: Tensor,
+        *,
+        gram: Tensor | None,
         tolerance: float,
         max_iterations: int,
+        near: float | None = None,
     ) -> None:
         self._task = task
-        self._problems = Subsets.of(task, x, y, ~held)
-        self._held = held
-        self._labels = [task.prepare(y[own].to(x.dtype)) for own in held]
-        self._gram = gram
-        self._constant = constant
-        self._tightest = _TIGHTEST * tolerance
+        self._y = y
+        self._tolerance = tolerance
         self._max_iterations = max_iterations
-        self._shares: dict[int, Tensor] = {}
-        self.starts: dict[int, Tensor] = {}
+        self._sizes = x.total(torch.bincount(part, minlength=FOLDS).to(y.dtype)).tolist()
+        begin = _guess(x.width - 1, sum(self._sizes)) if near is None else round(2 * math.log10(near))
+        self._begin = min(max(begin, WEAKEST), STRONGEST)
+        self._basis: Tensor | None = None
+        if gram is None and x.whole is not None and sum(self._sizes):
+            self._basis, x = in_span(x.whole)
+            gram = x.gram() / sum(self._sizes)
+        self._x, self._gram = x, gram
+        self._masks = [part == i for i in range(FOLDS)]
+        self._rows = [x.where(mask) for mask in self._masks]
+        self._labels = [task.prepare(y[mask].to(x.dtype)) for mask in self._masks]
+        self._probes: dict[frozenset[int], dict[int, Tensor]] = {}
 
-    def loss(self, step: int, tolerance: float) -> float:
-        """Return the mean held-out loss of the probes at a strength, fitted from the nearest that is known.
+    def choose(self) -> tuple[float, tuple[Tensor, Tensor] | None]:
+        """Return the strength for a probe of all samples, and a start, ``(weight, bias)``, for a fit at it."""
+        nothing = frozenset[int]()
+        found = self._search([nothing])[nothing]
+        held = self._held_out_of(nothing)
+        if not held:
+            return _strength(found), None
+        # The mean of the folds' probes, each of which lacks other samples, is close to the probe of all samples.
+        start = torch.stack([self._probes[lacking][found] for lacking in held]).mean(dim=0)
+        weight = start[:, :-1] if self._basis is None else start[:, :-1] @ self._basis.T
+        return _strength(found), (weight, start[:, -1])
 
-        No fit starts from a probe that has seen its fold: short of its optimum it would remember the fold.
+    def cross_scored(self) -> Tensor:
+        """Return the tally of the samples of this process, each scored by a probe fitted on the other folds."""
+        folds = [frozenset([i]) for i, size in enumerate(self._sizes) if size]
+        tally = self._task.no_tally(1, self._y.device)[:, 0]
+        if folds:
+            chosen = self._search(folds)
+            self._fit(sorted(set(chosen.values())), folds, self._tolerance)
+            for fold in folds:
+                tally = tally + self._tally(self._probes[fold][chosen[fold]][None], *fold)[:, 0]
+        return tally
+
+    def _held_out_of(self, lacking: frozenset[int]) -> list[frozenset[int]]:
+        """Return the folds that a probe lacks besides ``lacking``, in each of the fits that choose its strength."""
+        present = [i for i, size in enumerate(self._sizes) if size and i not in lacking]
+        if sum(self._sizes[i] for i in present) < FEWEST or len(present) < 2:
+            return []
+        held: list[int] = []
+        while present and sum(self._sizes[i] for i in held) < ENOUGH_HELD_OUT:
+            held.append(present.pop())
+        return [lacking | {i} for i in held]
+
+    def _search(self, probes: Sequence[frozenset[int]]) -> dict[frozenset[int], int]:
+        """Return the strength of each of some probes that lack folds, in half-decades."""
+        held = {lacking: self._held_out_of(lacking) for lacking in probes}
+        subsets = list(dict.fromkeys(subset for each in held.values() for subset in each))
+        found = dict.fromkeys(probes, _UNCHOSEN)
+        if not subsets:
+            return found
+        tie = _TIE * self._constant_loss()
+        losses: dict[frozenset[int], dict[int, float]] = {
+            lacking: {WEAKEST - 1: math.inf, STRONGEST + 1: math.inf} for lacking, each in held.items() if each
+        }
+        ahead = 3 if len(subsets) * self._y.numel() * self._x.width < _SMALL else 1
+        untried = set(range(self._begin - min(ahead, 2), self._begin + min(ahead, 2) + 1))
+        while untried:
+            steps = sorted(step for step in untried if WEAKEST <= step <= STRONGEST)
+            self._fit(steps, subsets, _ROUGHLY * self._tolerance)
+            untried = set()
+            for lacking, known in losses.items():
+                known |= dict(zip(steps, self._losses(steps, lacking, held[lacking]), strict=True))
+                best = min(known.values()) + tie
+                found[lacking] = middle = max(step for step, loss in known.items() if loss <= best)
+                if middle - 1 not in known:
+                    untried |= set(range(middle - ahead, middle))
+                elif middle + 1 not in known:
+                    untried |= set(range(middle + 1, middle + 1 + ahead))
+        return found
+
+    def _fit(self, steps: Sequence[int], subsets: Sequence[frozenset[int]], tolerance: float) -> None:
+        """Fit the probes of some strengths that lack some folds, side by side, from the nearest that are known."""
+        assert self._gram is not None
+        counted = torch.stack([~torch.stack([self._masks[i] for i in lacking]).any(dim=0) for lacking in subsets])
+        problems = Problems.of(self._task, self._x, self._y, [_strength(step) for step in steps], counted)
+        start: Tensor | None = None
+        if self._probes:
+            starts = [torch.stack([self._start(step, lacking) for lacking in subsets]) for step in steps]
+            start = torch.stack(starts)
+        found = problems.minimise(start, self._gram, tolerance, self._max_iterations).v.to(self._x.dtype)
+        for lacking, each in zip(subsets, found.unbind(dim=1), strict=True):
+            self._probes.setdefault(lacking, {}).update(zip(steps, each, strict=True))
+
+    def _start(self, step: int, lacking: frozenset[int]) -> Tensor:
+        """Return where to begin.
+
+        No fit starts from a probe that has seen a fold that it lacks: short of its optimum it would remember the fold.
         """
-        near = min(self.starts, key=lambda known: (abs(known - step), -known), default=step)
-        l2, start, before = _strength(step), self.starts.get(near), self.starts.get(2 * near - step)
-        if start is not None and before is not None and near != step:
+        known = self._probes.get(lacking)
+        alike = [known] if known else [each for subset, each in self._probes.items() if subset > lacking]
+        found = []
+        for probes in alike:
+            near = min(probes, key=lambda known: (abs(known - step), -known))
+            start, before = probes[near], probes.get(2 * near - step)
             # Along the path of strengths, the next probe lies about as far ahead as the last one lies behind.
-            start = 2 * start - before
-        problems = self._problems
-        shares = self._shares.get(near, torch.ones(len(self._held)))
-        bound = (tolerance * (shares / _NEARLY_SEPARABLE).clamp(max=1.0)).clamp(min=self._tightest)
-        v = problems.minimise(l2, start, self._gram, bound, self._max_iterations)
-        self.starts[step] = v
-        scores = problems.scores(v)
-        fitted = [self._task.loss(s[:, ~own], problems.y[:, ~own]) for s, own in zip(scores, self._held, strict=True)]
-        mean = problems.x.total(torch.stack(fitted)) / problems.samples.flatten()
-        objective = mean + l2 / 2 * v[:, :, :-1].square().sum(dim=(1, 2))
-        self._shares[step] = (objective / self._constant if self._constant else torch.ones_like(objective)).cpu()
-        tallies = [
-            self._task.tally(s[None][:, :, own], labels)[:, 0]
-            for s, own, labels in zip(scores, self._held, self._labels, strict=True)
-        ]
-        total = problems.x.total(torch.stack(tallies).sum(dim=0))
-        loss = float(total[-2]) / float(total[-1])
-        return loss if math.isfinite(loss) else math.inf
+            found.append(start if before is None or near == step else 2 * start - before)
+        if not found:
+            return self._y.new_zeros(self._y.shape[1], self._x.width, dtype=self._x.dtype)
+        return torch.stack(found).mean(dim=0)
+
+    def _losses(self, steps: Sequence[int], lacking: frozenset[int], held: Sequence[frozenset[int]]) -> list[float]:
+        tallies = []
+        for subset in held:
+            probes = torch.stack([self._probes[subset][step] for step in steps])
+            (fold,) = subset - lacking
+            tallies.append(self._tally(probes, fold))
+        losses, counts = self._x.total(torch.stack(tallies).sum(dim=0))[-2:]
+        return [loss if math.isfinite(loss) else math.inf for loss in (losses / counts).tolist()]
+
+    def _tally(self, probes: Tensor, fold: int) -> Tensor:
+        """Return the tally ``(statistics, probes)`` of ``(probes, outputs, features + 1)`` on this process's fold."""
+        scores = self._rows[fold].scores(probes.flatten(0, 1)).view(*probes.shape[:2], -1)
+        return self._task.tally(scores, self._labels[fold])
+
+    def _constant_loss(self) -> float:
+        constant = Problems.of(self._task, self._x, self._y, [0.0]).constants()[0]
+        tally = self._x.total(sum((self._tally(constant, i) for i in range(FOLDS)), self._y.new_zeros(())))
+        return float(tally[-2, 0] / tally[-1, 0])
 
 
-def _guess(features: int, samples: int) -> int:
+def _guess(features: int, samples: float) -> int:
     """Return where to begin, in half-decades: the more features for each sample, the stronger."""
-    step = round(2 * math.log10(0.3 * max(features, 1) / samples))
+    step = round(2 * math.log10(0.3 * max(features, 1) / max(samples, 1)))
     return min(max(step, -6), 0)
-
-
-def _constant_loss(task: Task, x: Rows, y: Tensor) -> float:
-    """Return the mean loss of the best constant probe."""
-    targets = task.normalised(y)
-    mean = x.total(targets.sum(dim=0)) / x.total(targets.new_tensor(float(len(y))))
-    tally = tally_on(task, x, y, y.new_zeros(y.shape[1], x.width - 1, dtype=x.dtype), task.constant(mean).to(x.dtype))
-    return float(tally[-2] / tally[-1])
 
 
 def _strength(step: int) -> float:

@@ -77,6 +77,7 @@ class Refit:
         self._is_shared_out = False
         self._online: Tensor | None = None
         self._faults: Faults = {}
+        self._strengths: dict[str, float] = {}
 
     def begin(self, model: nn.Module, *, gone_before: str, has_start: bool) -> str:
         """Prepare to keep the batches of a run, and copy the first weights if a starting point is due.
@@ -308,6 +309,7 @@ class Refit:
                 self._curves.add(kind, ("train", 0), found.tally, found.target_sums)
                 if kind is Kind.PUBLISHED and self._online is not None:
                     self._curves.add(Kind.ONLINE, ("train", 0), self._online, found.target_sums)
+        self._strengths = self._strengths_now
         if self.fitted is not None:
             self.fitted = FittedProbes(self.fitted.probes, self.fitted.known)
         self._crossed = set()
@@ -321,7 +323,7 @@ class Refit:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the probes at their optimum as tensors and plain types."""
-        known = {"fitter": self._batches.state_dict(), "note": self.note}
+        known = {"fitter": self._batches.state_dict(), "note": self.note, "strengths": self._strengths}
         if self.fitted is None:
             return known
         return {**known, "bank": self.fitted.probes.state_dict(), "about": self.fitted.known}
@@ -330,6 +332,7 @@ class Refit:
         """Restore what :meth:`state_dict` returned."""
         self._batches.load_state_dict(state["fitter"])
         self.note = self.note or state["note"]
+        self._strengths = dict(state.get("strengths", {}))
         if "bank" in state:
             probes = StackedProbes(layers, self._network.task)
             probes.load_state_dict(state["bank"], device)
@@ -385,10 +388,17 @@ class Refit:
             ranks=self._ranks,
             device=device,
             track=self._progress.track,
+            near=self._strengths_now,
             is_crossed=is_crossed,
         )
         self._faults |= found.faults if found is not None else {}
         return found
+
+    @property
+    def _strengths_now(self) -> dict[str, float]:
+        """Return the strength of L2 of each layer's last probe, where the search for the next begins."""
+        known = self.fitted.known if self.fitted is not None else {}
+        return self._strengths | {layer: row["l2"] for layer, row in known.items() if row.get("l2") is not None}
 
     def _agree_on(self, refusal: CannotRunAgainError | None) -> None:
         """Raise in all processes if one of them cannot run its batches again."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from lightning_probes.probes.rows import Parts, statistics
-from lightning_probes.probes.solver import Solution, _factor
+from lightning_probes.probes.solver import Solution, _inverse
 from lightning_probes.probes.standardise import inverse_deviation, moved_statistics, standardise_
 
 TIGHTEST = 1e-7
@@ -328,10 +328,10 @@ def test_what_no_precision_reaches_ends_where_rounding_ends_all_progress() -> No
 
 
 @pytest.mark.parametrize("worst", [1.0, 1e30])
-def test_a_matrix_without_a_factor_gets_one_by_its_diagonal(worst: float) -> None:
+def test_a_matrix_that_is_not_positive_has_an_inverse_that_is(worst: float) -> None:
     # No Gram matrix: its eigenvalues are 1 + worst and 1 - worst.
     hessian = torch.tensor([[1.0, worst], [worst, 1.0]], dtype=torch.float64)
-    factor = _factor(hessian.clone())
-    assert factor.isfinite().all()
-    assert (factor.diagonal() > 0).all()
-    assert torch.equal(factor, factor.tril())
+    inverse = _inverse(hessian.clone())
+    assert inverse.isfinite().all()
+    torch.testing.assert_close(inverse, inverse.T)
+    assert (torch.linalg.eigvalsh(inverse) > 0).all()

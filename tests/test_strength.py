@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,9 +16,11 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lightning_probes.distributed import Ranks
+from lightning_probes.probes import strength
 from lightning_probes.probes.dataset import FeatureDataset, LayerBatch, MemoryStore
 from lightning_probes.probes.fit import fit_layers, fit_probe
 from lightning_probes.probes.rows import Parts
+from lightning_probes.probes.solver import Problems, Solution
 from lightning_probes.probes.standardise import standardise_
 from lightning_probes.probes.strength import STRONGEST, WEAKEST
 from lightning_probes.probes.tasks import Classification
@@ -131,3 +135,61 @@ def test_features_read_in_parts_choose_the_same_strength() -> None:
 def test_few_samples_take_the_strength_one() -> None:
     raw, labels = planted(19, 30, 2, 1.0)(torch.Generator().manual_seed(3))
     assert fit_probe(Classification(2), raw, one_hot(labels).double()).l2 == 1.0
+
+
+@pytest.mark.parametrize("is_small", [False, True])
+@pytest.mark.parametrize("sizes", [(150, 150), (300, 0), (0, 199, 101), (297, 3)])
+def test_processes_make_the_same_decisions_whatever_their_shares(
+    sizes: tuple[int, ...], is_small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads stand for processes, and each sum waits for all of them and compares their shapes."""
+    # Between the product of all samples and that of the larger shares.
+    monkeypatch.setattr(strength, "_SMALL", 5 * 301 * 3 * 11 if is_small else 5 * 299 * 3 * 11)
+    raw, labels = planted(300, 10, 3, 0.3)(torch.Generator().manual_seed(4))
+    x, y, folds = (torch.split(part, list(sizes)) for part in (raw, one_hot(labels).double(), parts_of(300)))
+    barrier = threading.Barrier(len(sizes), timeout=60)
+    given: list[Tensor] = [torch.empty(0)] * len(sizes)
+
+    def fit(i: int) -> Solution:
+        def total(own: Tensor) -> Tensor:
+            given[i] = own
+            barrier.wait()
+            assert {tensor.shape for tensor in given} == {own.shape}
+            found = torch.stack(given).sum(dim=0)
+            barrier.wait()
+            return found
+
+        return fit_probe(Classification(3), x[i], y[i], folds=folds[i], total=total, is_crossed=True)
+
+    with ThreadPoolExecutor(len(sizes)) as threads:
+        found = list(threads.map(fit, range(len(sizes))))
+    alone = fit_probe(Classification(3), raw, one_hot(labels).double(), folds=parts_of(300), is_crossed=True)
+    crossed = [each.crossed_tally for each in found if each.crossed_tally is not None]
+    assert alone.crossed_tally is not None
+    torch.testing.assert_close(torch.stack(crossed).sum(dim=0), alone.crossed_tally, rtol=1e-6, atol=0)
+    for each in found:
+        assert each.l2 == alone.l2
+        torch.testing.assert_close(each.weight, alone.weight, rtol=0, atol=1e-6)
+
+
+def test_many_classes_are_fitted_with_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few at a time find what all side by side find."""
+    raw, labels = TABLE["many classes"](torch.Generator().manual_seed(5))
+    y = one_hot(labels).double()
+    whole = fit_probe(Classification(20), raw, y, is_crossed=True)
+    sizes: list[int] = []
+    minimise = Problems.minimise
+
+    def measured(problems: Problems, *args: Any) -> Any:
+        sizes.append(len(problems.l2) * len(problems.samples))
+        return minimise(problems, *args)
+
+    monkeypatch.setattr(Problems, "minimise", measured)
+    # Room for two problems of 20 classes, 31 values each.
+    monkeypatch.setattr(strength, "_LARGEST", 2 * 20 * 60 * 31)
+    few = fit_probe(Classification(20), raw, y, is_crossed=True)
+    assert max(sizes) == 2
+    assert few.l2 == whole.l2
+    assert few.crossed_tally is not None
+    assert whole.crossed_tally is not None
+    torch.testing.assert_close(few.crossed_tally, whole.crossed_tally, rtol=0.01, atol=0)

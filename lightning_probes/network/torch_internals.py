@@ -356,6 +356,7 @@ def _has(holder: Any, *parts: str) -> bool:
 try:
     from torch.utils._python_dispatch import TorchDispatchMode as _DispatchMode
     from torch.utils._python_dispatch import _get_current_dispatch_mode as _current_mode
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as _modes_now
 except ImportError:
     _DispatchMode = None  # type: ignore[assignment, misc]
 
@@ -384,7 +385,8 @@ class OperationMode:
         if _DispatchMode is None:
             return
         _following.functions[self] = self._follow
-        if _following.mode is None:
+        # Whoever leaves modes in another order than they were entered may have left this one too.
+        if _following.mode is None or _following.mode not in _modes_now():
             _following.mode = _mode_of(_following.functions)
             _following.mode.__enter__()
 

@@ -15,7 +15,7 @@ from lightning_probes.distributed import Ranks, Total, alone
 from lightning_probes.probes.dataset import FeatureDataset, LayerSamples, draw_folds
 from lightning_probes.probes.heads import StackedProbes
 from lightning_probes.probes.rows import Parts, Rows, statistics
-from lightning_probes.probes.solver import TOLERANCE, Solution, solve, tally_on
+from lightning_probes.probes.solver import TOLERANCE, Solution, in_full_precision, solve, tally_on
 from lightning_probes.probes.standardise import standardise_
 from lightning_probes.probes.strength import Folds
 from lightning_probes.probes.tasks import Task, accumulator
@@ -170,14 +170,32 @@ def fit_probe(
         total: sums a tensor over the processes that share the samples; each calls this function with its own samples.
         l2: strength of the penalty, at least 0; ``None`` chooses it.
         near: strength where the search for one begins; ``None`` if nothing is known.
-        is_crossed: whether each fold is also scored by a probe that was fitted on the others.
+        is_crossed: whether each fold is also scored by a probe that was fitted on the others; not at a given strength.
         tolerance: bound on the gradient, see :func:`~lightning_probes.probes.solver.solve`.
         max_iterations: bound on the iterations of each fit.
 
     Raises:
         ValueError: as in :func:`~lightning_probes.probes.solver.solve`. Values of data never raise.
     """
+    with in_full_precision(targets.device):
+        return _fit_probe(task, features, targets, folds, total, l2, near, is_crossed, tolerance, max_iterations)
+
+
+def _fit_probe(
+    task: Task,
+    features: Tensor | Parts,
+    targets: Tensor,
+    folds: Tensor | None,
+    total: Total,
+    l2: float | None,
+    near: float | None,
+    is_crossed: bool,
+    tolerance: float,
+    max_iterations: int,
+) -> Solution:
     parts = features if isinstance(features, Parts) else Parts([len(features)], lambda _: features)
+    if is_crossed and l2 is not None:
+        raise ValueError(f"l2={l2} and is_crossed: folds are scored at strengths that are chosen")
     if sum(parts.lengths) != len(targets):
         raise ValueError(f"{sum(parts.lengths)} samples, {len(targets)} targets")
     counted = task.is_counted(targets)
@@ -189,7 +207,8 @@ def fit_probe(
         wide = _in_double(parts)
         exact = statistics(wide, total)
         if not _are_finite(*exact):
-            return _nothing(task, mean, y)
+            nothing = _nothing(task, mean, y)
+            return replace(nothing, crossed_tally=nothing.tally) if is_crossed else nothing
         if bool((exact[1] > 0).any()):
             parts, (mean, variance) = wide, exact
     rows = Rows.standardised(parts, mean, variance, total)
@@ -246,4 +265,4 @@ def _nothing(task: Task, mean: Tensor, targets: Tensor) -> Solution:
     width = torch.full_like(mean, float("nan"))
     weight = width.expand(targets.shape[1], -1).clone()
     tally = torch.full_like(task.no_tally(1, mean.device)[:, 0], float("nan"))
-    return Solution(weight, weight[:, 0].clone(), width, width, math.nan, False, 0, float("nan"), tally, tally)
+    return Solution(weight, weight[:, 0].clone(), width, width, math.nan, False, 0, float("nan"), tally)

@@ -1,7 +1,7 @@
 """Solve one convex problem to its optimum, by L-BFGS that starts from the Gram matrix of the features.
 
 The first Hessian of L-BFGS is that matrix, scaled or weighted by the current curvature of each sample's loss, plus the
-penalty: conditioning is what costs here, and the Cholesky factor takes most of it away. For a softmax at zero weights
+penalty: conditioning is what costs here, and its inverse takes most of it away. For a softmax at zero weights
 it is the exact Hessian but for a mixing of the classes. Scores are linear in the probe, so a line search needs no
 further product with the features. Nothing is drawn, and autograd differentiates nothing.
 """
@@ -44,8 +44,8 @@ class Solution:
         iterations: number of iterations of the last fit; those of the choice of a strength are not counted.
         gradient_norm: norm of the gradient, relative to the scale that :func:`solve` documents.
         tally: ``(statistics,)`` on the samples fitted on; see :class:`~lightning_probes.probes.tasks.Task`.
-        crossed_tally: tally of the samples of this process, each scored by a probe that was fitted on the other folds;
-            ``None`` without cross-fitting.
+        crossed_tally: tally of the samples of this process, each scored by a probe that was fitted on the other folds,
+            features standardised by all; ``None`` without cross-fitting.
     """
 
     weight: Tensor
@@ -98,7 +98,7 @@ def solve(
     rows = x if isinstance(x, Rows) else Rows.of(floating(x))
     if rows.samples != len(targets) or l2 < 0 or tolerance < 0:
         raise ValueError(f"{rows.samples} samples, {len(targets)} targets, l2={l2}, tolerance={tolerance}")
-    with torch.autocast(targets.device.type, enabled=False), _in_full_precision():
+    with in_full_precision(targets.device):
         return _solve(task, rows, targets.to(rows.dtype), l2, start, gram, tolerance, max_iterations)
 
 
@@ -109,12 +109,13 @@ def tally_on(task: Task, x: Rows, targets: Tensor, weight: Tensor, bias: Tensor)
 
 
 @contextmanager
-def _in_full_precision() -> Iterator[None]:
+def in_full_precision(device: torch.device) -> Iterator[None]:
     """Compute products in full precision: a gradient within a tolerance needs more than a user allows for training."""
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(allowed)
 
@@ -266,8 +267,8 @@ class Problems:
         free[-1] = 0
         return self.l2[:, None, None, None] * free
 
-    def factors(self, scores: Tensor, gram: Tensor | None = None) -> Tensor:
-        """Return the Cholesky factor of the approximate Hessian of each strength, ``(strengths, width, width)``.
+    def preconditioners(self, scores: Tensor, gram: Tensor | None = None) -> Tensor:
+        """Return the inverse of the approximate Hessian of each strength, ``(strengths, width, width)``.
 
         It is the Gram matrix of samples weighted by the curvature of their losses, averaged over the problems, plus the
         penalty. With ``gram``, the mean of ``x x^T``, all samples have one weight, which takes no product with the
@@ -284,7 +285,7 @@ class Problems:
             hessian = self.x.gram((weights + even) / 2)
         else:
             hessian = mean * gram
-        return torch.stack([_factor(hessian + own.diag()) for own in self.penalty[:, 0, 0]])
+        return torch.stack([_inverse(hessian + own.diag()) for own in self.penalty[:, 0, 0]])
 
     def minimise(self, start: Tensor | None, gram: Tensor | None, tolerance: float, max_iterations: int) -> Minima:
         """Minimise each problem as :func:`solve` does; what float32 does not reach is finished in float64.
@@ -293,7 +294,7 @@ class Problems:
             start: where to begin, for those whose gradient is smaller there than at the best constant probe.
             gram: as for :func:`solve`.
             tolerance: as for :func:`solve`.
-            max_iterations: bound on the iterations.
+            max_iterations: bound on the iterations in float32, and again in float64.
         """
         v = self.constants()
         scores = v[..., -1:].expand(-1, -1, -1, self.x.samples)
@@ -306,15 +307,14 @@ class Problems:
             pairs = ((start, v), (warm, scores), (steeper, gradient))
             v, scores, gradient = (torch.where(is_nearer, a, b) for a, b in pairs)
         scale = cold[0].clamp(min=1e-3)
-        descent = _Descent(self, v, scores, gradient, tolerance * scale)
-        v, reached, iterations = descent.run(gram, max_iterations)
-        if not reached.all() and iterations < max_iterations and v.dtype == torch.float32 and v.device.type != "mps":
-            rest, double = (~reached.all(dim=1)).nonzero().flatten(), torch.float64
+        v, is_stuck, iterations = _Descent(self, v, scores, gradient, tolerance * scale).run(gram, max_iterations)
+        if is_stuck.any() and v.dtype == torch.float32 and v.device.type != "mps":
+            rest, double = is_stuck.any(dim=1).nonzero().flatten(), torch.float64
             problems, v = self.only(rest).to(double), v.to(double)
             scores = problems.scores(v[rest])
             gradient = problems.gradient(v[rest], problems.residual(scores))
             descent = _Descent(problems, v[rest], scores, gradient, tolerance * scale.to(double))
-            finished, _, more = descent.run(None, max_iterations - iterations)
+            finished, _, more = descent.run(None, max_iterations)
             v, iterations = v.index_copy(0, rest, finished), iterations + more
         return Minima(v, scale, iterations)
 
@@ -344,25 +344,25 @@ class _Descent:
         self._since = torch.zeros_like(self._best)
         self._is_within = self._is_stuck = torch.zeros_like(self._best, dtype=torch.bool)
         self._pairs = _Pairs(v)
-        self._factors: Tensor | None = None
+        self._preconditioners: Tensor | None = None
 
     def run(self, gram: Tensor | None, max_iterations: int) -> tuple[Tensor, Tensor, int]:
-        """Return where each problem is, which are within their limits, and the number of iterations."""
-        found, reached = self._v.clone(), self._is_within.clone()
+        """Return where each problem is, which of them rounding kept from their limits, and the number of iterations."""
+        found, is_stuck = self._v.clone(), self._is_within.clone()
         running = torch.arange(len(found), device=found.device)
         for iteration in range(max_iterations + 1):
             self._check()
             going = (~(self._is_within | self._is_stuck).all(dim=1)).nonzero().flatten()
             if len(going) < len(running) or iteration == max_iterations:
-                found[running], reached[running] = self._v, self._is_within
+                found[running], is_stuck[running] = self._v, self._is_stuck & ~self._is_within
                 if not len(going) or iteration == max_iterations:
                     break
                 running = running[going]
                 self._go_on_with(going)
             if iteration % _REFRESH == 0:
-                self._factors = self._problems.factors(self._scores, None if iteration else gram)
+                self._preconditioners = self._problems.preconditioners(self._scores, None if iteration else gram)
             self._step()
-        return found, reached, iteration
+        return found, is_stuck, iteration
 
     def _check(self) -> None:
         """Find out which problems are within their limits, and which make no more progress."""
@@ -383,10 +383,10 @@ class _Descent:
         self._is_within = is_within
 
     def _step(self) -> None:
-        assert self._factors is not None
+        assert self._preconditioners is not None
         problems = self._problems
         is_over = (self._is_within | self._is_stuck)[:, :, None, None]
-        direction = self._pairs.direction(self._gradient, self._factors).masked_fill_(is_over, 0.0)
+        direction = self._pairs.direction(self._gradient, self._preconditioners).masked_fill_(is_over, 0.0)
         change = problems.scores(direction)
         step, residual = _line_search(problems, self._v, self._scores, direction, change, self._gradient)
         self._is_stuck = self._is_stuck | ((step == 0) & ~self._is_within)
@@ -402,7 +402,8 @@ class _Descent:
         self._best, self._since = self._best[going], self._since[going]
         self._is_within, self._is_stuck = self._is_within[going], self._is_stuck[going]
         self._pairs.keep(going)
-        self._factors = None if self._factors is None else self._factors[going]
+        if self._preconditioners is not None:
+            self._preconditioners = self._preconditioners[going]
 
 
 class _Pairs:
@@ -423,14 +424,14 @@ class _Pairs:
             self._both[..., : self._number, :] = self._both[..., -self._number :, :].clone()
         new = torch.stack([moved, turned]).flatten(3)
         has_curvature = (new[0] * new[1]).sum(dim=2, keepdim=True) > 0
-        self._both[..., self._number, :] = new * has_curvature
+        self._both[..., self._number, :] = torch.where(has_curvature, new, 0.0)
         self._number += 1
 
-    def direction(self, gradient: Tensor, factors: Tensor) -> Tensor:
-        """Run the two loops of Nocedal (1980) around the factored Hessian, each as one triangular system."""
+    def direction(self, gradient: Tensor, preconditioners: Tensor) -> Tensor:
+        """Run the two loops of Nocedal (1980) around the preconditioners, each as one triangular system."""
         q = gradient.flatten(2)[..., None]
         if not self._number:
-            return -_solved(q, factors, gradient.shape).view_as(gradient)
+            return -_preconditioned(q, preconditioners, gradient.shape).view_as(gradient)
         moved, turned = self._both[..., : self._number, :]
         # Of the products of steps and changes the loops need those of a step and a later change.
         products = (moved @ turned.mT).triu_()
@@ -438,7 +439,7 @@ class _Pairs:
         curvature = diagonal[..., None].clone()
         diagonal.masked_fill_(diagonal == 0, 1.0)
         share = torch.linalg.solve_triangular(products, moved @ q, upper=True)
-        q = _solved(q - turned.mT @ share, factors, gradient.shape)
+        q = _preconditioned(q - turned.mT @ share, preconditioners, gradient.shape)
         back = torch.linalg.solve_triangular(products.mT, curvature * share - turned @ q, upper=False)
         direction: Tensor = -(q + moved.mT @ back).view_as(gradient)
         return direction
@@ -450,24 +451,24 @@ class _Pairs:
         self._both = both
 
 
-def _solved(q: Tensor, factors: Tensor, shape: torch.Size) -> Tensor:
-    """Return the factored Hessian, inverted, times ``q``, which is shaped like the flattened ``shape``."""
+def _preconditioned(q: Tensor, preconditioners: Tensor, shape: torch.Size) -> Tensor:
+    """Return the preconditioners times ``q``, which is shaped like the flattened ``shape``."""
     strengths, _, _, width = shape
-    return torch.cholesky_solve(q.view(strengths, -1, width).mT, factors).mT.reshape(q.shape)
+    return (q.view(strengths, -1, width) @ preconditioners).view_as(q)
 
 
-def _factor(hessian: Tensor) -> Tensor:
-    """Return the Cholesky factor; add to the diagonal what collinear features and saturated samples leave singular."""
+def _inverse(hessian: Tensor) -> Tensor:
+    """Return the inverse; add to the diagonal what collinear features and saturated samples leave singular."""
     ridge = 100 * torch.finfo(hessian.dtype).eps * float(hessian.diagonal().mean()) + 1e-10
     hessian.diagonal().add_(ridge)
     for _ in range(8):
-        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
-            return factor
+            # A product with the inverse takes a third of what a solution with the factor does.
+            return torch.cholesky_inverse(factor)
         ridge *= 10
         hessian.diagonal().add_(ridge)
-    return hessian.diagonal().clamp(min=ridge).sqrt().diag()
+    return (1 / hessian.diagonal().clamp(min=ridge)).diag()
 
 
 def _line_search(

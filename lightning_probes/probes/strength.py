@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from lightning_probes.probes.dataset import FOLDS
 from lightning_probes.probes.rows import Rows
 from lightning_probes.probes.solver import Problems, in_span
 from lightning_probes.probes.tasks import Task
+
+_Item = TypeVar("_Item")
 
 WEAKEST, STRONGEST = -12, 4
 """Bound the grid of strengths, in half-decades: 1e-6 and 100.
@@ -38,9 +42,15 @@ _ROUGHLY = 2
 A fit short of its optimum makes a weak penalty look better than it is, like training that stops early.
 """
 
-_SMALL = 1e7
+_SMALL = 10_000_000
 """Bound the samples times outputs times width times folds of a search that tries more strengths at once than it needs:
 a fit this small costs the same for all as for one."""
+
+_LARGEST = 100_000_000
+"""Bound the scores, and the values that a solver remembers of its steps, of the fits that run side by side."""
+
+_REMEMBERED = 60
+"""Give the vectors as large as a probe that a solver remembers."""
 
 
 class Folds:
@@ -53,7 +63,8 @@ class Folds:
     path but for noise. Of strengths that are equally good the strongest is chosen. With fewer than 20 samples there is
     no choice, and the strength is 1.
 
-    Every process makes the same decisions, since they depend on sums over processes only.
+    Every process makes the same decisions, since they depend on sums over processes only. No probe has seen the labels
+    of a fold that it is judged on; the mean and variance of its features are those of all folds.
 
     Args:
         task: defines the loss.
@@ -83,16 +94,16 @@ class Folds:
         self._tolerance = tolerance
         self._max_iterations = max_iterations
         self._sizes = x.total(torch.bincount(part, minlength=FOLDS).to(y.dtype)).tolist()
-        begin = _guess(x.width - 1, sum(self._sizes)) if near is None else round(2 * math.log10(near))
+        self._samples = int(sum(self._sizes))
+        is_known = near is not None and 0 < near < math.inf
+        begin = round(2 * math.log10(near)) if near and is_known else _guess(x.width - 1, self._samples)
         self._begin = min(max(begin, WEAKEST), STRONGEST)
         self._basis: Tensor | None = None
-        if gram is None and x.whole is not None and sum(self._sizes):
+        if gram is None and x.whole is not None and self._samples:
             self._basis, x = in_span(x.whole)
-            gram = x.gram() / sum(self._sizes)
+            gram = x.gram() / self._samples
         self._x, self._gram = x, gram
         self._masks = [part == i for i in range(FOLDS)]
-        self._rows = [x.where(mask) for mask in self._masks]
-        self._labels = [task.prepare(y[mask].to(x.dtype)) for mask in self._masks]
         self._probes: dict[frozenset[int], dict[int, Tensor]] = {}
 
     def choose(self) -> tuple[float, tuple[Tensor, Tensor] | None]:
@@ -113,9 +124,10 @@ class Folds:
         tally = self._task.no_tally(1, self._y.device)[:, 0]
         if folds:
             chosen = self._search(folds)
-            self._fit(sorted(set(chosen.values())), folds, self._tolerance)
-            for fold in folds:
-                tally = tally + self._tally(self._probes[fold][chosen[fold]][None], *fold)[:, 0]
+            for step in sorted(set(chosen.values())):
+                alike = [fold for fold in folds if chosen[fold] == step]
+                self._fit([step], alike)
+                tally = tally + self._tally([step], alike, [i for fold in alike for i in fold])[:, 0]
         return tally
 
     def _held_out_of(self, lacking: frozenset[int]) -> list[frozenset[int]]:
@@ -130,33 +142,45 @@ class Folds:
 
     def _search(self, probes: Sequence[frozenset[int]]) -> dict[frozenset[int], int]:
         """Return the strength of each of some probes that lack folds, in half-decades."""
-        held = {lacking: self._held_out_of(lacking) for lacking in probes}
-        subsets = list(dict.fromkeys(subset for each in held.values() for subset in each))
+        held = {lacking: each for lacking in probes if (each := self._held_out_of(lacking))}
         found = dict.fromkeys(probes, _UNCHOSEN)
-        if not subsets:
-            return found
-        tie = _TIE * self._constant_loss()
-        losses: dict[frozenset[int], dict[int, float]] = {
-            lacking: {WEAKEST - 1: math.inf, STRONGEST + 1: math.inf} for lacking, each in held.items() if each
-        }
-        ahead = 3 if len(subsets) * self._y.numel() * self._x.width < _SMALL else 1
-        untried = set(range(self._begin - min(ahead, 2), self._begin + min(ahead, 2) + 1))
-        while untried:
-            steps = sorted(step for step in untried if WEAKEST <= step <= STRONGEST)
-            self._fit(steps, subsets, _ROUGHLY * self._tolerance)
-            untried = set()
-            for lacking, known in losses.items():
+        losses: dict[frozenset[int], dict[int, float]] = {lacking: {} for lacking in held}
+        tie = _TIE * self._constant_loss() if held else 0.0
+        size = self._samples * self._y.shape[1] * self._x.width
+        ahead = 3 if size * len(set(chain(*held.values()))) < _SMALL else 1
+        around = min(ahead, 2)
+        wanted = {lacking: range(self._begin - around, self._begin + around + 1) for lacking in held}
+        while wanted:
+            steps = [step for step in range(WEAKEST, STRONGEST + 1) if any(step in each for each in wanted.values())]
+            self._fit(steps, list(dict.fromkeys(chain(*(held[lacking] for lacking in wanted)))), _ROUGHLY)
+            for lacking in list(wanted):
+                known = losses[lacking]
                 known |= dict(zip(steps, self._losses(steps, lacking, held[lacking]), strict=True))
                 best = min(known.values()) + tie
-                found[lacking] = middle = max(step for step, loss in known.items() if loss <= best)
-                if middle - 1 not in known:
-                    untried |= set(range(middle - ahead, middle))
-                elif middle + 1 not in known:
-                    untried |= set(range(middle + 1, middle + 1 + ahead))
+                equal = [step for step, loss in known.items() if loss <= best < math.inf]
+                found[lacking] = middle = max(equal, default=_UNCHOSEN)
+                if not equal:
+                    del wanted[lacking]
+                elif middle > WEAKEST and middle - 1 not in known:
+                    wanted[lacking] = range(middle - ahead, middle)
+                elif middle < STRONGEST and middle + 1 not in known:
+                    wanted[lacking] = range(middle + 1, middle + 1 + ahead)
+                else:
+                    del wanted[lacking]
         return found
 
-    def _fit(self, steps: Sequence[int], subsets: Sequence[frozenset[int]], tolerance: float) -> None:
-        """Fit the probes of some strengths that lack some folds, side by side, from the nearest that are known."""
+    def _fit(self, steps: Sequence[int], subsets: Sequence[frozenset[int]], roughly: float = 1.0) -> None:
+        """Fit the probes of some strengths that lack some folds, from the nearest that are known.
+
+        As many as there is room for are fitted side by side.
+        """
+        each = self._y.shape[1] * max(self._samples, _REMEMBERED * self._x.width)
+        room = max(1, _LARGEST // each)
+        for some in _split(subsets, room):
+            for few in _split(steps, max(1, room // len(some))):
+                self._fit_side_by_side(few, some, roughly * self._tolerance)
+
+    def _fit_side_by_side(self, steps: Sequence[int], subsets: Sequence[frozenset[int]], tolerance: float) -> None:
         assert self._gram is not None
         counted = torch.stack([~torch.stack([self._masks[i] for i in lacking]).any(dim=0) for lacking in subsets])
         problems = Problems.of(self._task, self._x, self._y, [_strength(step) for step in steps], counted)
@@ -186,23 +210,29 @@ class Folds:
         return torch.stack(found).mean(dim=0)
 
     def _losses(self, steps: Sequence[int], lacking: frozenset[int], held: Sequence[frozenset[int]]) -> list[float]:
-        tallies = []
-        for subset in held:
-            probes = torch.stack([self._probes[subset][step] for step in steps])
-            (fold,) = subset - lacking
-            tallies.append(self._tally(probes, fold))
-        losses, counts = self._x.total(torch.stack(tallies).sum(dim=0))[-2:]
+        folds = [i for subset in held for i in subset - lacking]
+        losses, counts = self._x.total(self._tally(steps, held, folds))[-2:]
         return [loss if math.isfinite(loss) else math.inf for loss in (losses / counts).tolist()]
 
-    def _tally(self, probes: Tensor, fold: int) -> Tensor:
-        """Return the tally ``(statistics, probes)`` of ``(probes, outputs, features + 1)`` on this process's fold."""
-        scores = self._rows[fold].scores(probes.flatten(0, 1)).view(*probes.shape[:2], -1)
-        return self._task.tally(scores, self._labels[fold])
+    def _tally(self, steps: Sequence[int], subsets: Sequence[frozenset[int]], folds: Sequence[int]) -> Tensor:
+        """Return the tally ``(statistics, steps)`` of the probes of subsets, each on this process's fold beside it."""
+        tally = self._task.no_tally(len(steps), self._y.device)
+        for subset, fold in zip(subsets, folds, strict=True):
+            probes = torch.stack([self._probes[subset][step] for step in steps])
+            scores = self._x.scores(probes.flatten(0, 1)).view(*probes.shape[:2], -1)
+            mask = self._masks[fold]
+            tally = tally + self._task.tally(scores[:, :, mask], self._task.prepare(self._y[mask].to(scores)))
+        return tally
 
     def _constant_loss(self) -> float:
-        constant = Problems.of(self._task, self._x, self._y, [0.0]).constants()[0]
-        tally = self._x.total(sum((self._tally(constant, i) for i in range(FOLDS)), self._y.new_zeros(())))
+        scores = Problems.of(self._task, self._x, self._y, [0.0]).constants()[0, :, :, -1:]
+        labels = self._task.prepare(self._y.to(scores))
+        tally = self._x.total(self._task.tally(scores.expand(-1, -1, len(self._y)), labels))
         return float(tally[-2, 0] / tally[-1, 0])
+
+
+def _split(items: Sequence[_Item], length: int) -> Iterator[Sequence[_Item]]:
+    return (items[i : i + length] for i in range(0, len(items), length))
 
 
 def _guess(features: int, samples: float) -> int:

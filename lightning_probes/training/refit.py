@@ -332,11 +332,11 @@ class Refit:
         """Restore what :meth:`state_dict` returned."""
         self._batches.load_state_dict(state["fitter"])
         self.note = self.note or state["note"]
-        self._strengths = dict(state.get("strengths", {}))
         if "bank" in state:
             probes = StackedProbes(layers, self._network.task)
             probes.load_state_dict(state["bank"], device)
             self.fitted = FittedProbes(probes, state["about"])
+        self._strengths = dict(state.get("strengths", {})) or self._strengths_now
 
     def _fit(
         self,

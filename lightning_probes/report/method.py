@@ -81,9 +81,14 @@ def _features(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not kinds:
         return []
     counted = ", ".join(f"{name.format(s='s' * (n > 1))} ({n})" for name, n in kinds.items())
-    other = [row["layer"] for row in rows if row.get("rows") not in ("one row a sample", None)]
-    of_rows = f"not one row a sample: {first_of(other)}" if other else "one row a sample"
-    return [f"Features: {counted}; {of_rows}."]
+    arranged: dict[str, list[str]] = {}
+    for row in rows:
+        arranged.setdefault(row.get("rows") or "one row a sample", []).append(row["layer"])
+    if len(arranged) == 1:
+        return [f"Features: {counted}; {next(iter(arranged))}."]
+    # What averages many rows of a sample and what does not are not alike, whatever the network does between them.
+    each = "; ".join(f"{what}: {first_of(layers)}" for what, layers in arranged.items())
+    return [f"Features: {counted}. Rows differ between layers: {each}."]
 
 
 def _of_labels(labels: Mapping[str, int]) -> list[str]:

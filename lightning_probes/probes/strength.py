@@ -96,7 +96,8 @@ class Folds:
         self._sizes = x.total(torch.bincount(part, minlength=FOLDS).to(y.dtype)).tolist()
         self._samples = int(sum(self._sizes))
         begin = _guess(x.width - 1, self._samples)
-        if near and math.isfinite(near):
+        # What is small costs little, and its numbers shall not depend on what was fitted before.
+        if near and math.isfinite(near) and self._samples * y.shape[1] * x.width >= _SMALL:
             known = round(2 * math.log10(near))
             # Of few samples of many features a weak penalty's optimum is far from zero weights: the way there leads
             # down the strengths.

@@ -16,7 +16,7 @@ from lightning_probes.probes.rows import Parts
 from lightning_probes.probes.tasks import LabelCount, Task
 
 FOLDS = 5
-"""Set into how many parts samples are cut: one is held out to choose a strength, each in turn to cross-fit."""
+"""Set into how many parts samples are cut: some are held out to choose a strength, each in turn to cross-fit."""
 
 _BLOCK = 2048
 """Bound the rows that are read from a store at a time."""

@@ -177,51 +177,36 @@ def fit_probe(
     Raises:
         ValueError: as in :func:`~lightning_probes.probes.solver.solve`. Values of data never raise.
     """
-    with in_full_precision(targets.device):
-        return _fit_probe(task, features, targets, folds, total, l2, near, is_crossed, tolerance, max_iterations)
-
-
-def _fit_probe(
-    task: Task,
-    features: Tensor | Parts,
-    targets: Tensor,
-    folds: Tensor | None,
-    total: Total,
-    l2: float | None,
-    near: float | None,
-    is_crossed: bool,
-    tolerance: float,
-    max_iterations: int,
-) -> Solution:
     parts = features if isinstance(features, Parts) else Parts([len(features)], lambda _: features)
     if is_crossed and l2 is not None:
         raise ValueError(f"l2={l2} and is_crossed: folds are scored at strengths that are chosen")
     if sum(parts.lengths) != len(targets):
         raise ValueError(f"{sum(parts.lengths)} samples, {len(targets)} targets")
-    counted = task.is_counted(targets)
-    y = targets[counted]
-    parts = parts if counted.all() else parts.where(counted)
-    mean, variance = statistics(parts, total)
-    if not _are_finite(mean, variance) or bool((variance < _SMALLEST).all()):
-        # The squares of finite features may be beyond float32, above or below.
-        wide = _in_double(parts)
-        exact = statistics(wide, total)
-        if not _are_finite(*exact):
-            nothing = _nothing(task, mean, y)
-            return replace(nothing, crossed_tally=nothing.tally) if is_crossed else nothing
-        if bool((exact[1] > 0).any()):
-            parts, (mean, variance) = wide, exact
-    rows = Rows.standardised(parts, mean, variance, total)
-    rows = rows if isinstance(features, Parts) else rows.kept()
-    part = (draw_folds(len(y)) if folds is None else folds[counted.to(folds.device)]).to(y.device)
-    gram, start, crossed = _mean_gram(rows), None, None
-    bounds: dict[str, Any] = {"tolerance": tolerance, "max_iterations": max_iterations}
-    if l2 is None:
-        search = Folds(task, rows, y, part, gram=gram, near=near, **bounds)
-        l2, start = search.choose()
-        crossed = search.cross_scored() if is_crossed else None
-    best = solve(task, rows, y, l2, start=start, gram=gram, **bounds)
-    return replace(best, mean=mean, variance=variance, crossed_tally=crossed)
+    with in_full_precision(targets.device):
+        counted = task.is_counted(targets)
+        y = targets[counted]
+        parts = parts if counted.all() else parts.where(counted)
+        mean, variance = statistics(parts, total)
+        if not _are_finite(mean, variance) or bool((variance < _SMALLEST).all()):
+            # The squares of finite features may be beyond float32, above or below.
+            wide = _in_double(parts)
+            exact = statistics(wide, total)
+            if not _are_finite(*exact):
+                nothing = _nothing(task, mean, y)
+                return replace(nothing, crossed_tally=nothing.tally) if is_crossed else nothing
+            if bool((exact[1] > 0).any()):
+                parts, (mean, variance) = wide, exact
+        rows = Rows.standardised(parts, mean, variance, total)
+        rows = rows if isinstance(features, Parts) else rows.kept()
+        part = (draw_folds(len(y)) if folds is None else folds[counted.to(folds.device)]).to(y.device)
+        gram, start, crossed = _mean_gram(rows), None, None
+        bounds: dict[str, Any] = {"tolerance": tolerance, "max_iterations": max_iterations}
+        if l2 is None:
+            search = Folds(task, rows, y, part, gram=gram, near=near, **bounds)
+            l2, start = search.choose()
+            crossed = search.cross_scored() if is_crossed else None
+        best = solve(task, rows, y, l2, start=start, gram=gram, **bounds)
+        return replace(best, mean=mean, variance=variance, crossed_tally=crossed)
 
 
 def score(task: Task, solution: Solution, features: Tensor, targets: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Solve one convex problem to its optimum, by L-BFGS that starts from the Gram matrix of the features.
+"""Solve convex problems side by side to their optimum, by L-BFGS that starts from the Gram matrix of the features.
 
 The first Hessian of L-BFGS is that matrix, scaled or weighted by the current curvature of each sample's loss, plus the
 penalty: conditioning is what costs here, and its inverse takes most of it away. For a softmax at zero weights
@@ -33,7 +33,7 @@ _MEMORY = 30
 """Limit the pairs of steps and changes of gradient that L-BFGS keeps."""
 
 _REFRESH = 50
-"""Set how many iterations use one factor of the Gram matrix, which costs about six iterations at 512 features."""
+"""Set how many iterations use one inverse of the Gram matrix, which costs more than an iteration."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def solve(
     """Minimise the mean loss + ``l2/2 |weight|^2``; the bias is not penalised.
 
     The criterion is the norm of the gradient over weights and bias, relative to a scale: the norm of the loss's
-    gradient at the best constant probe, at least 1e-3. What float32 cannot reach is finished in float64. There is an
+    gradient at the best constant probe, at least 1e-3. Of few samples of many features the criterion is stricter where
+    next to no loss is left (:class:`_Descent`). What float32 cannot reach is finished in float64. There is an
     answer for all finite data: a class that never occurs has a very negative bias, a lone class is certain, separable
     data without a penalty stop at the tolerance, and without samples the answer is zero.
 
@@ -313,6 +314,8 @@ class Problems:
         scores = v[..., -1:].expand(-1, -1, -1, self.x.samples)
         gradient = self.gradient(v, self.residual(scores))
         cold = _norms(gradient)
+        is_tightened = bool((self.samples < FEW * self.x.width).any())
+        steep = self.mean_curvature(scores) if is_tightened else None
         if start is not None:
             warm = self.scores(start)
             steeper = self.gradient(start, self.residual(warm))
@@ -321,9 +324,6 @@ class Problems:
             v, scores, gradient = (torch.where(is_nearer, a, b) for a, b in pairs)
         scale = cold[0].clamp(min=1e-3)
         limit = tolerance * scale
-        steep: Tensor | None = None
-        if bool((self.samples < FEW * self.x.width).any()):
-            steep = self.mean_curvature(self.constants()[..., -1:].expand(-1, -1, -1, self.x.samples))
         v, is_stuck, iterations = _Descent(self, v, scores, gradient, limit, steep).run(gram, max_iterations)
         if is_stuck.any() and v.dtype == torch.float32 and v.device.type != "mps":
             rest, double = is_stuck.any(dim=1).nonzero().flatten(), torch.float64

@@ -14,8 +14,9 @@ import torch
 from fits import fit_and_listen, fitted_on, make_trainer, points, small
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from networks import loader
+from networks import images, loader
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_probes import LinearProbeCallback
 from lightning_probes.probes import fit
@@ -52,6 +53,42 @@ def test_many_classes_are_fitted_on_more_samples(classes: int, samples: int, tmp
     probes = LinearProbeCallback(num_classes=classes)
     make_trainer(tmp_path, probes, fast_dev_run=True).fit(small(), loader(32, classes=2))
     assert probes._session.refit.budget.samples == samples
+
+
+@pytest.mark.parametrize(("fit_samples", "fits"), [(200, 1), (100, 3)], ids=["all are kept", "others are kept"])
+def test_a_layer_is_fitted_again_only_if_its_samples_have_changed(
+    fit_samples: int, fits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def counted(task: Any, samples: Any, *args: Any) -> Any:
+        done.append(samples.layer)
+        return fit_samples_once(task, samples, *args)
+
+    fit_samples_once = fit.fit_samples
+    monkeypatch.setattr(fit, "fit_samples", counted)
+    probes = LinearProbeCallback("net.1", fit_samples=fit_samples)
+    data = DataLoader(images(200), 16, shuffle=True)
+    make_trainer(tmp_path, probes, max_epochs=3).fit(small(), data, loader(40))
+    # The starting point and the first one have the same inputs.
+    assert done.count("input") == fits
+    assert done.count("net.1") == 4
+    found = [
+        {(row["stage"], row["metric"]): row["value"] for row in probes.report.select(layer="input", epoch=epoch)}
+        for epoch in (0, 1, 2, 3)
+    ]
+    assert [one for one in found if one.items() <= found[1].items()] == found[: 4 if fits == 1 else 2]
+
+
+def test_layers_with_the_same_features_have_one_probe(tmp_path: Path) -> None:
+    probes = LinearProbeCallback(["net.0", "net.1"])
+    make_trainer(tmp_path, probes).fit(small(), loader(200), loader(40))  # net.0 flattens the input
+    for epoch in (0, 1, 2):
+        flat, raw = (
+            {(r["stage"], r["metric"]): r["value"] for r in probes.report.select(layer=layer, epoch=epoch)}
+            for layer in ("net.0", "input")
+        )
+        assert flat == raw
 
 
 def test_what_is_kept_on_the_device_gives_the_same_report(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_probes.distributed import Ranks
-from lightning_probes.probes.dataset import FeatureDataset, HalfPrecisionStore, LayerBatch
+from lightning_probes.distributed import Ranks, alone
+from lightning_probes.probes.dataset import FeatureDataset, HalfPrecisionStore, LayerBatch, LayerSamples
 from lightning_probes.probes.rows import Parts, Rows, statistics
 from lightning_probes.probes.tasks import Classification
 
@@ -261,3 +261,35 @@ def test_a_solver_finds_the_same_in_parts_as_in_the_whole() -> None:
     torch.testing.assert_close(parted.weight, whole.weight, rtol=1e-2, atol=1e-3)
     assert parted.tally[2] == whole.tally[2] == 200
     assert abs(parted.tally[0] - whole.tally[0]) <= 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 1000),
+    samples=st.integers(2, 700),
+    width=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    data=st.data(),
+)
+def test_fingerprint_is_that_of_the_rows_in_any_order(
+    seed: int, samples: int, width: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(samples, width, generator=generator, dtype=dtype), labels_of(samples)
+
+    def mark(x: Tensor | Parts, y: Tensor) -> int:
+        return LayerSamples("a", x, y, torch.zeros(len(y))).fingerprint(alone)
+
+    order = torch.randperm(samples, generator=generator)
+    cut = data.draw(st.integers(0, samples))
+    parts = Parts([cut, samples - cut], lambda i: x[order][:cut] if i == 0 else x[order][cut:])
+    assert mark(x[order], y[order]) == mark(parts, y[order]) == mark(x, y)
+    row, column = data.draw(st.integers(0, samples - 1)), data.draw(st.integers(0, width - 1))
+    other = x.clone()
+    other[row, column] = torch.nextafter(x[row, column], x.new_tensor(torch.inf))
+    assert mark(other, y) != mark(x, y)
+    assert mark(x, y.roll(1, dims=0)) != mark(x, y)
+    assert mark(x[1:], y[1:]) != mark(x, y)
+    # Samples of two processes are those of one.
+    shares = [mark(x[:cut], y[:cut]), mark(x[cut:], y[cut:])]
+    assert sum(shares) % 2**64 == mark(x, y) % 2**64

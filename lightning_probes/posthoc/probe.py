@@ -168,6 +168,7 @@ class _Posthoc:
         self._max_bytes = max_bytes
         self._begun = time.perf_counter()
         self._done: dict[tuple[int, int], str] = {}
+        self._fitted: FittedProbes | None = None
 
     def probe_all(self, networks: Sequence[Network], stand_in: Callable[[bool], Pass]) -> ProbeReport:
         """Probe one network after the other; once one is probed, note exceptions instead of raising them.
@@ -286,9 +287,11 @@ class _Posthoc:
                 ranks=ranks,
                 device=self._runner.device,
                 track=progress.track,
+                before=self._fitted,
                 is_strict=True,
             )
         assert found is not None
+        self._fitted = found
         self.report.cost["seconds"] += time.perf_counter() - begun
         self.report.cost["kept_bytes"] = max(self.report.cost["kept_bytes"], store.memory_bytes + store.file_bytes)
         told = [*model.notes, *self._network.notes, *self._network.labels.notes, *self._network.mask_reader.notes]

@@ -11,7 +11,7 @@ from typing import IO, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lightning_probes.distributed import Ranks
+from lightning_probes.distributed import Ranks, Total
 from lightning_probes.probes.rows import Parts
 from lightning_probes.probes.tasks import LabelCount, Task
 
@@ -20,6 +20,9 @@ FOLDS = 5
 
 _BLOCK = 2048
 """Bound the rows that are read from a store at a time."""
+
+_GOLDEN = -0x61C8864680B583EB
+"""Multiply by this odd number, 2^64 over the golden ratio, to spread bits (Knuth, volume 3, section 6.4)."""
 
 _LARGEST = 3e4
 """Bound the values kept in half precision, in deviations of the layer's first batch; float16 ends at 65 504."""
@@ -72,6 +75,22 @@ class LayerSamples(NamedTuple):
     """Hold the target of each row, ``(rows, outputs)``."""
     folds: Tensor
     """Hold the fold of each row, ``(rows,)`` of ``0 .. FOLDS - 1``; views of one sample are in one fold."""
+
+    def fingerprint(self, total: Total) -> int:
+        """Return a number that the same rows with the same targets have in any order, and others all but never.
+
+        Bits are compared, and not values: a feature that was rounded otherwise makes another row. ``total`` sums a
+        tensor over the processes that share the samples; the folds do not count.
+        """
+        parts = self.features if isinstance(self.features, Parts) else (self.features,)
+        found = torch.zeros((), dtype=torch.long, device=self.targets.device)
+        targets = _hash_rows(self.targets)
+        first = 0
+        for part in parts:
+            rows = _hash_rows(part).to(targets) + 3 * targets[first : first + len(part)]
+            first += len(part)
+            found += (rows * _GOLDEN ^ rows).mul_(_GOLDEN).sum()
+        return int(total(found))
 
 
 class Store(Protocol):
@@ -369,6 +388,16 @@ class HalfPrecisionStore:
         width, end = self._widths[layer], filed.first + filed.samples
         rows = torch.from_file(str(filed.path), shared=False, size=end * width, dtype=filed.dtype).view(end, width)
         return rows[filed.first :]
+
+
+def _hash_rows(x: Tensor) -> Tensor:
+    """Return a number for each row of floats, which depends on the bits of its values and on their order."""
+    bits = x.contiguous().view(torch.int32)
+    generator = torch.Generator("cpu").manual_seed(0)
+    factors = torch.randint(-(2**31), 2**31, (bits.shape[1],), generator=generator, device="cpu", dtype=torch.int32)
+    factors = (factors | 1).to(x.device)  # A product with an odd number loses no bit.
+    # Integers wrap around alike on every device. A few rows at a time stay in the cache.
+    return torch.cat([(rows * factors).sum(dim=1) for rows in bits.split(256)])  # type: ignore[no-untyped-call]
 
 
 def _samples(part: Tensor | _Filed) -> int:

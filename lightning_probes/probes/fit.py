@@ -32,10 +32,12 @@ class FittedProbes:
         probes: the probes, which score batches.
         known: ``{layer: {"fitted_on": {"data", "samples"}, "converged", "l2"}}``, as in the rows of a report.
         tally: ``(statistics, layers)`` on the samples fitted on: in process 0 the sum over all processes, zeros in the
-            others; ``None`` for restored probes.
+            others.
+        fingerprints: ``{layer: fingerprint}`` of the samples fitted on; see
+            :meth:`~lightning_probes.probes.dataset.LayerSamples.fingerprint`.
         crossed_tally: tally of the samples of this process, each scored by a probe fitted on other folds; ``None``
             without cross-fitting.
-        target_sums: sums over the targets of the samples that this process fitted on.
+        target_sums: sums over the targets of the samples that this process fitted on; ``None`` for restored probes.
         faults: ``{layer: exception}`` of the layers that could not be fitted.
     """
 
@@ -45,6 +47,22 @@ class FittedProbes:
     crossed_tally: Tensor | None = None
     target_sums: Tensor | None = None
     faults: dict[str, Exception] = field(default_factory=dict)
+    fingerprints: dict[str, int] = field(default_factory=dict)
+
+    def solution(self, layer: str) -> Solution:
+        """Return the probe of a layer as if it had just been fitted."""
+        assert self.tally is not None
+        known, tally = self.known[layer], self.tally[:, self.probes.layers.index(layer)]
+        l2 = math.nan if known["l2"] is None else known["l2"]
+        return Solution(
+            **self.probes.tensors(layer),
+            l2=l2,
+            converged=known["converged"],
+            iterations=0,
+            gradient_norm=math.nan,
+            tally=tally,
+            samples=known["fitted_on"]["samples"],
+        )
 
     def with_others(self, others: FittedProbes) -> FittedProbes:
         """Return these probes and, for the layers that have none, those of ``others``; targets stay those of these."""
@@ -73,10 +91,14 @@ def fit_layers(
     device: torch.device,
     track: Track,
     near: Mapping[str, float] = MappingProxyType({}),
+    before: FittedProbes | None = None,
     is_crossed: bool = False,
     is_strict: bool = False,
 ) -> FittedProbes | None:
     """Fit the probe of every layer on a dataset, which hands out each layer only once.
+
+    A layer that has the samples of a probe of ``before``, as the raw input and the layers of a frozen part have, or
+    those of a layer before it, is given that probe.
 
     An exception while one layer is fitted becomes the fault of that layer. With several processes it is raised, since
     the others wait for a sum.
@@ -90,6 +112,7 @@ def fit_layers(
         device: where probes are fitted.
         track: shows the progress of the fit.
         near: strength of L2 of each layer's last probe, where the search for the next begins.
+        before: probes that were fitted earlier on the same kind of data; ``None`` without any.
         is_crossed: whether each fold is also scored by probes fitted on the other folds.
         is_strict: whether a fault of any layer is raised at once.
 
@@ -101,12 +124,22 @@ def fit_layers(
     """
     solutions: dict[str, Solution] = {}
     faults: dict[str, Exception] = {}
+    fingerprints: dict[str, int] = {}
+    # What folds were scored by is not kept, so that probes that are cross-fitted are always fitted anew.
+    done = {} if is_crossed or before is None else {mark: layer for layer, mark in before.fingerprints.items()}
+    fitted: dict[int, Solution] = {}
     read = dataset.reader(ranks, device)
     for layer in track("layer", layers, len(layers)):
         if (samples := read(layer)) is None:
             continue
         try:
-            solutions[layer] = fit_samples(task, samples, ranks.total, near.get(layer), is_crossed)
+            mark = fingerprints[layer] = samples.fingerprint(ranks.total)
+            if mark in done and mark not in fitted:
+                assert before is not None
+                fitted[mark] = before.solution(done[mark])
+            if mark not in fitted:
+                fitted[mark] = fit_samples(task, samples, ranks.total, near.get(layer), is_crossed)
+            solutions[layer] = fitted[mark]
         except Exception as error:
             if is_strict or ranks.number > 1:
                 raise
@@ -118,7 +151,7 @@ def fit_layers(
         return None
     known = {
         layer: {
-            "fitted_on": {"data": data, "samples": int(found.tally[-1].nan_to_num())},
+            "fitted_on": {"data": data, "samples": found.samples},
             "converged": found.converged,
             "l2": found.l2 if math.isfinite(found.l2) else None,
         }
@@ -130,7 +163,8 @@ def fit_layers(
     crossed = {layer: found.crossed_tally for layer, found in solutions.items() if found.crossed_tally is not None}
     crossed_tally = _side_by_side(task, layers, crossed, device) if is_crossed else None
     sums = dataset.target_sums.to(device, accumulator(device))
-    return FittedProbes(StackedProbes.of(layers, task, solutions), known, tally, crossed_tally, sums, faults)
+    probes = StackedProbes.of(layers, task, solutions)
+    return FittedProbes(probes, known, tally, crossed_tally, sums, faults, fingerprints)
 
 
 def fit_samples(
@@ -250,4 +284,4 @@ def _nothing(task: Task, mean: Tensor, targets: Tensor) -> Solution:
     width = torch.full_like(mean, float("nan"))
     weight = width.expand(targets.shape[1], -1).clone()
     tally = torch.full_like(task.no_tally(1, mean.device)[:, 0], float("nan"))
-    return Solution(weight, weight[:, 0].clone(), width, width, math.nan, False, 0, float("nan"), tally)
+    return Solution(weight, weight[:, 0].clone(), width, width, math.nan, False, 0, float("nan"), tally, 0)

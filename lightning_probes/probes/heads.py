@@ -168,6 +168,13 @@ class StackedProbes:
         """Return ``{layer: features}`` of the layers that have a probe."""
         return dict(self._width)
 
+    def tensors(self, layer: str) -> dict[str, Tensor]:
+        """Return ``weight``, ``bias``, ``mean`` and ``variance`` of a layer's probe, shaped as in a solution."""
+        stack = self._stacks[self._width[layer]]
+        place = stack.layers.index(layer)
+        found = {name: stack.tensors[name][place] for name in ("weight", "bias", "mean", "variance")}
+        return found | {name: found[name].flatten() for name in ("bias", "mean", "variance")}
+
     @property
     def num_bytes(self) -> int:
         """Return the bytes of the probes, their statistics and their optimiser's state."""

@@ -49,7 +49,9 @@ class Solution:
         converged: whether the gradient at ``weight`` and ``bias``, computed afresh, is within the tolerance.
         iterations: number of iterations of the last fit; those of the choice of a strength are not counted.
         gradient_norm: norm of the gradient, relative to the scale that :func:`solve` documents.
-        tally: ``(statistics,)`` on the samples fitted on; see :class:`~lightning_probes.probes.tasks.Task`.
+        tally: ``(statistics,)`` on the samples fitted on, summed over all processes; see
+            :class:`~lightning_probes.probes.tasks.Task`.
+        samples: number of the samples fitted on, in all processes; 0 if some of their features are not finite.
         crossed_tally: tally of the samples of this process, each scored by a probe that was fitted on the other folds,
             features standardised by all; ``None`` without cross-fitting.
     """
@@ -63,6 +65,7 @@ class Solution:
     iterations: int
     gradient_norm: float
     tally: Tensor
+    samples: int
     crossed_tally: Tensor | None = None
 
 
@@ -145,7 +148,7 @@ def _solve(
         weight = full.y.new_zeros(outputs, width)
         bias = full.constants()[0, 0, :, -1] if samples else full.y.new_zeros(outputs)
         tally = tally_on(task, x, targets, weight, bias)
-        return Solution(weight, bias, zero, zero + 1, l2, True, 0, 0.0, tally)
+        return Solution(weight, bias, zero, zero + 1, l2, True, 0, 0.0, tally, int(samples))
     v = None if start is None else _joined(start[0].to(full.y), start[1].to(full.y))
     # Steps move weights only within the span of the samples, so that few samples make a problem of few dimensions.
     basis, small = None, full
@@ -162,7 +165,7 @@ def _solve(
     exact = full.to(v.dtype)
     norm = float(_norms(exact.gradient(reached, exact.residual(exact.scores(reached)))) / found.scale)
     tally = tally_on(task, x, targets, weight, bias)
-    return Solution(weight, bias, zero, zero + 1, l2, norm <= tolerance, found.iterations, norm, tally)
+    return Solution(weight, bias, zero, zero + 1, l2, norm <= tolerance, found.iterations, norm, tally, int(samples))
 
 
 def in_span(whole: Tensor) -> tuple[Tensor, Rows]:

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -78,6 +79,11 @@ class Refit:
         self._online: Tensor | None = None
         self._faults: Faults = {}
         self._strengths: dict[str, float] = {}
+
+    @property
+    def is_possible(self) -> bool:
+        """Return whether probes of all layers are going to be fitted on training, as far as is known."""
+        return self.budget.samples > 0 and self._batches.refusal is None and not self._batches.partly
 
     def begin(self, model: nn.Module, *, gone_before: str, has_start: bool) -> str:
         """Prepare to keep the batches of a run, and copy the first weights if a starting point is due.
@@ -201,14 +207,14 @@ class Refit:
             is_validation: whether a validation follows at once.
             has_validation: whether the run has any validation, for which the starting point waits.
         """
-        self.fitted = None
+        before, self.fitted = self.fitted, None
         self._online = None
         self.forget()
         if not self.budget.samples:
             return
         try:
             with self._timed("Fitting probes"):
-                self.fitted = self._fit(model, context, online=online)
+                self.fitted = self._fit(model, context, before, online=online)
         except CannotRunAgainError as error:
             self._batches.refuse(str(error))
         # All processes go the same way, since fits wait for each other.
@@ -311,7 +317,7 @@ class Refit:
                     self._curves.add(Kind.ONLINE, ("train", 0), self._online, found.target_sums)
         self._strengths = self._strengths_now
         if self.fitted is not None:
-            self.fitted = FittedProbes(self.fitted.probes, self.fitted.known)
+            self.fitted = replace(self.fitted, crossed_tally=None, target_sums=None, faults={})
         self._crossed = set()
         self._online = None
         return self._start.conclude()
@@ -326,7 +332,9 @@ class Refit:
         known = {"fitter": self._batches.state_dict(), "note": self.note, "strengths": self._strengths}
         if self.fitted is None:
             return known
-        return {**known, "bank": self.fitted.probes.state_dict(), "about": self.fitted.known}
+        # With these a resumed run knows what needs no fit, as the run would have without the interruption.
+        again = {"tally": self.fitted.tally, "fingerprints": self.fitted.fingerprints}
+        return {**known, "bank": self.fitted.probes.state_dict(), "about": self.fitted.known, **again}
 
     def load_state_dict(self, state: Mapping[str, Any], layers: list[str], device: torch.device | str) -> None:
         """Restore what :meth:`state_dict` returned."""
@@ -335,17 +343,23 @@ class Refit:
         if "bank" in state:
             probes = StackedProbes(layers, self._network.task)
             probes.load_state_dict(state["bank"], device)
-            self.fitted = FittedProbes(probes, state["about"])
+            # Checkpoints of earlier versions have no fingerprints.
+            marks, tally = state.get("fingerprints", {}), state.get("tally")
+            tally = None if tally is None else tally.to(device)
+            self.fitted = FittedProbes(probes, state["about"], tally, fingerprints=dict(marks))
         self._strengths = dict(state.get("strengths", {})) or self._strengths_now
 
     def _fit(
         self,
         model: nn.Module,
         context: Context,
+        before: FittedProbes | None,
         weights: Mapping[str, Tensor] | None = None,
         online: StackedProbes | None = None,
     ) -> FittedProbes | None:
         """Fit all probes on the kept batches of all processes; ``None`` if nothing is kept.
+
+        Probes of ``before`` are taken where a layer has the samples that they were fitted on.
 
         Raises:
             CannotRunAgainError: the batches of at least one process cannot be run again.
@@ -370,7 +384,7 @@ class Refit:
             refusal = error
         self._agree_on(refusal)
         self._faults |= faults
-        found = self._fit_on(dataset, "train", device_of(model))
+        found = self._fit_on(dataset, "train", device_of(model), before)
         if online is not None:
             self._online = tally
         if found is None and faults:  # no layer had features
@@ -378,7 +392,13 @@ class Refit:
         return found
 
     def _fit_on(
-        self, dataset: FeatureDataset, data: str, device: torch.device, *, is_crossed: bool = False
+        self,
+        dataset: FeatureDataset,
+        data: str,
+        device: torch.device,
+        before: FittedProbes | None = None,
+        *,
+        is_crossed: bool = False,
     ) -> FittedProbes | None:
         found = fit_layers(
             self._network.task,
@@ -389,6 +409,7 @@ class Refit:
             device=device,
             track=self._progress.track,
             near=self._strengths_now,
+            before=before,
             is_crossed=is_crossed,
         )
         self._faults |= found.faults if found is not None else {}
@@ -449,7 +470,7 @@ class Refit:
     def _fit_start(self, model: nn.Module, context: Context) -> None:
         weights = self._start.weights_on(device_of(model))
         try:
-            self._start.fitted = self._fit(model, context, weights)
+            self._start.fitted = self._fit(model, context, self.fitted, weights)
         except CannotRunAgainError as error:
             self._drop_start()
             self._say(f"no starting point: training cannot be run again on the first weights: {error}")

@@ -128,6 +128,7 @@ class ProbingSession:
         Raises:
             LookupError, TypeError, ValueError: as :meth:`~lightning_probes.network.extractor.LayerExtractor.open`.
         """
+        self.online.is_published = not self.refit.is_possible
         due = self.online.due()
         with self._around("recording it"):
             if self.refit.wants() and due is not None:

@@ -12,6 +12,9 @@ from torch import Tensor
 from lightning_probes.distributed import Total, alone
 from lightning_probes.probes.standardise import merged_statistics, moved_statistics, standardise_
 
+_COLUMNS = 256
+"""Bound the columns of a Gram matrix that are computed at once: of 1 024 features this leaves out 37 % of the work."""
+
 
 def floating(x: Tensor) -> Tensor:
     """Return ``x`` in float32, unless it is in float64 already."""
@@ -147,11 +150,17 @@ class Rows:
             weights: ``(samples,)``, at least 0, for the samples of this process; ``None`` stands for ones.
         """
         found: Tensor | None = None
-        for part, (first, end) in zip(self.parts, self._places(), strict=True):
-            rows = part if weights is None else part * weights[first:end, None].sqrt()
-            found = rows.T @ rows if found is None else found.addmm_(rows.T, rows)
+        for part, place in zip(self.parts, self._places(), strict=True):
+            rows = part if weights is None else part * weights[slice(*place), None].sqrt()
+            if found is None:
+                found = rows.new_zeros(self.width, self.width)
+            for column in range(0, self.width, _COLUMNS):
+                # What is below the diagonal is above it already.
+                found[column : column + _COLUMNS, column:].addmm_(
+                    rows[:, column : column + _COLUMNS].T, rows[:, column:]
+                )
         assert found is not None
-        return self.total(found)
+        return self.total(found.triu() + found.triu(1).T)
 
     def _places(self) -> list[tuple[int, int]]:
         return list(pairwise(accumulate(self.parts.lengths, initial=0)))

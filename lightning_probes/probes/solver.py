@@ -19,8 +19,8 @@ from torch import Tensor
 from lightning_probes.probes.rows import Rows, floating
 from lightning_probes.probes.tasks import Task
 
-TOLERANCE = 5e-4
-"""Bound the gradient. At twice this, held-out errors over 80 layers of two networks on images, 10 000 samples each,
+TOLERANCE = 1e-3
+"""Bound the gradient. At this, held-out errors over 80 layers of two networks on images, 10 000 samples each,
 were .07 points off those at 1e-4 on average, .33 at most, the choice of strengths included."""
 
 FEW = 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,13 @@ as the penalty grows.
 
 ENOUGH_HELD_OUT = 1000
 """Give the number of held-out samples at which more folds hardly choose a better strength."""
+
+_ENOUGH_FOLDS = 2
+"""Give the number of folds to fit on, of the four that are left, where one fold holds enough samples.
+
+Over ten layers of a convolutional network, 5 000 samples, two folds chose strengths with held-out errors that were .02
+points off those that four folds chose on average, and .28 at most; one fold .2 and .7.
+"""
 
 FEWEST = 20
 """Give the least number of samples that can choose: of 10 to 15, folds chose worse than a strength that is given."""
@@ -53,11 +60,24 @@ _REMEMBERED = 60
 """Give the vectors as large as a probe that a solver remembers."""
 
 
+class _Trial(NamedTuple):
+    """Name a fit that tries strengths."""
+
+    lacking: frozenset[int]
+    """Name the folds that it is not fitted on."""
+    held_out: int
+    """Name the one of them that it is judged on."""
+
+
 class Folds:
     """Fit probes of a layer on all of its folds but some, and choose their strengths on folds that they have not seen.
 
     The probe of all samples and, if folds are to be scored, the probe that lacks one of them each have a strength of
     their own: that with the lowest mean loss over further folds, each held out in turn, as many as hold 1 000 samples.
+    If one fold does, two others are enough to fit on. A penalty stands for what is known of the weights before any
+    sample is seen, and in a mean over samples weighs the less the more there are: the strength that is best for fewer
+    samples is lowered in proportion, to the next half-decade.
+
     Strengths are half-decades. From one that was the best before, or that the numbers of features and samples suggest,
     the search goes downhill until both neighbours of the best are worse: the held-out loss has one minimum along the
     path but for noise. Of strengths that are equally good the strongest is chosen. With fewer than 20 samples there is
@@ -110,16 +130,17 @@ class Folds:
         self._x, self._gram = x, gram
         self._masks = [part == i for i in range(FOLDS)]
         self._probes: dict[frozenset[int], dict[int, Tensor]] = {}
+        self._part: tuple[frozenset[int], Rows, Tensor] | None = None
 
     def choose(self) -> tuple[float, tuple[Tensor, Tensor] | None]:
         """Return the strength for a probe of all samples, and a start, ``(weight, bias)``, for a fit at it."""
         nothing = frozenset[int]()
         found = self._search([nothing])[nothing]
-        held = self._held_out_of(nothing)
-        if not held:
+        trials = self._trials_of(nothing)
+        if not trials:
             return _strength(found), None
-        # The mean of the folds' probes, each of which lacks other samples, is close to the probe of all samples.
-        start = torch.stack([self._probes[lacking][found] for lacking in held]).mean(dim=0)
+        # The mean of the trials' probes, each of which lacks other samples, is close to the probe of all samples.
+        start = torch.stack([self._start(found, trial.lacking) for trial in trials]).mean(dim=0)
         weight = start[:, :-1] if self._basis is None else start[:, :-1] @ self._basis.T
         return _strength(found), (weight, start[:, -1])
 
@@ -132,35 +153,43 @@ class Folds:
             for step in sorted(set(chosen.values())):
                 alike = [fold for fold in folds if chosen[fold] == step]
                 self._fit([step], alike)
-                tally = tally + self._tally([step], alike, [i for fold in alike for i in fold])[:, 0]
+                tally = tally + self._tally([step], [_Trial(fold, i) for fold in alike for i in fold])[:, 0]
         return tally
 
-    def _held_out_of(self, lacking: frozenset[int]) -> list[frozenset[int]]:
-        """Return the folds that a probe lacks besides ``lacking``, in each of the fits that choose its strength."""
+    def _trials_of(self, lacking: frozenset[int]) -> list[_Trial]:
+        """Return the fits that choose the strength of a probe that lacks some folds; none if samples are too few."""
         present = [i for i, size in enumerate(self._sizes) if size and i not in lacking]
         if sum(self._sizes[i] for i in present) < FEWEST or len(present) < 2:
             return []
         held: list[int] = []
         while present and sum(self._sizes[i] for i in held) < ENOUGH_HELD_OUT:
             held.append(present.pop())
-        return [lacking | {i} for i in held]
+        # Probes that each lack a fold share the trials of one another, which need all samples.
+        spared = frozenset(present[_ENOUGH_FOLDS:] if len(held) == 1 and not lacking else [])
+        return [_Trial(lacking | {i} | spared, i) for i in held]
+
+    def _lowered(self, step: int, lacking: frozenset[int], trial: _Trial) -> int:
+        """Return the strength of a probe of more samples than its trial has, which found that ``step`` is best."""
+        more, fewer = (sum(self._sizes[i] for i in range(FOLDS) if i not in x) for x in (lacking, trial.lacking))
+        return max(step - round(2 * math.log10(more / max(fewer, 1))), WEAKEST)
 
     def _search(self, probes: Sequence[frozenset[int]]) -> dict[frozenset[int], int]:
         """Return the strength of each of some probes that lack folds, in half-decades."""
-        held = {lacking: each for lacking in probes if (each := self._held_out_of(lacking))}
+        trials = {lacking: each for lacking in probes if (each := self._trials_of(lacking))}
         found = dict.fromkeys(probes, _UNCHOSEN)
-        losses: dict[frozenset[int], dict[int, float]] = {lacking: {} for lacking in held}
-        tie = _TIE * self._constant_loss() if held else 0.0
+        losses: dict[frozenset[int], dict[int, float]] = {lacking: {} for lacking in trials}
+        tie = _TIE * self._constant_loss() if trials else 0.0
         size = self._samples * self._y.shape[1] * self._x.width
-        ahead = 3 if size * len(set(chain(*held.values()))) < _SMALL else 1
+        ahead = 3 if size * len(set(chain(*trials.values()))) < _SMALL else 1
         around = min(ahead, 2)
-        wanted = {lacking: range(self._begin - around, self._begin + around + 1) for lacking in held}
+        wanted = {lacking: range(self._begin - around, self._begin + around + 1) for lacking in trials}
         while wanted:
             steps = [step for step in range(WEAKEST, STRONGEST + 1) if any(step in each for each in wanted.values())]
-            self._fit(steps, list(dict.fromkeys(chain(*(held[lacking] for lacking in wanted)))), _ROUGHLY)
+            subsets = dict.fromkeys(trial.lacking for lacking in wanted for trial in trials[lacking])
+            self._fit(steps, list(subsets), _ROUGHLY)
             for lacking in list(wanted):
                 known = losses[lacking]
-                known |= dict(zip(steps, self._losses(steps, lacking, held[lacking]), strict=True))
+                known |= dict(zip(steps, self._losses(steps, trials[lacking]), strict=True))
                 best = min(known.values()) + tie
                 equal = [step for step, loss in known.items() if loss <= best < math.inf]
                 found[lacking] = middle = max(equal, default=_UNCHOSEN)
@@ -172,7 +201,7 @@ class Folds:
                     wanted[lacking] = range(middle + 1, middle + 1 + ahead)
                 else:
                     del wanted[lacking]
-        return found
+        return {x: self._lowered(step, x, trials[x][0]) if x in trials else step for x, step in found.items()}
 
     def _fit(self, steps: Sequence[int], subsets: Sequence[frozenset[int]], roughly: float = 1.0) -> None:
         """Fit the probes of some strengths that lack some folds, from the nearest that are known.
@@ -187,8 +216,7 @@ class Folds:
 
     def _fit_side_by_side(self, steps: Sequence[int], subsets: Sequence[frozenset[int]], tolerance: float) -> None:
         assert self._gram is not None
-        counted = torch.stack([~torch.stack([self._masks[i] for i in lacking]).any(dim=0) for lacking in subsets])
-        problems = Problems.of(self._task, self._x, self._y, [_strength(step) for step in steps], counted)
+        problems = self._problems([_strength(step) for step in steps], subsets)
         start: Tensor | None = None
         if self._probes:
             starts = [torch.stack([self._start(step, lacking) for lacking in subsets]) for step in steps]
@@ -196,6 +224,17 @@ class Folds:
         found = problems.minimise(start, self._gram, tolerance, self._max_iterations).v.to(self._x.dtype)
         for lacking, each in zip(subsets, found.unbind(dim=1), strict=True):
             self._probes.setdefault(lacking, {}).update(zip(steps, each, strict=True))
+
+    def _problems(self, strengths: Sequence[float], subsets: Sequence[frozenset[int]]) -> Problems:
+        """Pose the problems of fits that lack some folds; what the only one lacks is in no product."""
+        if len(subsets) > 1:
+            masks = [~torch.stack([self._masks[i] for i in lacking]).any(dim=0) for lacking in subsets]
+            return Problems.of(self._task, self._x, self._y, strengths, torch.stack(masks))
+        (lacking,) = subsets
+        if self._part is None or self._part[0] != lacking:
+            mask = ~torch.stack([self._masks[i] for i in lacking]).any(dim=0)
+            self._part = lacking, self._x.where(mask), self._y[mask]
+        return Problems.of(self._task, *self._part[1:], strengths)
 
     def _start(self, step: int, lacking: frozenset[int]) -> Tensor:
         """Return where to begin.
@@ -214,19 +253,18 @@ class Folds:
             return self._y.new_zeros(self._y.shape[1], self._x.width, dtype=self._x.dtype)
         return torch.stack(found).mean(dim=0)
 
-    def _losses(self, steps: Sequence[int], lacking: frozenset[int], held: Sequence[frozenset[int]]) -> list[float]:
-        folds = [i for subset in held for i in subset - lacking]
-        losses, counts = self._x.total(self._tally(steps, held, folds))[-2:]
+    def _losses(self, steps: Sequence[int], trials: Sequence[_Trial]) -> list[float]:
+        losses, counts = self._x.total(self._tally(steps, trials))[-2:]
         return [loss if math.isfinite(loss) else math.inf for loss in (losses / counts).tolist()]
 
-    def _tally(self, steps: Sequence[int], subsets: Sequence[frozenset[int]], folds: Sequence[int]) -> Tensor:
-        """Return the tally ``(statistics, steps)`` of the probes of subsets, each on this process's fold beside it."""
+    def _tally(self, steps: Sequence[int], trials: Sequence[_Trial]) -> Tensor:
+        """Return the tally ``(statistics, steps)`` of the probes of trials on what this process holds out for them."""
         tally = self._task.no_tally(len(steps), self._y.device)
-        for subset, fold in zip(subsets, folds, strict=True):
-            probes = torch.stack([self._probes[subset][step] for step in steps])
-            scores = self._x.scores(probes.flatten(0, 1)).view(*probes.shape[:2], -1)
-            mask = self._masks[fold]
-            tally = tally + self._task.tally(scores[:, :, mask], self._task.prepare(self._y[mask].to(scores)))
+        for lacking, held_out in trials:
+            probes = torch.stack([self._probes[lacking][step] for step in steps])
+            mask = self._masks[held_out]
+            scores = self._x.where(mask).scores(probes.flatten(0, 1)).view(*probes.shape[:2], -1)
+            tally = tally + self._task.tally(scores, self._task.prepare(self._y[mask].to(scores)))
         return tally
 
     def _constant_loss(self) -> float:

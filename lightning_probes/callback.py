@@ -16,7 +16,7 @@ from lightning_probes.loggers import Logs
 from lightning_probes.network.batches import unrepeated
 from lightning_probes.network.extractor import LayerExtractor
 from lightning_probes.network.torch_internals import hide_override
-from lightning_probes.options import Reading, checked, flag, positive_float, takes_reading, whole
+from lightning_probes.options import EveryNEpochs, Reading, checked, flag, positive_float, takes_reading, whole
 from lightning_probes.progress import Progress
 from lightning_probes.replay.reservoir import Budget
 from lightning_probes.report.report import ProbeReport
@@ -62,7 +62,8 @@ class LinearProbeCallback(Callback):
         fit_bytes: greatest number of bytes of those samples: kept inputs and their features. By default there is room
             for some 6 000 images of 3 x 224 x 224.
         fit_on_device: whether kept samples are on the network's device and not on the host: faster, if there is room.
-        every_n_epochs: number of epochs from one publication to the next.
+        every_n_epochs: number of epochs from one publication to the next; ``auto`` publishes after epochs 1, 2, 3, 5,
+            8, 13, ... and the last one. At other epochs monitors see the values of the last publication.
         strict: whether a resumed run must have the layers, classes and widths of the checkpoint's probes; if false,
             those that differ start afresh, with one warning.
         log_metrics: metrics that go to the loggers, of ``error`` (always), ``cross_entropy`` and ``lag``.
@@ -86,7 +87,7 @@ class LinearProbeCallback(Callback):
         fit_samples: int | None = None,
         fit_bytes: int = 4 * 2**30,
         fit_on_device: bool = False,
-        every_n_epochs: int = 1,
+        every_n_epochs: EveryNEpochs = 1,
         strict: bool = True,
         log_metrics: list[str] | None = None,
         **reading: Unpack[Reading],

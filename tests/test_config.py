@@ -157,6 +157,7 @@ def test_every_argument_can_be_written_in_yaml() -> None:
     assert network.mask_reader._token_mask == {"encoder.*": "mask", "input": 2}
     assert probes._new_session().refit.budget == Budget(1000, 2_000_000, on_device=True)
     assert (probes._learning_rate, probes._schedule._every_n_epochs) == (0.01, 3)
+    assert from_yaml({"every_n_epochs": "auto"})._schedule._every_n_epochs is None
     assert probes._is_strict is False
     assert probes._logs._metrics == ["error", "cross_entropy"]
 
@@ -200,6 +201,7 @@ def test_argument_in_yaml_means_what_it_means_in_python(init_args: str, attribut
         ("max_features: 2.5", "max_features"),
         ("fit_samples: many", "fit_samples"),
         ("every_n_epochs: 0", "every_n_epochs"),
+        ("every_n_epochs: often", "every_n_epochs"),
         ("layout: {input: rows}", "layout"),
         ("calls: second", "calls"),
         ("reduction: mean", "reduction"),

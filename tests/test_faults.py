@@ -101,8 +101,9 @@ def has_hooks(model: nn.Module) -> bool:
         ({"fit_on_device": "cpu"}, TypeError, "fit_on_device: expected true or false, found 'cpu'"),
         ({"fit_bytes": 0}, ValueError, "fit_bytes: expected a positive integer, found 0"),
         ({"fit_bytes": "4 GiB"}, TypeError, "fit_bytes: expected a positive integer, found '4 GiB'"),
-        ({"every_n_epochs": 0}, ValueError, "every_n_epochs: expected a positive integer, found 0"),
-        ({"every_n_epochs": True}, TypeError, "every_n_epochs: expected a positive integer, found True"),
+        ({"every_n_epochs": 0}, ValueError, "every_n_epochs: expected a positive integer or 'auto', found 0"),
+        ({"every_n_epochs": True}, TypeError, "every_n_epochs: expected a positive integer or 'auto', found True"),
+        ({"every_n_epochs": "atuo"}, ValueError, "every_n_epochs: expected a positive integer or 'auto', found 'atuo'"),
         ({"log_metrics": ["accuracy"]}, ValueError, r"log_metrics: expected .*found \['accuracy'\]"),
         ({"log_metrics": [3, "accuracy"]}, (TypeError, ValueError), "log_metrics: "),
         # Not its letters.

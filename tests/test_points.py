@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fits import fitted_on, make_trainer, points, small
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from networks import Classifier, loader, mlp
 from torch.nn import functional as F
 
@@ -35,6 +35,12 @@ WHEN: dict[str, tuple[dict[str, Any], dict[str, Any], list[Any], list[Any]]] = {
         [(0, 0), (2, 12), (4, 24)],
         [(0, 0), (2, 12), (4, 24)],
     ),
+    "points early, and the last": (
+        {"max_epochs": 10},
+        {"every_n_epochs": "auto"},
+        [(0, 0), (1, 6), (2, 12), (3, 18), (5, 30), (8, 48), (10, 60)],
+        [(0, 0), (1, 6), (2, 12), (3, 18), (5, 30), (8, 48), (10, 60)],
+    ),
     "points every second epoch, no validation": (
         {"max_epochs": 5, "limit_val_batches": 0},
         {"every_n_epochs": 2},
@@ -55,6 +61,25 @@ def test_points_are_where_they_should_be_and_the_start_is_there_once(when: str, 
     for stage in {"train"} | {"val"} if val else {"train"}:
         assert len(probes.report.select(stage=stage, metric="error")) == len(train if stage == "train" else val)
     assert "start" in str(probes.report)
+
+
+@pytest.mark.parametrize("every_n_epochs", [3, "auto"])
+def test_at_epochs_without_a_point_monitors_see_the_last_one(every_n_epochs: Any, tmp_path: Path) -> None:
+    seen: dict[int, float] = {}
+
+    class Monitor(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if not trainer.sanity_checking and "probe_error_val/net.1" in trainer.callback_metrics:
+                seen[trainer.current_epoch + 1] = trainer.callback_metrics["probe_error_val/net.1"].item()
+
+    probes = LinearProbeCallback("net.1", every_n_epochs=every_n_epochs)
+    make_trainer(tmp_path, probes, Monitor(), max_epochs=7).fit(small(), loader(96), loader(64, seed=1))
+    rows = probes.report.select(stage="val", metric="error", layer="net.1")
+    known = {row["epoch"]: row["value"] for row in rows if row["epoch"]}
+    assert list(known) == ([3, 6] if every_n_epochs == 3 else [1, 2, 3, 5, 7])
+    assert list(seen) == [epoch for epoch in range(1, 8) if epoch >= min(known)]
+    for epoch, value in seen.items():
+        assert value == pytest.approx(known[max(point for point in known if point <= epoch)])
 
 
 def test_a_second_fit_begins_anew(tmp_path: Path) -> None:

@@ -96,11 +96,13 @@ def test_the_checkpoint_holds_probes_and_report_and_no_batches(tmp_path: Path) -
     path = stopped(tmp_path, probes := LinearProbeCallback())
     saved = torch.load(path, weights_only=True)["callbacks"][probes.state_key]
     assert {type(value) for value in plain(saved)} <= {int, float, str, bool, type(None), Tensor}
+    assert saved["report"]["rows"] == probes.report.rows
+    sums = saved["probes"]["optimum"].pop("tally")
+    assert sums.shape == (probes._network.task.statistics, len(saved["probes"]["facts"]["layers"]))
     # Ten numbers for each of the features of a layer are the most that is held: none has the samples of a batch.
     tensors = [value for value in plain(saved) if isinstance(value, Tensor)]
     assert all(tensor.shape[-1] in (1, 10, 32, 64) for tensor in tensors)
     assert not any({16, 96} & set(tensor.shape) for tensor in tensors)
-    assert saved["report"]["rows"] == probes.report.rows
 
 
 @pytest.mark.parametrize("is_late", [False, True], ids=["before on_fit_start", "after on_fit_start"])

@@ -5,22 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_probes.network.torch_internals import batches_that_stepped, was_restarted
-from lightning_probes.options import whole
+from lightning_probes.options import EveryNEpochs, whole
 
 
 class Schedule:
     """Decide from a Trainer's progress when the curves get a point, and what a point lacks after resuming.
 
     Args:
-        every_n_epochs: number of epochs from one point to the next, at least 1.
+        every_n_epochs: number of epochs from one point to the next, at least 1; ``auto`` has points after epochs 1, 2,
+            3, 5, 8, 13, ..., the Fibonacci numbers, and after the last one: errors move early in training.
 
     Raises:
-        TypeError: ``every_n_epochs`` is not an integer.
-        ValueError: ``every_n_epochs`` is less than 1.
+        TypeError: ``every_n_epochs`` is neither an integer nor a word.
+        ValueError: ``every_n_epochs`` is less than 1, or another word than ``auto``.
     """
 
-    def __init__(self, every_n_epochs: int) -> None:
-        self._every_n_epochs = whole("every_n_epochs", every_n_epochs)
+    def __init__(self, every_n_epochs: EveryNEpochs) -> None:
+        self._every_n_epochs = None if every_n_epochs == "auto" else whole("every_n_epochs", every_n_epochs, or_="auto")
         self._resumed: tuple[int, int, bool] | None = None
 
     def begin(self, trainer: Any, point: tuple[int, int], *, is_restored: bool) -> str:
@@ -42,7 +43,7 @@ class Schedule:
         # A checkpoint saved in the validation after an epoch's last batch does not count that epoch as completed yet.
         under_way = epoch + (is_restarted and is_last and not is_skipped)
         self._resumed = (under_way, step, is_inside) if is_inside or is_restored else None
-        if is_restored and is_skipped and epoch % self._every_n_epochs == 0 and point != (epoch, step):
+        if is_restored and is_skipped and self._is_point(epoch, trainer) and point != (epoch, step):
             return (
                 f"no point at epoch {epoch}, step {step}: training was resumed from a checkpoint between the epoch's "
                 "last batch and its validation, which Lightning then leaves out"
@@ -85,10 +86,21 @@ class Schedule:
 
     def is_due(self, trainer: Any) -> bool:
         """Return whether a point is due at the end of the present epoch."""
-        return bool((trainer.current_epoch + 1) % self._every_n_epochs == 0)
+        return self._is_point(trainer.current_epoch + 1, trainer)
+
+    def _is_point(self, epoch: int, trainer: Any) -> bool:
+        """Return whether a point is due after a number of epochs."""
+        if self._every_n_epochs is not None:
+            return epoch % self._every_n_epochs == 0
+        number, following = 1, 2
+        while number < epoch:
+            number, following = following, number + following
+        return epoch in (number, trainer.max_epochs)
 
     def thinner(self, trainer: Any) -> str:
         """Return the argument that would have halved the points of the finished run; empty if the run is too short."""
+        if self._every_n_epochs is None:
+            return ""
         twice = 2 * self._every_n_epochs
         return f"every_n_epochs={twice}" if trainer.current_epoch >= twice else ""
 

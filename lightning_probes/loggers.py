@@ -25,6 +25,7 @@ class Logs:
 
     Attributes:
         prefix: what precedes ``probe_`` in the logged names: ``{name}_``, or empty without a name.
+        metrics: the metrics that are logged, ``error`` first.
 
     Raises:
         TypeError: ``name`` is no string, or empty; the message has what was given.
@@ -38,7 +39,7 @@ class Logs:
         if not is_list(asked) or any(metric not in METRICS for metric in asked):
             raise ValueError(f"log_metrics: expected a list of some of {list(METRICS)}, found {metrics!r}")
         self.prefix = f"{name}_" if name else ""
-        self._metrics = list(dict.fromkeys(["error", *asked]))
+        self.metrics = list(dict.fromkeys(["error", *asked]))
         self._has_layout = False
         self._complaints: set[str] = set()
 
@@ -123,7 +124,7 @@ class Logs:
         """Return ``{logged name: value}`` of the metrics to log; ``several`` are the stages with several loaders."""
         values = {}
         for row in rows:
-            if row["metric"] in self._metrics:
+            if row["metric"] in self.metrics:
                 loader = f"/dataloader_idx_{row['dataloader']}" if row["stage"] in several else ""
                 values[f"{self.prefix}probe_{row['metric']}_{row['stage']}/{row['layer']}{loader}"] = row["value"]
         return values
@@ -140,7 +141,7 @@ class Logs:
             return
         charts = {
             f"{metric}, {stage}": ["Multiline", [rf"^{re.escape(f'{self.prefix}probe_{metric}_{stage}')}/.*"]]
-            for metric in self._metrics
+            for metric in self.metrics
             for stage in ("train", "val")
         }
         for experiment in experiments:

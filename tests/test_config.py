@@ -159,7 +159,7 @@ def test_every_argument_can_be_written_in_yaml() -> None:
     assert (probes._learning_rate, probes._schedule._every_n_epochs) == (0.01, 3)
     assert from_yaml({"every_n_epochs": "auto"})._schedule._every_n_epochs is None
     assert probes._is_strict is False
-    assert probes._logs._metrics == ["error", "cross_entropy"]
+    assert probes._logs.metrics == ["error", "cross_entropy"]
 
 
 def of_network(probes: LinearProbeCallback, attribute: str) -> Any:
@@ -233,7 +233,7 @@ def test_lists_and_mappings_of_omegaconf_are_accepted() -> None:
         found, expected = of_network(probes, attribute), of_network(plain, attribute)
         assert found == expected
         assert type(found) is type(expected)
-    assert probes._logs._metrics == plain._logs._metrics
+    assert probes._logs.metrics == plain._logs.metrics
 
 
 # One entry for all

@@ -168,10 +168,10 @@ class Folds:
         spared = frozenset(present[_ENOUGH_FOLDS:] if len(held) == 1 and not lacking else [])
         return [_Trial(lacking | {i} | spared, i) for i in held]
 
-    def _lowered(self, step: int, lacking: frozenset[int], trial: _Trial) -> int:
-        """Return the strength of a probe of more samples than its trial has, which found that ``step`` is best."""
-        more, fewer = (sum(self._sizes[i] for i in range(FOLDS) if i not in x) for x in (lacking, trial.lacking))
-        return max(step - round(2 * math.log10(more / max(fewer, 1))), WEAKEST)
+    def _shift(self, lacking: frozenset[int], trials: Sequence[_Trial]) -> int:
+        """Return how many half-decades a probe's strength is below that which its trials find, on fewer samples."""
+        more, fewer = (sum(self._sizes[i] for i in range(FOLDS) if i not in x) for x in (lacking, trials[0].lacking))
+        return round(2 * math.log10(more / max(fewer, 1)))
 
     def _search(self, probes: Sequence[frozenset[int]]) -> dict[frozenset[int], int]:
         """Return the strength of each of some probes that lack folds, in half-decades."""
@@ -182,7 +182,11 @@ class Folds:
         size = self._samples * self._y.shape[1] * self._x.width
         ahead = 3 if size * len(set(chain(*trials.values()))) < _SMALL else 1
         around = min(ahead, 2)
-        wanted = {lacking: range(self._begin - around, self._begin + around + 1) for lacking in trials}
+        shift = {lacking: self._shift(lacking, each) for lacking, each in trials.items()}
+        wanted = {
+            lacking: range(self._begin + shift[lacking] - around, self._begin + shift[lacking] + around + 1)
+            for lacking in trials
+        }
         while wanted:
             steps = [step for step in range(WEAKEST, STRONGEST + 1) if any(step in each for each in wanted.values())]
             subsets = dict.fromkeys(trial.lacking for lacking in wanted for trial in trials[lacking])
@@ -201,7 +205,7 @@ class Folds:
                     wanted[lacking] = range(middle + 1, middle + 1 + ahead)
                 else:
                     del wanted[lacking]
-        return {x: self._lowered(step, x, trials[x][0]) if x in trials else step for x, step in found.items()}
+        return {lacking: max(step - shift.get(lacking, 0), WEAKEST) for lacking, step in found.items()}
 
     def _fit(self, steps: Sequence[int], subsets: Sequence[frozenset[int]], roughly: float = 1.0) -> None:
         """Fit the probes of some strengths that lack some folds, from the nearest that are known.

@@ -19,10 +19,7 @@ _LAYERS_A_STEP = 21
 """Limit the probes that are trained in one step to the input and twenty layers where these probes are published."""
 
 _BESIDE_A_FIT = 4
-"""Limit them to this where fitted probes are published, and those trained along only tell how far such probes lag.
-
-Of ten layers of a small convolutional network 21 a step cost .6 of a step without probes, five .3, four .2.
-"""
+"""Limit them to this where fitted probes are published, and those trained along only stand by in case a fit fails."""
 
 
 class OnlineTraining:
@@ -36,13 +33,13 @@ class OnlineTraining:
     Attributes:
         probes: the probes; ``None`` before the first batch with labels, which shows layers and widths.
         samples: number of samples that the probes were trained on in this process.
-        is_published: whether a curve shows these probes, and not those of a fit.
+        is_shown: whether a curve shows these probes, or is asked how far they lag behind those of a fit.
     """
 
     def __init__(self, network: LayerExtractor, learning_rate: float, ranks: Ranks) -> None:
         self.probes: OnlineProbes | None = None
         self.samples = 0
-        self.is_published = True
+        self.is_shown = True
         self._network = network
         self._learning_rate = learning_rate
         self._ranks = ranks
@@ -59,10 +56,10 @@ class OnlineTraining:
     def due(self) -> set[str] | None:
         """Return the layers whose probes are trained on the next batch; ``None`` for all.
 
-        More than 21 layers take turns, so that a step costs the same whatever the number of layers; beside probes that
-        are fitted, more than four.
+        More than 21 layers take turns, so that a step costs the same whatever the number of layers; where only probes
+        of a fit are asked for, more than four.
         """
-        most = _LAYERS_A_STEP if self.is_published else _BESIDE_A_FIT
+        most = _LAYERS_A_STEP if self.is_shown else _BESIDE_A_FIT
         if self.probes is None or (turns := math.ceil(len(self.probes.layers) / most)) <= 1:
             return None
         share = math.ceil(len(self.probes.layers) / turns)

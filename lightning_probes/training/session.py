@@ -38,6 +38,7 @@ class ProbingSession:
         budget: limits on the samples that probes are fitted on; with 0 samples the online probes are published.
         ranks: the processes that train together.
         progress: shows the progress of a fit, and logs what is probed once the layers are known.
+        has_lag: whether it is asked for how far the online probes lag behind those of a fit.
 
     Attributes:
         network: as given.
@@ -52,7 +53,14 @@ class ProbingSession:
     """
 
     def __init__(
-        self, network: LayerExtractor, learning_rate: float, budget: Budget, ranks: Ranks, progress: Progress
+        self,
+        network: LayerExtractor,
+        learning_rate: float,
+        budget: Budget,
+        ranks: Ranks,
+        progress: Progress,
+        *,
+        has_lag: bool,
     ) -> None:
         self.network = network
         self.ranks = ranks
@@ -64,6 +72,7 @@ class ProbingSession:
         self.now = 0, 0
         self.doubts = ""
         self._progress = progress
+        self._has_lag = has_lag
         self._is_first_step = True
         self._due: set[str] | None = None
         self._pairs_noted: list[str] = []
@@ -128,7 +137,7 @@ class ProbingSession:
         Raises:
             LookupError, TypeError, ValueError: as :meth:`~lightning_probes.network.extractor.LayerExtractor.open`.
         """
-        self.online.is_published = not self.refit.is_possible
+        self.online.is_shown = self._has_lag or not self.refit.is_possible
         due = self.online.due()
         with self._around("recording it"):
             if self.refit.wants() and due is not None:

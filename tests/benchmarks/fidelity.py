@@ -366,6 +366,10 @@ def measure(network: str, seed: int, args: argparse.Namespace) -> list[dict[str,
     )
     training = time.perf_counter() - begun - heads.seconds - probes.report.cost["seconds"]
     print(f"  fit: {probes.report.cost['seconds'] / training:.0%} of training ({training:.0f} s)", flush=True)
+    # Which of the layers are stem and head shows only in the first step.
+    probed = {row["layer"] for row in probes.report.rows}
+    assert chosen is None or probed >= layers.keys()
+    layers = {layer: module for layer, module in layers.items() if layer in probed}
     order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(seed))
     known, is_first = recorded(args.record), seed == args.seeds[0]
     exact: dict[str, tuple[float, float, float]] = {}

@@ -126,7 +126,8 @@ def variants(model: Classifier, layers: str | None) -> dict[str, Callable[[], li
         "hooks only": lambda: [HandRolled(chosen, "none")],
         "nn.Linear + Adam a layer": lambda: [HandRolled(chosen, "loop")],
         "joint fused Adam": lambda: [HandRolled(chosen, "joint")],
-        "LinearProbeCallback": lambda: [online_probes(layers)],
+        "LinearProbeCallback": lambda: [LinearProbeCallback(layers, input=None)],
+        "the same, fit_samples=0": lambda: [online_probes(layers)],
     }
 
 

@@ -63,7 +63,7 @@ class LinearProbeCallback(Callback):
             for some 6 000 images of 3 x 224 x 224.
         fit_on_device: whether kept samples are on the network's device and not on the host: faster, if there is room.
         every_n_epochs: number of epochs from one publication to the next; ``auto`` publishes after epochs 1, 2, 3, 5,
-            8, 13, ... and the last one. At other epochs monitors see the values of the last publication.
+            8, 13, ... and the last of ``max_epochs``. At other epochs monitors see the values of the last publication.
         strict: whether a resumed run must have the layers, classes and widths of the checkpoint's probes; if false,
             those that differ start afresh, with one warning.
         log_metrics: metrics that go to the loggers, of ``error`` (always), ``cross_entropy`` and ``lag``.

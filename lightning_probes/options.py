@@ -28,20 +28,20 @@ ATTENTION_MASK = "attention_mask"
 """Name the key of the token mask in batches of Hugging Face; other batches may lack it."""
 
 
-def whole(argument: str, value: Any, least: int = 1, *, or_: str = "") -> int:
+def whole(argument: str, value: Any, least: int = 1, *, also: str = "") -> int:
     """Return ``value`` if it is an integer of at least ``least``, which is 1 or 0.
 
     Args:
         argument: name of the user's argument, for the message.
         value: what was given.
         least: smallest integer that is allowed.
-        or_: word that is allowed as well, for the message; empty if none is.
+        also: word that the caller takes as well, for the message; empty if there is none.
 
     Raises:
         TypeError, ValueError: ``value`` is something else; the message names the argument and what was given.
     """
-    expected = ("a positive integer" if least else "an integer of at least 0") + (f" or {or_!r}" if or_ else "")
-    if or_ and isinstance(value, str):
+    expected = ("a positive integer" if least else "an integer of at least 0") + (f" or {also!r}" if also else "")
+    if also and isinstance(value, str):
         raise ValueError(f"{argument}: expected {expected}, found {value!r}")
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{argument}: expected {expected}, found {value!r}")

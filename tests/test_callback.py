@@ -683,6 +683,45 @@ def test_turns_begin_above_twenty_layers_and_the_input(layers: int, turns: int, 
     assert sum(map(len, seen[1:])) == layers
 
 
+class Scaled(Classifier):
+    """Computes with a bare parameter before its modules, so that its steps cannot be run again."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp(depth=4))
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0] * self.gain), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "make", "layers"),
+    [
+        ({}, lambda: Classifier(mlp(depth=4)), 3),
+        ({"log_metrics": ["lag"]}, lambda: Classifier(mlp(depth=4)), 9),
+        ({"fit_samples": 0}, lambda: Classifier(mlp(depth=4)), 9),
+        ({"fit_bytes": 1}, lambda: Classifier(mlp(depth=4)), 9),
+        ({}, Scaled, 9),
+    ],
+    ids=["fitted", "lag", "no fit", "no room for a fit", "cannot be run again"],
+)
+def test_few_layers_a_step_are_trained_along_where_only_a_fit_is_shown(
+    arguments: dict[str, Any], make: Callable[[], LightningModule], layers: int, tmp_path: Path
+) -> None:
+    due: list[int] = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            due.append(len(probes._session.online.due() or names))
+
+    names = [f"net.{i}" for i in range(1, 10)]
+    probes = LinearProbeCallback(names, input=None, **arguments)
+    make_trainer(tmp_path, probes, Watch(), max_epochs=2).fit(make(), loader(96), loader(40))
+    assert due[0] == 9
+    # At the latest the first point shows that there is no fit.
+    assert set(due[6:]) == {layers}
+
+
 class Padded(Classifier):
     """Torch's own encoder: in eval mode, with a padding mask, nested tensors pass between its layers."""
 

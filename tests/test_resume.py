@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_probes import LinearProbeCallback
+from lightning_probes.probes import fit as fit_of_layers
 
 LAYERS = ["input", "net.1", "net.2", "net.3"]
 
@@ -103,6 +104,21 @@ def test_the_checkpoint_holds_probes_and_report_and_no_batches(tmp_path: Path) -
     tensors = [value for value in plain(saved) if isinstance(value, Tensor)]
     assert all(tensor.shape[-1] in (1, 10, 32, 64) for tensor in tensors)
     assert not any({16, 96} & set(tensor.shape) for tensor in tensors)
+
+
+def test_a_resumed_run_knows_what_needs_no_other_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = stopped(tmp_path, LinearProbeCallback())
+    done: list[str] = []
+
+    def counted(task: Any, samples: Any, *args: Any) -> Any:
+        done.append(samples.layer)
+        return fit_samples(task, samples, *args)
+
+    fit_samples = fit_of_layers.fit_samples
+    monkeypatch.setattr(fit_of_layers, "fit_samples", counted)
+    fit(tmp_path, resumed := LinearProbeCallback(), ckpt_path=path)
+    assert done == ["net.1", "net.2", "net.3"]
+    assert [row["epoch"] for row in resumed.report.select(layer="input", stage="val", metric="error")] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("is_late", [False, True], ids=["before on_fit_start", "after on_fit_start"])

@@ -293,3 +293,36 @@ def test_fingerprint_is_that_of_the_rows_in_any_order(
     # Samples of two processes are those of one.
     shares = [mark(x[:cut], y[:cut]), mark(x[cut:], y[cut:])]
     assert sum(shares) % 2**64 == mark(x, y) % 2**64
+
+
+def test_fingerprints_of_features_with_little_in_them_differ() -> None:
+    """Dead layers, maps padded with zeros, activations of two values, tables of codes."""
+
+    def mark(x: Tensor, y: Tensor) -> int:
+        return LayerSamples("a", x, y, torch.zeros(len(x))).fingerprint(alone)
+
+    signs = torch.randn(60, 12, generator=torch.Generator().manual_seed(0)).sign()
+    found = [torch.zeros(60, width, dtype=dtype) for width in (1, 8, 64) for dtype in (torch.float32, torch.float64)]
+    found += [torch.cat([signs, torch.zeros(60, more)], dim=1) for more in (0, 1, 4)]
+    found += [signs[:, torch.randperm(12, generator=torch.Generator().manual_seed(i))] for i in range(1, 20)]
+    found += [signs.clone().index_fill_(0, torch.tensor([i]), 1.0) for i in range(5)]
+    codes = torch.eye(12)[torch.arange(60) % 12]
+    found += [codes.roll(i, dims=1) for i in range(12)]
+    y = labels_of(60)
+    rows = [(x.dtype, x.shape, str(sorted(torch.cat([x, y], dim=1).tolist()))) for x in found]
+    assert len({mark(x, y) for x in found}) == len(set(rows)) > 30
+    assert mark(torch.zeros(5, 2), torch.zeros(5, 3)) != mark(torch.zeros(10, 2), torch.zeros(10, 3))
+
+
+@pytest.mark.parametrize("width", [5, 255, 256, 600])
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_gram_matrix_is_that_of_all_rows_and_symmetric(width: int, is_weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(90, width, generator=generator, dtype=torch.float64)
+    weights = torch.rand(90, generator=generator, dtype=torch.float64) if is_weighted else None
+    parts = Parts([40, 0, 50], lambda i: (x[:40], x[:0], x[40:])[i])
+    rows = Rows.standardised(parts, x.mean(dim=0), x.var(dim=0, unbiased=False))
+    whole = torch.cat(list(rows.parts))
+    expected = whole.T @ (torch.ones(90).double() if weights is None else weights).diag() @ whole
+    torch.testing.assert_close(rows.gram(weights), expected, rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(rows.gram(weights), rows.gram(weights).T, rtol=1e-12, atol=1e-10)

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lightning_probes.distributed import Ranks
-from lightning_probes.probes import strength
-from lightning_probes.probes.dataset import FeatureDataset, LayerBatch, MemoryStore
-from lightning_probes.probes.fit import fit_layers, fit_probe
+from lightning_probes.probes import fit, strength
+from lightning_probes.probes.dataset import FeatureDataset, LayerBatch, LayerSamples, MemoryStore, draw_folds
+from lightning_probes.probes.fit import FittedProbes, fit_layers, fit_probe
 from lightning_probes.probes.rows import Parts
 from lightning_probes.probes.solver import Problems, Solution
 from lightning_probes.probes.standardise import standardise_
@@ -121,6 +121,70 @@ def test_views_of_a_sample_are_in_one_fold() -> None:
     one_by_one = fit_probe(task, views, y.repeat(10, 1))
     assert found.known["a"]["l2"] >= 0.3
     assert one_by_one.l2 <= 0.01
+
+
+def fitted(features: dict[str, Tensor], y: Tensor, before: FittedProbes | None = None) -> FittedProbes:
+    task, alone = Classification(y.shape[1]), Ranks()
+    dataset = FeatureDataset(task, MemoryStore())
+    dataset.add(LayerBatch(dict(features), y))
+    shown: Any = lambda name, items, total: items  # noqa: E731
+    found = fit_layers(
+        task, dataset, list(features), "train", ranks=alone, device=alone.device, track=shown, before=before
+    )
+    assert found is not None
+    return found
+
+
+def test_a_layer_is_given_the_probe_of_another_only_if_it_has_its_samples() -> None:
+    raw, labels = planted(200, 8, 3, 1.0)(torch.Generator().manual_seed(2))
+    signs, y = raw.float().sign(), one_hot(labels).float()
+    features = {
+        "a": signs,
+        "of another order": signs[:, torch.tensor([1, 0, 2, 3, 4, 5, 6, 7])],
+        "padded": torch.cat([signs, torch.zeros(200, 2)], dim=1),
+        "dead": torch.zeros(200, 8),
+        "dead and wider": torch.zeros(200, 16),
+        "again": signs,
+    }
+    found = fitted(features, y)
+    assert found.probes.widths == {layer: x.shape[1] for layer, x in features.items()}
+    for layer, x in features.items():
+        by_itself = fit_probe(Classification(3), x, y, folds=draw_folds(200))
+        torch.testing.assert_close(found.probes.tensors(layer)["weight"], by_itself.weight, rtol=0, atol=1e-3)
+    later = fitted(features, y, found)
+    assert later.known == found.known
+    for layer in features:
+        for name, tensor in later.probes.tensors(layer).items():
+            assert torch.equal(tensor, found.probes.tensors(layer)[name]), (layer, name)
+
+
+def test_a_layer_that_could_not_be_fitted_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw, labels = planted(200, 8, 3, 1.0)(torch.Generator().manual_seed(2))
+    features, y = {"a": raw.float(), "b": raw.float().exp()}, one_hot(labels).float()
+
+    def raises(task: Any, samples: LayerSamples, *args: Any) -> Any:
+        if samples.layer == "a":
+            raise MemoryError("no room")
+        return fit_samples(task, samples, *args)
+
+    fit_samples = fit.fit_samples
+    monkeypatch.setattr(fit, "fit_samples", raises)
+    first = fitted(features, y)
+    monkeypatch.setattr(fit, "fit_samples", fit_samples)
+    assert list(first.faults) == ["a"]
+    second = fitted(features, y, first)
+    assert second.faults == {}
+    assert list(second.known) == ["a", "b"]
+
+
+def test_features_that_are_not_finite_are_so_without_another_fit() -> None:
+    raw, labels = planted(60, 4, 3, 1.0)(torch.Generator().manual_seed(2))
+    x = raw.float()
+    x[3, 1] = torch.nan
+    found = fitted({"a": x}, one_hot(labels).float())
+    for each in (found, fitted({"a": x}, one_hot(labels).float(), found)):
+        assert each.known["a"] == {"fitted_on": {"data": "train", "samples": 0}, "converged": False, "l2": None}
+        assert each.probes.finite() == {"a": False}
 
 
 def test_features_read_in_parts_choose_the_same_strength() -> None:

@@ -83,13 +83,14 @@ class LayerSamples(NamedTuple):
         tensor over the processes that share the samples; the folds do not count.
         """
         parts = self.features if isinstance(self.features, Parts) else (self.features,)
-        found = torch.zeros((), dtype=torch.long, device=self.targets.device)
         targets = _hash_rows(self.targets)
+        found = torch.zeros_like(targets[:0].sum())
         first = 0
         for part in parts:
-            rows = _hash_rows(part).to(targets) + 3 * targets[first : first + len(part)]
+            own = _hash_rows(part).to(targets) * _GOLDEN + targets[first : first + len(part)]
             first += len(part)
-            found += (rows * _GOLDEN ^ rows).mul_(_GOLDEN).sum()
+            # Without this a sum of rows would be one of columns, which rows of other samples may have as well.
+            found += _scattered(_scattered(own)).sum()
         return int(total(found))
 
 
@@ -391,13 +392,20 @@ class HalfPrecisionStore:
 
 
 def _hash_rows(x: Tensor) -> Tensor:
-    """Return a number for each row of floats, which depends on the bits of its values and on their order."""
+    """Return a number for each row of floats, which depends on its width, and on the bits of its values in order."""
     bits = x.contiguous().view(torch.int32)
-    generator = torch.Generator("cpu").manual_seed(0)
-    factors = torch.randint(-(2**31), 2**31, (bits.shape[1],), generator=generator, device="cpu", dtype=torch.int32)
+    generator = torch.Generator("cpu").manual_seed(8 * x.shape[1] + x.element_size())
+    ends = torch.iinfo(torch.long)
+    factors = torch.randint(ends.min, ends.max, (bits.shape[1] + 1,), generator=generator, device="cpu")
     factors = (factors | 1).to(x.device)  # A product with an odd number loses no bit.
     # Integers wrap around alike on every device. A few rows at a time stay in the cache.
-    return torch.cat([(rows * factors).sum(dim=1) for rows in bits.split(256)])  # type: ignore[no-untyped-call]
+    some = bits.split(256)  # type: ignore[no-untyped-call]
+    return torch.cat([(rows.long() * factors[1:]).sum(dim=1) for rows in some]) + factors[0]
+
+
+def _scattered(x: Tensor) -> Tensor:
+    """Make each bit of integers depend on many of theirs."""
+    return (x ^ (x >> 32)) * _GOLDEN
 
 
 def _samples(part: Tensor | _Filed) -> int:

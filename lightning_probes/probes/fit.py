@@ -32,7 +32,7 @@ class FittedProbes:
         probes: the probes, which score batches.
         known: ``{layer: {"fitted_on": {"data", "samples"}, "converged", "l2"}}``, as in the rows of a report.
         tally: ``(statistics, layers)`` on the samples fitted on: in process 0 the sum over all processes, zeros in the
-            others.
+            others; of restored probes the sum in all of them.
         fingerprints: ``{layer: fingerprint}`` of the samples fitted on; see
             :meth:`~lightning_probes.probes.dataset.LayerSamples.fingerprint`.
         crossed_tally: tally of the samples of this process, each scored by a probe fitted on other folds; ``None``
@@ -111,7 +111,8 @@ def fit_layers(
         ranks: the processes that share the samples; probes are fitted on the samples of all.
         device: where probes are fitted.
         track: shows the progress of the fit.
-        near: strength of L2 of each layer's last probe, where the search for the next begins.
+        near: strength of L2 of each layer's last probe, where the search for the next begins; without one it begins at
+            that of the layer before.
         before: probes that were fitted earlier on the same kind of data; ``None`` without any.
         is_crossed: whether each fold is also scored by probes fitted on the other folds.
         is_strict: whether a fault of any layer is raised at once.
@@ -127,19 +128,23 @@ def fit_layers(
     fingerprints: dict[str, int] = {}
     # What folds were scored by is not kept, so that probes that are cross-fitted are always fitted anew.
     done = {} if is_crossed or before is None else {mark: layer for layer, mark in before.fingerprints.items()}
+    everywhere = set(done).intersection(*ranks.gather(list(done)))  # All fit a layer or none does.
     fitted: dict[int, Solution] = {}
+    last: float | None = None
     read = dataset.reader(ranks, device)
     for layer in track("layer", layers, len(layers)):
         if (samples := read(layer)) is None:
             continue
         try:
-            mark = fingerprints[layer] = samples.fingerprint(ranks.total)
-            if mark in done and mark not in fitted:
+            mark = samples.fingerprint(ranks.total)
+            if mark in everywhere and mark not in fitted:
                 assert before is not None
                 fitted[mark] = before.solution(done[mark])
             if mark not in fitted:
-                fitted[mark] = fit_samples(task, samples, ranks.total, near.get(layer), is_crossed)
-            solutions[layer] = fitted[mark]
+                # A layer's best strength is near that of the layer before it.
+                fitted[mark] = fit_samples(task, samples, ranks.total, near.get(layer, last), is_crossed)
+            solutions[layer], fingerprints[layer] = fitted[mark], mark
+            last = solutions[layer].l2
         except Exception as error:
             if is_strict or ranks.number > 1:
                 raise
@@ -239,6 +244,7 @@ def fit_probe(
             search = Folds(task, rows, y, part, gram=gram, near=near, **bounds)
             l2, start = search.choose()
             crossed = search.cross_scored() if is_crossed else None
+            del search  # It holds samples.
         best = solve(task, rows, y, l2, start=start, gram=gram, **bounds)
         return replace(best, mean=mean, variance=variance, crossed_tally=crossed)
 

@@ -154,13 +154,15 @@ class Rows:
             rows = part if weights is None else part * weights[slice(*place), None].sqrt()
             if found is None:
                 found = rows.new_zeros(self.width, self.width)
-            for column in range(0, self.width, _COLUMNS):
-                # What is below the diagonal is above it already.
-                found[column : column + _COLUMNS, column:].addmm_(
-                    rows[:, column : column + _COLUMNS].T, rows[:, column:]
-                )
+            for begin, stop in self._columns():
+                found[begin:stop, begin:].addmm_(rows[:, begin:stop].T, rows[:, begin:])
         assert found is not None
-        return self.total(found.triu() + found.triu(1).T)
+        for begin, stop in self._columns():
+            found[stop:, begin:stop] = found[begin:stop, stop:].T
+        return self.total(found)
+
+    def _columns(self) -> list[tuple[int, int]]:
+        return list(pairwise([*range(0, self.width, _COLUMNS), self.width]))
 
     def _places(self) -> list[tuple[int, int]]:
         return list(pairwise(accumulate(self.parts.lengths, initial=0)))

@@ -139,8 +139,9 @@ class Folds:
         trials = self._trials_of(nothing)
         if not trials:
             return _strength(found), None
-        # The mean of the trials' probes, each of which lacks other samples, is close to the probe of all samples.
+        # The probes of trials are close to that of all samples, and their mean, if there are several, is closer.
         start = torch.stack([self._start(found, trial.lacking) for trial in trials]).mean(dim=0)
+        self._part = None
         weight = start[:, :-1] if self._basis is None else start[:, :-1] @ self._basis.T
         return _strength(found), (weight, start[:, -1])
 
@@ -180,7 +181,7 @@ class Folds:
         losses: dict[frozenset[int], dict[int, float]] = {lacking: {} for lacking in trials}
         tie = _TIE * self._constant_loss() if trials else 0.0
         size = self._samples * self._y.shape[1] * self._x.width
-        ahead = 3 if size * len(set(chain(*trials.values()))) < _SMALL else 1
+        ahead = 3 if size * len({trial.lacking for trial in chain(*trials.values())}) < _SMALL else 1
         around = min(ahead, 2)
         shift = {lacking: self._shift(lacking, each) for lacking, each in trials.items()}
         wanted = {
@@ -198,6 +199,7 @@ class Folds:
                 equal = [step for step, loss in known.items() if loss <= best < math.inf]
                 found[lacking] = middle = max(equal, default=_UNCHOSEN)
                 if not equal:
+                    shift[lacking] = 0
                     del wanted[lacking]
                 elif middle > WEAKEST and middle - 1 not in known:
                     wanted[lacking] = range(middle - ahead, middle)

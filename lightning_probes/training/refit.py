@@ -28,6 +28,7 @@ from lightning_probes.options import first_of
 from lightning_probes.probes.dataset import FeatureDataset, LayerBatch, MemoryStore
 from lightning_probes.probes.fit import FittedProbes, fit_layers
 from lightning_probes.probes.heads import StackedProbes
+from lightning_probes.probes.tasks import accumulator
 from lightning_probes.progress import Progress, size
 from lightning_probes.replay.calls import CannotRunAgainError, RecordedStep
 from lightning_probes.replay.recorded_batches import Context, RecordedBatch, RecordedBatches, device_of
@@ -79,11 +80,13 @@ class Refit:
         self._online: Tensor | None = None
         self._faults: Faults = {}
         self._strengths: dict[str, float] = {}
+        self._has_failed = False
 
     @property
-    def is_possible(self) -> bool:
-        """Return whether probes of all layers are going to be fitted on training, as far as is known."""
-        return self.budget.samples > 0 and self._batches.refusal is None and not self._batches.partly
+    def is_expected(self) -> bool:
+        """Return whether the next point will show fitted probes of all layers, as far as is known."""
+        is_refused = self._batches.refusal is not None or bool(self._batches.partly)
+        return self.budget.samples > 0 and not is_refused and not self._has_failed
 
     def begin(self, model: nn.Module, *, gone_before: str, has_start: bool) -> str:
         """Prepare to keep the batches of a run, and copy the first weights if a starting point is due.
@@ -219,6 +222,7 @@ class Refit:
             self._batches.refuse(str(error))
         # All processes go the same way, since fits wait for each other.
         missing = set().union(*self._ranks.gather(self._missing() if self.fitted is not None else set()))
+        self._has_failed = self.fitted is None or bool(missing)
         if self.fitted is not None and not has_validation and self._batches.partly and missing:
             # The layers that cannot be run again would have no probe but the online one: all are of one kind then.
             self.fitted = None
@@ -329,7 +333,8 @@ class Refit:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the probes at their optimum as tensors and plain types."""
-        known = {"fitter": self._batches.state_dict(), "note": self.note, "strengths": self._strengths}
+        known: dict[str, Any] = {"fitter": self._batches.state_dict(), "note": self.note}
+        known |= {"strengths": self._strengths, "has_failed": self._has_failed}
         if self.fitted is None:
             return known
         # With these a resumed run knows what needs no fit, as the run would have without the interruption.
@@ -345,9 +350,10 @@ class Refit:
             probes.load_state_dict(state["bank"], device)
             # Checkpoints of earlier versions have no fingerprints.
             marks, tally = state.get("fingerprints", {}), state.get("tally")
-            tally = None if tally is None else tally.to(device)
+            tally = None if tally is None else tally.to(device, accumulator(device))
             self.fitted = FittedProbes(probes, state["about"], tally, fingerprints=dict(marks))
         self._strengths = dict(state.get("strengths", {})) or self._strengths_now
+        self._has_failed = state.get("has_failed", False)
 
     def _fit(
         self,

@@ -13,7 +13,7 @@ class Schedule:
 
     Args:
         every_n_epochs: number of epochs from one point to the next, at least 1; ``auto`` has points after epochs 1, 2,
-            3, 5, 8, 13, ..., the Fibonacci numbers, and after the last one: errors move early in training.
+            3, 5, 8, 13, ..., the Fibonacci numbers, and the last of ``max_epochs``: errors move early in training.
 
     Raises:
         TypeError: ``every_n_epochs`` is neither an integer nor a word.
@@ -21,7 +21,8 @@ class Schedule:
     """
 
     def __init__(self, every_n_epochs: EveryNEpochs) -> None:
-        self._every_n_epochs = None if every_n_epochs == "auto" else whole("every_n_epochs", every_n_epochs, or_="auto")
+        is_auto = every_n_epochs == "auto"
+        self._every_n_epochs = None if is_auto else whole("every_n_epochs", every_n_epochs, also="auto")
         self._resumed: tuple[int, int, bool] | None = None
 
     def begin(self, trainer: Any, point: tuple[int, int], *, is_restored: bool) -> str:

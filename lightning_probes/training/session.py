@@ -137,7 +137,7 @@ class ProbingSession:
         Raises:
             LookupError, TypeError, ValueError: as :meth:`~lightning_probes.network.extractor.LayerExtractor.open`.
         """
-        self.online.is_shown = self._has_lag or not self.refit.is_possible
+        self.online.is_shown = self._has_lag or not self.refit.is_expected
         due = self.online.due()
         with self._around("recording it"):
             if self.refit.wants() and due is not None:

@@ -68,7 +68,7 @@ NAN = {
     "the fit of one": Case(fit, "fit_samples", CONVERGED, BOTH, is_fit_of_one, ONE),
     "the cross-fit of one": Case(fit, "fit_samples", CROSSED, BOTH, is_fit_of_one, ONE),
     "all activations": Case(ActivationRecorder, "record", MIXED, ALWAYS),
-    "all fits": Case(fit, "fit_samples", CONVERGED, ALWAYS),
+    "all fits": Case(LayerSamples, "fingerprint", CONVERGED, ALWAYS),
     "all cross-fits": Case(fit, "fit_samples", CROSSED, ALWAYS),
     "features to cross-fit": Case(Refit, "_keep", CROSSED),
     "the update": Case(OnlineProbes, "update", EVERYWHERE),

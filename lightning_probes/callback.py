@@ -39,7 +39,7 @@ class LinearProbeCallback(Callback):
       probe, a fraction in [0, 1]; ``train`` is its error on the samples that it was fitted on;
     - ``probe_cross_entropy_{stage}/{layer}``: its cross-entropy in nats, if ``log_metrics`` asks for it;
     - ``probe_lag_{stage}/{layer}``: how much higher the error of the probe is that was only trained along with the
-      network, if ``log_metrics`` asks for it. If not, only four layers a step are trained along, and further behind.
+      network, if ``log_metrics`` asks for it. If not, only two layers a step are trained along, and further behind.
 
     Before that the probes are brought to their optimum on the frozen network: training batches are kept, and their
     calls of the network's modules are run again. Where that cannot be, probes are cross-fitted on validation, or those

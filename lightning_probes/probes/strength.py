@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,16 +27,6 @@ as the penalty grows.
 ENOUGH_HELD_OUT = 1000
 """Give the number of held-out samples at which more folds hardly choose a better strength."""
 
-_ENOUGH_FOLDS = 2
-"""Give the number of folds to fit on, of the four that are left, where one fold holds enough samples."""
-
-_WEAKER = 1.0
-"""Give by how many half-decades a strength is weaker for twice the samples.
-
-Of fourteen layers of a convolutional network, an MLP and an untrained one it was 1.2 on average, from two folds to four
-(0 to 3); too weak a penalty costs more cross-entropy than too strong a one.
-"""
-
 FEWEST = 20
 """Give the least number of samples that can choose: of 10 to 15, folds chose worse than a strength that is given."""
 
@@ -46,10 +36,11 @@ _UNCHOSEN = 0
 _TIE = 1e-4
 """Call two losses equal that differ by less than this share of the loss of the best constant probe."""
 
-_ROUGHLY = 4
+_ROUGHLY = 2
 """Multiply the tolerance by this to try strengths.
 
-A fit short of its optimum makes a weak penalty look better than it is, like training that stops early.
+A fit short of its optimum makes a weak penalty look better than it is, like training that stops early, or worse where
+features are all but collinear: at four times, a layer deep in an untrained network had 1e-4 instead of 1e-6.
 """
 
 _SMALL = 10_000_000
@@ -63,23 +54,11 @@ _REMEMBERED = 60
 """Give the vectors as large as a probe that a solver remembers."""
 
 
-class _Trial(NamedTuple):
-    """Name a fit that tries strengths."""
-
-    lacking: frozenset[int]
-    """Name the folds that it is not fitted on."""
-    held_out: int
-    """Name the one of them that it is judged on."""
-
-
 class Folds:
     """Fit probes of a layer on all of its folds but some, and choose their strengths on folds that they have not seen.
 
     The probe of all samples and, if folds are to be scored, the probe that lacks one of them each have a strength of
     their own: that with the lowest mean loss over further folds, each held out in turn, as many as hold 1 000 samples.
-    If one fold does, two others are enough to fit on: the best strength, to a fraction of a half-decade, is lowered to
-    what it would be on four, since the more samples there are the weaker it is.
-
     Strengths are half-decades. From one that was the best before, or that the numbers of features and samples suggest,
     the search goes downhill until both neighbours of the best are worse: the held-out loss has one minimum along the
     path but for noise. Of strengths that are equally good the strongest is chosen. With fewer than 20 samples there is
@@ -138,12 +117,12 @@ class Folds:
         """Return the strength for a probe of all samples, and a start, ``(weight, bias)``, for a fit at it."""
         nothing = frozenset[int]()
         found = self._search([nothing])[nothing]
-        trials = self._trials_of(nothing)
-        if not trials:
+        held = self._held_out_of(nothing)
+        if not held:
             return _strength(found), None
-        # The probes of trials are close to that of all samples, and their mean, if there are several, is closer.
-        start = torch.stack([self._start(found, trial.lacking) for trial in trials]).mean(dim=0)
         self._part = None
+        # The mean of the folds' probes, each of which lacks other samples, is close to the probe of all samples.
+        start = torch.stack([self._probes[lacking][found] for lacking in held]).mean(dim=0)
         weight = start[:, :-1] if self._basis is None else start[:, :-1] @ self._basis.T
         return _strength(found), (weight, start[:, -1])
 
@@ -156,47 +135,35 @@ class Folds:
             for step in sorted(set(chosen.values())):
                 alike = [fold for fold in folds if chosen[fold] == step]
                 self._fit([step], alike)
-                tally = tally + self._tally([step], [_Trial(fold, i) for fold in alike for i in fold])[:, 0]
+                tally = tally + self._tally([step], alike, [i for fold in alike for i in fold])[:, 0]
         return tally
 
-    def _trials_of(self, lacking: frozenset[int]) -> list[_Trial]:
-        """Return the fits that choose the strength of a probe that lacks some folds; none if samples are too few."""
+    def _held_out_of(self, lacking: frozenset[int]) -> list[frozenset[int]]:
+        """Return the folds that a probe lacks besides ``lacking``, in each of the fits that choose its strength."""
         present = [i for i, size in enumerate(self._sizes) if size and i not in lacking]
         if sum(self._sizes[i] for i in present) < FEWEST or len(present) < 2:
             return []
         held: list[int] = []
         while present and sum(self._sizes[i] for i in held) < ENOUGH_HELD_OUT:
             held.append(present.pop())
-        # Probes that each lack a fold share the trials of one another, which need all samples.
-        spared = frozenset(present[_ENOUGH_FOLDS:] if len(held) == 1 and not lacking else [])
-        return [_Trial(lacking | {i} | spared, i) for i in held]
-
-    def _shift(self, trials: Sequence[_Trial]) -> float:
-        """Return how many half-decades weaker a strength would be if trials lacked only what they are judged on."""
-        lacking, held_out = trials[0]
-        fewer = sum(size for i, size in enumerate(self._sizes) if i not in lacking)
-        spared = sum(size for i, size in enumerate(self._sizes) if i in lacking and i != held_out)
-        return _WEAKER * math.log2(1 + spared / max(fewer, 1)) if len(lacking) > 2 else 0.0
+        return [lacking | {i} for i in held]
 
     def _search(self, probes: Sequence[frozenset[int]]) -> dict[frozenset[int], int]:
         """Return the strength of each of some probes that lack folds, in half-decades."""
-        trials = {lacking: each for lacking in probes if (each := self._trials_of(lacking))}
+        held = {lacking: each for lacking in probes if (each := self._held_out_of(lacking))}
         found = dict.fromkeys(probes, _UNCHOSEN)
-        losses: dict[frozenset[int], dict[int, float]] = {lacking: {} for lacking in trials}
-        tie = _TIE * self._constant_loss() if trials else 0.0
+        losses: dict[frozenset[int], dict[int, float]] = {lacking: {} for lacking in held}
+        tie = _TIE * self._constant_loss() if held else 0.0
         size = self._samples * self._y.shape[1] * self._x.width
-        ahead = 3 if size * len({trial.lacking for trial in chain(*trials.values())}) < _SMALL else 1
+        ahead = 3 if size * len(set(chain(*held.values()))) < _SMALL else 1
         around = min(ahead, 2)
-        shift = {lacking: self._shift(each) for lacking, each in trials.items()}
-        begin = {lacking: min(self._begin + round(shift[lacking]), STRONGEST) for lacking in trials}
-        wanted = {lacking: range(first - around, first + around + 1) for lacking, first in begin.items()}
+        wanted = {lacking: range(self._begin - around, self._begin + around + 1) for lacking in held}
         while wanted:
             steps = [step for step in range(WEAKEST, STRONGEST + 1) if any(step in each for each in wanted.values())]
-            subsets = dict.fromkeys(trial.lacking for lacking in wanted for trial in trials[lacking])
-            self._fit(steps, list(subsets), _ROUGHLY)
+            self._fit(steps, list(dict.fromkeys(chain(*(held[lacking] for lacking in wanted)))), _ROUGHLY)
             for lacking in list(wanted):
                 known = losses[lacking]
-                known |= dict(zip(steps, self._losses(steps, trials[lacking]), strict=True))
+                known |= dict(zip(steps, self._losses(steps, lacking, held[lacking]), strict=True))
                 best = min(known.values()) + tie
                 equal = [step for step, loss in known.items() if loss <= best < math.inf]
                 found[lacking] = middle = max(equal, default=_UNCHOSEN)
@@ -208,9 +175,6 @@ class Folds:
                     wanted[lacking] = range(middle + 1, middle + 1 + ahead)
                 else:
                     del wanted[lacking]
-                    if shift[lacking]:
-                        weaker = _vertex(known, middle) - shift[lacking]
-                        found[lacking] = max(round(weaker), WEAKEST)
         return found
 
     def _fit(self, steps: Sequence[int], subsets: Sequence[frozenset[int]], roughly: float = 1.0) -> None:
@@ -263,16 +227,17 @@ class Folds:
             return self._y.new_zeros(self._y.shape[1], self._x.width, dtype=self._x.dtype)
         return torch.stack(found).mean(dim=0)
 
-    def _losses(self, steps: Sequence[int], trials: Sequence[_Trial]) -> list[float]:
-        losses, counts = self._x.total(self._tally(steps, trials))[-2:]
+    def _losses(self, steps: Sequence[int], lacking: frozenset[int], held: Sequence[frozenset[int]]) -> list[float]:
+        folds = [i for subset in held for i in subset - lacking]
+        losses, counts = self._x.total(self._tally(steps, held, folds))[-2:]
         return [loss if math.isfinite(loss) else math.inf for loss in (losses / counts).tolist()]
 
-    def _tally(self, steps: Sequence[int], trials: Sequence[_Trial]) -> Tensor:
-        """Return the tally ``(statistics, steps)`` of the probes of trials on what this process holds out for them."""
+    def _tally(self, steps: Sequence[int], subsets: Sequence[frozenset[int]], folds: Sequence[int]) -> Tensor:
+        """Return the tally ``(statistics, steps)`` of the probes of subsets, each on this process's fold beside it."""
         tally = self._task.no_tally(len(steps), self._y.device)
-        for lacking, held_out in trials:
-            probes = torch.stack([self._probes[lacking][step] for step in steps])
-            mask = self._masks[held_out]
+        for subset, fold in zip(subsets, folds, strict=True):
+            probes = torch.stack([self._probes[subset][step] for step in steps])
+            mask = self._masks[fold]
             scores = self._x.where(mask).scores(probes.flatten(0, 1)).view(*probes.shape[:2], -1)
             tally = tally + self._task.tally(scores, self._task.prepare(self._y[mask].to(scores)))
         return tally
@@ -282,14 +247,6 @@ class Folds:
         labels = self._task.prepare(self._y.to(scores))
         tally = self._x.total(self._task.tally(scores.expand(-1, -1, len(self._y)), labels))
         return float(tally[-2, 0] / tally[-1, 0])
-
-
-def _vertex(losses: Mapping[int, float], lowest: int) -> float:
-    """Return where a parabola through the lowest loss and its neighbours is lowest, at most half a step away."""
-    left, right = (losses.get(lowest + side, math.inf) - losses[lowest] for side in (-1, 1))
-    if not math.isfinite(left + right) or left + right <= 0:
-        return lowest
-    return lowest + min(max((left - right) / (2 * (left + right)), -0.5), 0.5)
 
 
 def _split(items: Sequence[_Item], length: int) -> Iterator[Sequence[_Item]]:

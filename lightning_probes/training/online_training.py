@@ -46,6 +46,7 @@ class OnlineTraining:
         self._steps = 0
         self._batch_size = 0
         self._due: set[str] | None = None
+        self._recorded: set[str] | None = None
         self._restored = Restored()
 
     @property
@@ -66,11 +67,12 @@ class OnlineTraining:
         first = self._steps % turns * share
         return set(self.probes.layers[first : first + share])
 
-    def open(self, due: set[str] | None) -> set[str] | None:
-        """Return the layers to record in a step whose probes are trained for the layers in ``due``."""
+    def open(self, due: set[str] | None, wanted: set[str]) -> set[str] | None:
+        """Return the layers to record in a step: those that are ``due``, and those that are ``wanted`` for a fit."""
         self._due = due
+        self._recorded = None if due is None else due | wanted
         # All layers are recorded once, to see whether restored probes fit.
-        return None if self._restored.is_unchecked else due
+        return None if self._restored.is_unchecked else self._recorded
 
     def check(self, features: Mapping[str, Tensor]) -> set[str]:
         """Restart restored probes whose widths differ from those of ``features``; return their layers.
@@ -83,17 +85,16 @@ class OnlineTraining:
         return afresh
 
     def accept(self, batch: LayerBatch) -> LayerBatch:
-        """Return the batch to train and fit on, which has all layers or those that are due.
+        """Return the batch to train and fit on, with the layers that :meth:`open` found due or wanted.
 
-        The first batch after resuming is recorded with all layers, of which those that are not due are left out here.
+        More are recorded in the first batch after resuming, and while it is not known which rows are of which sample.
         """
-        if not self._restored.is_unchecked:
-            return batch
         self._restored.is_unchecked = False
-        return batch if self._due is None else batch.only(self._due)
+        return batch if self._recorded is None else batch.only(self._recorded)
 
     def update(self, batch: LayerBatch) -> Tensor:
-        """Train the probes of the layers in ``batch`` by one step; return the tally of :meth:`OnlineProbes.update`."""
+        """Train the probes of the layers that are due by one step; return the tally of :meth:`OnlineProbes.update`."""
+        batch = batch if self._due is None else batch.only(self._due)
         self._steps += 1
         self.samples += len(batch.targets)
         is_first = self.probes is None

@@ -74,7 +74,6 @@ class ProbingSession:
         self._progress = progress
         self._has_lag = has_lag
         self._is_first_step = True
-        self._due: set[str] | None = None
         self._pairs_noted: list[str] = []
         self._has_greeted = False
         self._kept: Callable[[], str] | None = None
@@ -138,12 +137,12 @@ class ProbingSession:
             LookupError, TypeError, ValueError: as :meth:`~lightning_probes.network.extractor.LayerExtractor.open`.
         """
         self.online.is_shown = self._has_lag or not self.refit.is_expected
-        due = self.online.due()
+        wanted = set[str]()
         with self._around("recording it"):
-            if self.refit.wants() and due is not None:
-                due.add(INPUT)  # No replay gives the raw input.
-        self._due = due
-        provenance = self.network.open(batch, self.online.open(due))
+            if self.refit.wants():
+                wanted = {INPUT}  # No replay gives the raw input.
+        recorded = self.online.open(self.online.due(), wanted)
+        provenance = self.network.open(batch, recorded)
         with self._around("recording it"):
             self.refit.record(provenance)
 
@@ -223,7 +222,6 @@ class ProbingSession:
             pairing.is_known = True
         elif is_due and seen is not None:
             seen = pair(self.network, step, seen, model, context, is_only=self.ranks.number == 1)
-            seen = seen if self._due is None else seen.only(self._due)
         return seen
 
     def _drop_contradicted(self) -> None:

@@ -174,8 +174,8 @@ class Watch(Callback):
 
 
 def test_of_other_layers_those_that_agree_go_on(tmp_path: Path) -> None:
-    path = stopped(tmp_path, LinearProbeCallback(["net.1", "net.2"]))
-    probes = LinearProbeCallback(["net.1", "net.3"], strict=False)
+    path = stopped(tmp_path, LinearProbeCallback(["net.1", "net.2"], log_metrics=["lag"]))
+    probes = LinearProbeCallback(["net.1", "net.3"], strict=False, log_metrics=["lag"])
     (warning,) = listen(tmp_path, probes, watch := Watch(probes), ckpt_path=path)
     assert "start afresh: layers only in the checkpoint: 'net.2'; only here: 'net.3'" in warning
     # Of an epoch of six steps, and one more.
@@ -209,8 +209,8 @@ def test_a_checkpoint_of_other_widths_is_refused_before_the_first_step(accumulat
 
 
 def test_of_other_widths_those_that_agree_go_on(tmp_path: Path) -> None:
-    path = stopped(tmp_path, LinearProbeCallback(), model=with_wide_second(2))
-    probes = LinearProbeCallback(strict=False)
+    path = stopped(tmp_path, LinearProbeCallback(log_metrics=["lag"]), model=with_wide_second(2))
+    probes = LinearProbeCallback(strict=False, log_metrics=["lag"])
     told = listen(tmp_path, probes, watch := Watch(probes), model=with_wide_second(3), ckpt_path=path)
     assert len(told) == 1
     assert "'net.2' has 64 features in the checkpoint and 96 here" in told[0]

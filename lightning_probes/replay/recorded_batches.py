@@ -140,7 +140,7 @@ class RecordedBatches:
         return self.recorder.stop() if self.recorder.is_on else None
 
     def close(self, step: RecordedStep | CannotRunAgainError | None, seen: LayerBatch | None) -> None:
-        """Keep the batch of a training step that has ended, if it was wanted and has features.
+        """Keep the batch of a training step that has ended, if it was wanted and has labels.
 
         Args:
             step: what was recorded of the step, or why it cannot be run again.
@@ -163,14 +163,14 @@ class RecordedBatches:
         self.partly = step.reason
         # The features of a replay are estimated with the most rows that any layer had: a replay has all layers, and
         # this step may have recorded only some of them.
-        rows = max(len(x) for x in seen.features.values())
+        rows = max((len(x) for x in seen.features.values()), default=len(batch.targets))
         values = rows * sum(self._network.recorder.widths.values()) + batch.targets.numel()
         self.kept.add(len(batch.targets), batch, batch.num_bytes + 4 * values)
         self._has_kept = self._has_kept or self.kept.samples > 0
 
     def taken(self, step: RecordedStep | None, seen: LayerBatch | None) -> RecordedBatch | None:
-        """Return a copy of a batch that can be run again; ``None`` if it was not recorded, or has no features."""
-        if step is None or seen is None or not seen.features:
+        """Return a copy of a batch that can be run again; ``None`` if it was not recorded, or has no labels."""
+        if step is None or seen is None:
             return None
         raw = {INPUT: self._budget.copy(seen.features[INPUT])} if INPUT in seen.features else {}
         opened = self._network.opened(len(seen.targets), self._budget.copy)

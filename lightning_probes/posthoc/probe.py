@@ -215,11 +215,10 @@ class _Posthoc:
             found = self._fit(model, store, labels)
         finally:
             store.close()
-        assert found.tally is not None
         assert found.target_sums is not None
         task, ranks = self._network.task, self._runner.ranks
         curves = Curves(self._network, ranks, labels)
-        curves.add(Kind.PUBLISHED, ("train", 0), found.tally, found.target_sums)
+        curves.add(Kind.PUBLISHED, ("train", 0), found.share_of(ranks), found.target_sums)
         labelled = torch.zeros((), dtype=torch.long)
 
         def score(dataloader: int, batch: LayerBatch) -> None:

@@ -31,8 +31,7 @@ class FittedProbes:
     Attributes:
         probes: the probes, which score batches.
         known: ``{layer: {"fitted_on": {"data", "samples"}, "converged", "l2"}}``, as in the rows of a report.
-        tally: ``(statistics, layers)`` on the samples fitted on: in process 0 the sum over all processes, zeros in the
-            others; of restored probes the sum in all of them.
+        tally: ``(statistics, layers)`` on the samples fitted on, summed over all processes.
         fingerprints: ``{layer: fingerprint}`` of the samples fitted on; see
             :meth:`~lightning_probes.probes.dataset.LayerSamples.fingerprint`.
         crossed_tally: tally of the samples of this process, each scored by a probe fitted on other folds; ``None``
@@ -48,6 +47,11 @@ class FittedProbes:
     target_sums: Tensor | None = None
     faults: dict[str, Exception] = field(default_factory=dict)
     fingerprints: dict[str, int] = field(default_factory=dict)
+
+    def share_of(self, ranks: Ranks) -> Tensor:
+        """Return what a process contributes to sums over processes: process 0 the whole tally, the others zeros."""
+        assert self.tally is not None
+        return self.tally if ranks.rank == 0 else torch.zeros_like(self.tally)
 
     def solution(self, layer: str) -> Solution:
         """Return the probe of a layer as if it had just been fitted."""
@@ -162,9 +166,7 @@ def fit_layers(
         }
         for layer, found in solutions.items()
     }
-    # Only process 0 contributes the solver's tallies: they are sums over processes, and are summed over them again.
-    own = {layer: found.tally for layer, found in solutions.items() if ranks.rank == 0}
-    tally = _side_by_side(task, layers, own, device)
+    tally = _side_by_side(task, layers, {layer: found.tally for layer, found in solutions.items()}, device)
     crossed = {layer: found.crossed_tally for layer, found in solutions.items() if found.crossed_tally is not None}
     crossed_tally = _side_by_side(task, layers, crossed, device) if is_crossed else None
     sums = dataset.target_sums.to(device, accumulator(device))

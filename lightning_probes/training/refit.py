@@ -316,7 +316,7 @@ class Refit:
         self._validation = None
         for kind, found in ((Kind.PUBLISHED, self.fitted), (Kind.START, self._start.fitted)):
             if found is not None and found.tally is not None and found.target_sums is not None:
-                self._curves.add(kind, ("train", 0), found.tally, found.target_sums)
+                self._curves.add(kind, ("train", 0), found.share_of(self._ranks), found.target_sums)
                 if kind is Kind.PUBLISHED and self._online is not None:
                     self._curves.add(Kind.ONLINE, ("train", 0), self._online, found.target_sums)
         self._strengths = self._strengths_now

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from networks import Classifier, mlp
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_probes import LinearProbeCallback
+from lightning_probes.probes import fit
 
 
 def make_trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
@@ -45,6 +47,19 @@ def fit_and_listen(trainer: Trainer, *args: Any) -> list[str]:
         warnings.simplefilter("always")
         trainer.fit(*args)
     return [str(warning.message) for warning in caught if "LinearProbeCallback" in str(warning.message)]
+
+
+def count_fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The list of the layers whose probes are fitted from now on."""
+    done: list[str] = []
+
+    def counted(task: Any, samples: Any, *args: Any) -> Any:
+        done.append(samples.layer)
+        return fit_samples(task, samples, *args)
+
+    fit_samples = fit.fit_samples
+    monkeypatch.setattr(fit, "fit_samples", counted)
+    return done
 
 
 class Bare(Classifier):

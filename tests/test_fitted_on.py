@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fits import fit_and_listen, fitted_on, make_trainer, points, small
+from fits import count_fits, fit_and_listen, fitted_on, make_trainer, points, small
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from networks import images, loader
@@ -59,14 +59,7 @@ def test_many_classes_are_fitted_on_more_samples(classes: int, samples: int, tmp
 def test_a_layer_is_fitted_again_only_if_its_samples_have_changed(
     fit_samples: int, fits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done: list[str] = []
-
-    def counted(task: Any, samples: Any, *args: Any) -> Any:
-        done.append(samples.layer)
-        return fit_samples_once(task, samples, *args)
-
-    fit_samples_once = fit.fit_samples
-    monkeypatch.setattr(fit, "fit_samples", counted)
+    done = count_fits(monkeypatch)
     probes = LinearProbeCallback("net.1", fit_samples=fit_samples)
     data = DataLoader(images(200), 16, shuffle=True)
     make_trainer(tmp_path, probes, max_epochs=3).fit(small(), data, loader(40))

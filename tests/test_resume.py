@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fits import count_fits
 from kill_and_resume import equal
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_probes import LinearProbeCallback
-from lightning_probes.probes import fit as fit_of_layers
 
 LAYERS = ["input", "net.1", "net.2", "net.3"]
 
@@ -108,14 +108,7 @@ def test_the_checkpoint_holds_probes_and_report_and_no_batches(tmp_path: Path) -
 
 def test_a_resumed_run_knows_what_needs_no_other_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = stopped(tmp_path, LinearProbeCallback())
-    done: list[str] = []
-
-    def counted(task: Any, samples: Any, *args: Any) -> Any:
-        done.append(samples.layer)
-        return fit_samples(task, samples, *args)
-
-    fit_samples = fit_of_layers.fit_samples
-    monkeypatch.setattr(fit_of_layers, "fit_samples", counted)
+    done = count_fits(monkeypatch)
     fit(tmp_path, resumed := LinearProbeCallback(), ckpt_path=path)
     assert done == ["net.1", "net.2", "net.3"]
     assert [row["epoch"] for row in resumed.report.select(layer="input", stage="val", metric="error")] == [0, 1, 2]

@@ -158,7 +158,7 @@ class RecordedBatches:
         batch = self.taken(step, seen)
         if step is None or batch is None or seen is None:
             return
-        if self.kept.samples and bool(step.reason) != bool(self.partly):
+        if self._has_kept and bool(step.reason) != bool(self.partly):
             return  # An odd step, with calls that other steps lack or have.
         self.partly = step.reason
         # The features of a replay are estimated with the most rows that any layer had: a replay has all layers, and

@@ -53,8 +53,11 @@ class FittedProbes:
         assert self.tally is not None
         return self.tally if ranks.rank == 0 else torch.zeros_like(self.tally)
 
-    def solution(self, layer: str) -> Solution:
-        """Return the probe of a layer as if it had just been fitted."""
+    def by_fingerprint(self) -> dict[int, Solution]:
+        """Return the probes as if they had just been fitted, by the fingerprints of their samples."""
+        return {mark: self._solution(layer) for layer, mark in self.fingerprints.items()}
+
+    def _solution(self, layer: str) -> Solution:
         assert self.tally is not None
         known, tally = self.known[layer], self.tally[:, self.probes.layers.index(layer)]
         l2 = math.nan if known["l2"] is None else known["l2"]
@@ -131,9 +134,9 @@ def fit_layers(
     faults: dict[str, Exception] = {}
     fingerprints: dict[str, int] = {}
     # What folds were scored by is not kept, so that probes that are cross-fitted are always fitted anew.
-    done = {} if is_crossed or before is None else {mark: layer for layer, mark in before.fingerprints.items()}
+    done = {} if is_crossed or before is None else before.by_fingerprint()
     everywhere = set(done).intersection(*ranks.gather(list(done)))  # All fit a layer or none does.
-    fitted: dict[int, Solution] = {}
+    fitted = {mark: found for mark, found in done.items() if mark in everywhere}
     last: float | None = None
     read = dataset.reader(ranks, device)
     for layer in track("layer", layers, len(layers)):
@@ -141,9 +144,6 @@ def fit_layers(
             continue
         try:
             mark = samples.fingerprint(ranks.total)
-            if mark in everywhere and mark not in fitted:
-                assert before is not None
-                fitted[mark] = before.solution(done[mark])
             if mark not in fitted:
                 # A layer's best strength is near that of the layer before it.
                 fitted[mark] = fit_samples(task, samples, ranks.total, near.get(layer, last), is_crossed)

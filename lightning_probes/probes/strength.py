@@ -120,7 +120,6 @@ class Folds:
         held = self._held_out_of(nothing)
         if not held:
             return _strength(found), None
-        self._part = None
         # The mean of the folds' probes, each of which lacks other samples, is close to the probe of all samples.
         start = torch.stack([self._probes[lacking][found] for lacking in held]).mean(dim=0)
         weight = start[:, :-1] if self._basis is None else start[:, :-1] @ self._basis.T
@@ -201,13 +200,11 @@ class Folds:
 
     def _problems(self, strengths: Sequence[float], subsets: Sequence[frozenset[int]]) -> Problems:
         """Pose the problems of fits that lack some folds; what the only one lacks is in no product."""
+        masks = [~torch.stack([self._masks[i] for i in lacking]).any(dim=0) for lacking in subsets]
         if len(subsets) > 1:
-            masks = [~torch.stack([self._masks[i] for i in lacking]).any(dim=0) for lacking in subsets]
             return Problems.of(self._task, self._x, self._y, strengths, torch.stack(masks))
-        (lacking,) = subsets
-        if self._part is None or self._part[0] != lacking:
-            mask = ~torch.stack([self._masks[i] for i in lacking]).any(dim=0)
-            self._part = lacking, self._x.where(mask), self._y[mask]
+        if self._part is None or self._part[0] != subsets[0]:
+            self._part = subsets[0], self._x.where(masks[0]), self._y[masks[0]]
         return Problems.of(self._task, *self._part[1:], strengths)
 
     def _start(self, step: int, lacking: frozenset[int]) -> Tensor:

@@ -67,10 +67,10 @@ class OnlineTraining:
         first = self._steps % turns * share
         return set(self.probes.layers[first : first + share])
 
-    def open(self, due: set[str] | None, wanted: set[str]) -> set[str] | None:
-        """Return the layers to record in a step: those that are ``due``, and those that are ``wanted`` for a fit."""
-        self._due = due
-        self._recorded = None if due is None else due | wanted
+    def open(self, wanted: set[str]) -> set[str] | None:
+        """Return the layers to record in a step: those that are due, and those that are ``wanted`` for a fit."""
+        self._due = self.due()
+        self._recorded = None if self._due is None else self._due | wanted
         # All layers are recorded once, to see whether restored probes fit.
         return None if self._restored.is_unchecked else self._recorded
 

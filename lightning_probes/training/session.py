@@ -141,8 +141,7 @@ class ProbingSession:
         with self._around("recording it"):
             if self.refit.wants():
                 wanted = {INPUT}  # No replay gives the raw input.
-        recorded = self.online.open(self.online.due(), wanted)
-        provenance = self.network.open(batch, recorded)
+        provenance = self.network.open(batch, self.online.open(wanted))
         with self._around("recording it"):
             self.refit.record(provenance)
 

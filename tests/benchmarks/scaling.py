@@ -19,7 +19,7 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ from lightning_probes.probes.tasks import Classification
 class Case:
     """What is fitted."""
 
-    layers: int = 4
+    layers: int = 1
     width: int = 256
     classes: int = 10
     samples: int = 10_000
@@ -44,10 +44,10 @@ class Case:
 
 FACTORS: dict[str, list[Case]] = {
     "layers": [Case(layers=n, width=64, samples=2_000) for n in (1, 4, 16, 64, 256)],
-    "width": [replace(Case(layers=1), width=n) for n in (64, 256, 1024, 2048, 4096)],
-    "classes": [replace(Case(layers=1), classes=n, samples=20_000) for n in (2, 10, 100, 300, 1000)],
-    "samples": [replace(Case(layers=1), samples=n) for n in (1_000, 5_000, 20_000, 50_000, 100_000)],
-    "largest": [Case(layers=1, width=2048, classes=1000, samples=100_000)],
+    "width": [Case(width=n) for n in (64, 256, 1024, 2048, 4096)],
+    "classes": [Case(classes=n, samples=20_000) for n in (2, 10, 100, 300, 1000)],
+    "samples": [Case(samples=n) for n in (1_000, 5_000, 20_000, 50_000, 100_000)],
+    "largest": [Case(width=2048, classes=1000, samples=100_000)],
 }
 GREATEST = {"layers": 1.1, "classes": 1.1, "samples": 1.1}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_probes.distributed import Ranks, Total, alone
 from lightning_probes.probes.dataset import FeatureDataset, LayerSamples, draw_folds
-from lightning_probes.probes.heads import StackedProbes
+from lightning_probes.probes.heads import StackedProbes, side_by_side
 from lightning_probes.probes.rows import Parts, Rows, statistics
 from lightning_probes.probes.solver import TOLERANCE, Solution, in_full_precision, solve, tally_on
 from lightning_probes.probes.standardise import standardise_
@@ -166,9 +166,9 @@ def fit_layers(
         }
         for layer, found in solutions.items()
     }
-    tally = _side_by_side(task, layers, {layer: found.tally for layer, found in solutions.items()}, device)
+    tally = side_by_side(task, layers, {layer: found.tally for layer, found in solutions.items()}, device)
     crossed = {layer: found.crossed_tally for layer, found in solutions.items() if found.crossed_tally is not None}
-    crossed_tally = _side_by_side(task, layers, crossed, device) if is_crossed else None
+    crossed_tally = side_by_side(task, layers, crossed, device) if is_crossed else None
     sums = dataset.target_sums.to(device, accumulator(device))
     probes = StackedProbes.of(layers, task, solutions)
     return FittedProbes(probes, known, tally, crossed_tally, sums, faults, fingerprints)
@@ -263,11 +263,6 @@ def score(task: Task, solution: Solution, features: Tensor, targets: Tensor) -> 
     x = features.to(solution.weight.dtype, copy=True)
     x = standardise_(x[None], solution.mean[None, None], solution.variance[None, None])[0]
     return tally_on(task, Rows.of(x), targets, solution.weight, solution.bias)
-
-
-def _side_by_side(task: Task, layers: Sequence[str], tallies: dict[str, Tensor], device: torch.device | str) -> Tensor:
-    none = task.no_tally(1, device)[:, 0]
-    return torch.stack([tallies[x].to(device) if x in tallies else none for x in layers], dim=1)
 
 
 def _mean_gram(x: Rows) -> Tensor | None:

@@ -19,9 +19,6 @@ from lightning_probes.probes.tasks import Labels, Task
 _CHUNKS = 4
 """Set into how many runs layers are cut on the CPU: copies stay in the cache, and small beside the features."""
 
-_ORDERS = 64
-"""Bound the sets of layers whose index tensors are kept."""
-
 _STATISTICS = ("mean", "variance", "alive")
 
 
@@ -93,6 +90,10 @@ class Run:
         """Return the part of a tensor of the stack that belongs to these layers."""
         return self.stack.tensors[name][self.rows]
 
+    def by_layer(self, tally: Tensor) -> dict[str, Tensor]:
+        """Return ``{layer: (statistics,)}`` of a tally ``(statistics, layers)`` of these layers."""
+        return dict(zip(self.layers, tally.unbind(dim=1), strict=True))
+
     def scores(self, x: Tensor) -> Tensor:
         """Return ``(layers, outputs, samples)`` of standardised ``x`` ``(layers, samples, width)``."""
         return torch.bmm(self["weight"], x.transpose(1, 2)).add_(self["bias"])
@@ -124,11 +125,8 @@ class StackedProbes:
     def __init__(self, layers: Sequence[str], task: Task) -> None:
         self.layers = list(layers)
         self.task = task
-        self._index = {layer: i for i, layer in enumerate(self.layers)}
         self._stacks: dict[int, Stack] = {}
         self._width: dict[str, int] = {}
-        # An index tensor is kept for each order of layers, since making one waits for the device.
-        self._places: dict[tuple[str, ...], Tensor] = {}
 
     @classmethod
     def of(cls, layers: Sequence[str], task: Task, solutions: Mapping[str, Solution]) -> StackedProbes:
@@ -183,13 +181,13 @@ class StackedProbes:
     @torch.no_grad()
     def score(self, batch: LayerBatch) -> Tensor:
         """Return the tally ``(statistics, layers)`` of a batch; update nothing."""
-        parts: dict[tuple[str, ...], Tensor] = {}
+        tallies: dict[str, Tensor] = {}
         labels = BatchLabels(self.task, batch)
         for run in self._runs(self._of_known_width(batch.features)):
             x = torch.stack(run.features).to(run["weight"].dtype)
             x = standardise_(x, run["mean"], run["variance"])
-            parts[run.layers] = self.task.tally(run.scores(x), labels.of(x.shape[1], x.dtype))
-        return self._gathered(parts, batch.targets.device)
+            tallies |= run.by_layer(self.task.tally(run.scores(x), labels.of(x.shape[1], x.dtype)))
+        return side_by_side(self.task, self.layers, tallies, batch.targets.device)
 
     def finite(self) -> dict[str, bool]:
         """Return for each layer whether all features that its probe has seen were finite; wait for the device."""
@@ -245,14 +243,11 @@ class StackedProbes:
                     yield Run(stack, slice(start, stop), [features[layer] for layer in stack.layers[start:stop]])
                 start = max(stop, start + 1)
 
-    def _gathered(self, parts: Mapping[tuple[str, ...], Tensor], device: torch.device) -> Tensor:
-        """Join the tallies of runs into the tally of all layers, with zeros for layers that are in no run."""
-        if not parts:
-            return self.task.no_tally(len(self.layers), device)
-        order = tuple(layer for run in parts for layer in run)
-        if order not in self._places:
-            if len(self._places) >= _ORDERS:  # Layers that are dropped at random come in ever new sets.
-                self._places.clear()
-            self._places[order] = torch.tensor([self._index[layer] for layer in order], dtype=torch.long, device=device)
-        found = torch.cat([*parts.values()], dim=1)
-        return found.new_zeros(len(found), len(self.layers)).index_copy_(1, self._places[order], found)
+
+def side_by_side(task: Task, layers: Sequence[str], tallies: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """Join tallies ``(statistics,)`` into that of all layers, ``(statistics, layers)``: 0 for layers without one.
+
+    The columns are put together as they are, since making a tensor of their places would wait for the device.
+    """
+    none = task.no_tally(1, device)[:, 0]
+    return torch.stack([tallies[layer].to(device) if layer in tallies else none for layer in layers], dim=1)

@@ -11,7 +11,7 @@ from torch.optim.adam import adam
 
 from lightning_probes.distributed import Ranks
 from lightning_probes.probes.dataset import LayerBatch
-from lightning_probes.probes.heads import BatchLabels, Run, Stack, StackedProbes
+from lightning_probes.probes.heads import BatchLabels, Run, Stack, StackedProbes, side_by_side
 from lightning_probes.probes.standardise import moved_statistics, standardise_, without_rounding
 from lightning_probes.probes.tasks import Task
 
@@ -48,19 +48,20 @@ class OnlineProbes(StackedProbes):
         Returns:
             The tally ``(statistics, layers)`` *before* the step.
         """
-        parts: dict[tuple[str, ...], Tensor] = {}
+        tallies: dict[str, Tensor] = {}
         labels = BatchLabels(self.task, batch)
         self._admit(batch.features)
         for run in self._runs(self._of_known_width(batch.features)):
             x = _track(run, _features_to_consume(run))
             own = labels.of(len(run.features[0]), run["weight"].dtype)
-            parts[run.layers], residual = self.task.tally_and_residual(run.scores(x), own)
+            tally, residual = self.task.tally_and_residual(run.scores(x), own)
+            tallies |= run.by_layer(tally)
             gradients = [torch.bmm(residual, x), residual.sum(dim=2, keepdim=True)]
             # Adam moves by its momentum even at zero gradient, so the first moments of layers set aside are zeroed.
             for moment in ("weight_mean_gradient", "bias_mean_gradient"):
                 run[moment].mul_(run["alive"])
             _adam_step(run, [torch.where(run["alive"], g, 0.0) for g in gradients], self.learning_rate)
-        return self._gathered(parts, batch.targets.device)
+        return side_by_side(self.task, self.layers, tallies, batch.targets.device)
 
     def lend(self, samples: int) -> dict[str, Tensor]:
         """Return memory ``{layer: (samples, width)}`` in which :meth:`update` finds features side by side.

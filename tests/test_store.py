@@ -232,8 +232,13 @@ def test_products_of_parts_are_those_of_the_whole(drawn: tuple[int, list[int]]) 
         off = 1e-4 if there.dtype == torch.float32 else 1e-9
         assert rows.samples == len(there)
         assert rows.width == 4
-        torch.testing.assert_close(rows.scores(u), u @ there.T, rtol=off, atol=off)
-        torch.testing.assert_close(rows.weighted(w), w @ there, rtol=off, atol=off)
+        for most in (1, 4, 100):
+            chunks = list(rows.chunks(most))
+            assert max((len(some) for some, _ in chunks), default=0) <= most
+            scores = torch.cat([u @ some.T for some, _ in chunks], dim=1)
+            torch.testing.assert_close(scores, u @ there.T, rtol=off, atol=off)
+            sums = sum(w[:, place] @ some for some, place in chunks)
+            torch.testing.assert_close(sums, w @ there, rtol=off, atol=off)
         torch.testing.assert_close(rows.gram(w[0]), there.T @ torch.diag(w[0]) @ there, rtol=off, atol=off)
 
 

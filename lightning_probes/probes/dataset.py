@@ -199,7 +199,7 @@ class FeatureDataset:
                 targets = torch.zeros(0, self._task.outputs, device=device)
                 return LayerSamples(layer, nothing, targets, folds[:0].to(device))
             batches = self._batches[layer]
-            each = [LayerBatch({}, self._targets[i].float()).targets_of(rows) for i, rows in batches]
+            each = [LayerBatch({}, self._targets[i]).targets_of(rows) for i, rows in batches]
             place = torch.cat([self._places[i].repeat(rows // len(self._places[i])) for i, rows in batches])
             fold = folds[(place * ranks.number + ranks.rank) % samples]
             features = self._features(layer, device)
@@ -392,7 +392,10 @@ class HalfPrecisionStore:
 
 
 def _hash_rows(x: Tensor) -> Tensor:
-    """Return a number for each row of floats, which depends on its width, and on the bits of its values in order."""
+    """Return a number for each row, which depends on its width, and on the bits of its values as floats in order."""
+    if not x.is_floating_point():
+        # Targets of zeros and ones are kept in a byte each, and others of the same kind are not.
+        return torch.cat([_hash_rows(rows.float()) for rows in x.split(4096)])  # type: ignore[no-untyped-call]
     bits = x.contiguous().view(torch.int32)
     generator = torch.Generator("cpu").manual_seed(8 * x.shape[1] + x.element_size())
     ends = torch.iinfo(torch.long)

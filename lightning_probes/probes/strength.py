@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_probes.probes.dataset import FOLDS
 from lightning_probes.probes.rows import Rows
-from lightning_probes.probes.solver import FEW, Problems, in_span
+from lightning_probes.probes.solver import FEW, Problems, in_span, tally_of
 from lightning_probes.probes.tasks import Task
 
 _Item = TypeVar("_Item")
@@ -94,7 +94,7 @@ class Folds:
         self._y = y
         self._tolerance = tolerance
         self._max_iterations = max_iterations
-        self._sizes = x.total(torch.bincount(part, minlength=FOLDS).to(y.dtype)).tolist()
+        self._sizes = x.total(torch.bincount(part, minlength=FOLDS).to(x.dtype)).tolist()
         self._samples = int(sum(self._sizes))
         begin = _guess(x.width - 1, self._samples)
         # What is small costs little, and its numbers shall not depend on what was fitted before.
@@ -235,14 +235,12 @@ class Folds:
         for subset, fold in zip(subsets, folds, strict=True):
             probes = torch.stack([self._probes[subset][step] for step in steps])
             mask = self._masks[fold]
-            scores = self._x.where(mask).scores(probes.flatten(0, 1)).view(*probes.shape[:2], -1)
-            tally = tally + self._task.tally(scores, self._task.prepare(self._y[mask].to(scores)))
+            tally = tally + tally_of(self._task, self._x.where(mask), self._y[mask], probes)
         return tally
 
     def _constant_loss(self) -> float:
-        scores = Problems.of(self._task, self._x, self._y, [0.0]).constants()[0, :, :, -1:]
-        labels = self._task.prepare(self._y.to(scores))
-        tally = self._x.total(self._task.tally(scores.expand(-1, -1, len(self._y)), labels))
+        constant = Problems.of(self._task, self._x, self._y, [0.0]).constants()[0]
+        tally = self._x.total(tally_of(self._task, self._x, self._y, constant))
         return float(tally[-2, 0] / tally[-1, 0])
 
 

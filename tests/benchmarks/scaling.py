@@ -29,6 +29,7 @@ from lightning_probes.distributed import Ranks
 from lightning_probes.probes.dataset import FeatureDataset, LayerBatch, MemoryStore
 from lightning_probes.probes.fit import fit_layers
 from lightning_probes.probes.rows import Rows
+from lightning_probes.probes.solver import Problems
 from lightning_probes.probes.tasks import Classification
 
 
@@ -75,18 +76,17 @@ def count_products() -> list[float]:
     """Make products with features add their operations to the list that is returned."""
     done = [0.0]
 
-    def counted(name: str, operations: Any) -> None:
-        original = getattr(Rows, name)
+    def counted(owner: type, name: str, operations: Any) -> None:
+        original = getattr(owner, name)
 
-        def call(self: Rows, *given: Any) -> Any:
-            done[0] += operations(self, *given)
-            return original(self, *given)
+        def call(self: Any, *given: Any, **options: Any) -> Any:
+            done[0] += operations(self, *given, **options)
+            return original(self, *given, **options)
 
-        setattr(Rows, name, call)
+        setattr(owner, name, call)
 
-    counted("scores", lambda rows, v: 2.0 * len(v) * rows.samples * rows.width)
-    counted("weighted", lambda rows, weights: 2.0 * len(weights) * rows.samples * rows.width)
-    counted("gram", lambda rows, weights=None: 1.25 * rows.samples * rows.width**2)
+    counted(Problems, "evaluate", lambda problems, v, **options: 4.0 * v.numel() * problems.x.samples)
+    counted(Rows, "gram", lambda rows, weights=None: 1.25 * rows.samples * rows.width**2)
     return done
 
 

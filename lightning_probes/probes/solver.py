@@ -266,8 +266,8 @@ class Problems:
         if dtype == self.l2.dtype:
             return self
         weights = None if self.weights is None else self.weights.to(dtype)
-        tensors = {"l2": self.l2.to(dtype), "weights": weights, "samples": self.samples.to(dtype)}
-        return replace(self, x=self.x.to(dtype), **tensors)
+        x, l2, samples = self.x.to(dtype), self.l2.to(dtype), self.samples.to(dtype)
+        return replace(self, x=x, l2=l2, weights=weights, samples=samples)
 
     def only(self, chosen: Tensor) -> Problems:
         """Return the problems of some strengths, by their indices."""

@@ -334,22 +334,25 @@ class Classification(Task):
         return mean.clamp(min=1e-12).log()
 
     def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
-        return -(scores.log_softmax(dim=0) * targets).sum()
+        return -(_log_softmax(scores) * targets).sum()
 
     def expectation(self, scores: Tensor) -> Tensor:
-        return scores.softmax(dim=-2)
+        if not scores.is_cuda:
+            return scores.softmax(dim=-2)
+        powers = (scores - scores.amax(dim=-2, keepdim=True)).exp_()
+        return powers.div_(powers.sum(dim=-2, keepdim=True))
 
     def curvature(self, expectation: Tensor) -> Tensor:
         return (expectation * (1 - expectation)).mean(dim=0)
 
     def tally_and_residual(self, scores: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
-        log_probabilities = scores.log_softmax(dim=1)
+        log_probabilities = _log_softmax(scores)
         tally = self.tally_of(log_probabilities, labels)
         residual = log_probabilities.exp_().mul_(labels.counted).sub_(labels.rows.T)
         return tally, residual.div_(labels.total.clamp(min=1))
 
     def tally(self, scores: Tensor, labels: Labels) -> Tensor:
-        return self.tally_of(scores.log_softmax(dim=1), labels)
+        return self.tally_of(_log_softmax(scores), labels)
 
     def tally_of(self, log_probabilities: Tensor, labels: Labels) -> Tensor:
         """Return the tally of log probabilities ``(layers, classes, samples)``, in nats."""
@@ -415,6 +418,15 @@ class Classification(Task):
     def objection(self, samples: int) -> str:
         few = f"{samples} samples are too few to tell {self.outputs} classes apart"
         return few if samples < self.outputs else ""
+
+
+def _log_softmax(scores: Tensor) -> Tensor:
+    """Return the logarithms of the softmax over outputs, of ``(..., outputs, samples)``.
+
+    On CUDA the operation for a dimension that is not the last took .5 ms for a million scores (H200, torch 2.11), as
+    much as the products of thirty layers; its parts take a tenth.
+    """
+    return scores - scores.logsumexp(dim=-2, keepdim=True) if scores.is_cuda else scores.log_softmax(dim=-2)
 
 
 def wilson_interval(wrong: float, total: float) -> tuple[float, float]:

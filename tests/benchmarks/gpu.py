@@ -1,7 +1,7 @@
 """What probes cost on a GPU: a network of the size of ResNet-50 in bfloat16, 17 layers, 1 000 classes, 100 000 samples.
 
 python tests/benchmarks/gpu.py                                                # a few minutes on a data-centre GPU
-python tests/benchmarks/gpu.py --device cpu --samples 512 --classes 10 --width 8 --batch-size 32    # whether it runs
+python tests/benchmarks/gpu.py --device cpu --samples 512 --classes 10 --width 8 --size 64 --batch-size 32    # does it run
 
 A step is timed with probes and without, in turns; no step but the first may wait for the device, which raises. Then the
 fit of all probes at an epoch's end is timed: running the kept batches again, and bringing the probes to their optimum.
@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from scaling import count_products
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.scaling import count_products
 from networks import QUIET, Classifier
 
 from lightning_probes import LinearProbeCallback
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=100_000)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--width", type=int, default=64, help="of the first stage; a ResNet-50 has 64")
-    parser.add_argument("--size", type=int, default=64, help="of the images")
+    parser.add_argument("--size", type=int, default=128, help="of the images")
     parser.add_argument("--batch-size", type=int, default=250)
     parser.add_argument("--rounds", type=int, default=2, help="of timed steps, with and without probes in turn")
     args = parser.parse_args()

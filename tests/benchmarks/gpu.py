@@ -1,7 +1,7 @@
 """What probes cost on a GPU: a network of the size of ResNet-50 in bfloat16, 17 layers, 1 000 classes, 100 000 samples.
 
 python tests/benchmarks/gpu.py                                                # a few minutes on a data-centre GPU
-python tests/benchmarks/gpu.py --device cpu --samples 512 --classes 10 --width 8 --size 64 --batch-size 32    # does it run
+python tests/benchmarks/gpu.py --device cpu --samples 512 --classes 10 --width 8 --size 64 --batch-size 32
 
 A step is timed with probes and without, in turns; no step but the first may wait for the device, which raises. Then the
 fit of all probes at an epoch's end is timed: running the kept batches again, and bringing the probes to their optimum.

@@ -19,6 +19,7 @@ from lightning_probes.distributed import Ranks
 from lightning_probes.probes import fit, strength
 from lightning_probes.probes.dataset import FeatureDataset, LayerBatch, LayerSamples, MemoryStore, draw_folds
 from lightning_probes.probes.fit import FittedProbes, fit_layers, fit_probe
+from lightning_probes.probes.remaining import REMAINING
 from lightning_probes.probes.rows import Parts
 from lightning_probes.probes.solver import Problems, Solution
 from lightning_probes.probes.standardise import standardise_
@@ -183,7 +184,8 @@ def test_features_that_are_not_finite_are_so_without_another_fit() -> None:
     x[3, 1] = torch.nan
     found = fitted({"a": x}, one_hot(labels).float())
     for each in (found, fitted({"a": x}, one_hot(labels).float(), found)):
-        assert each.known["a"] == {"fitted_on": {"data": "train", "samples": 0}, "converged": False, "l2": None}
+        known = {"fitted_on": {"data": "train", "samples": 0}, "converged": False, "l2": None}
+        assert each.known["a"] == known | dict.fromkeys(REMAINING)
         assert each.probes.finite() == {"a": False}
 
 

@@ -287,6 +287,7 @@ class _Posthoc:
                 device=self._runner.device,
                 track=progress.track,
                 before=self._fitted,
+                share=1.0,
                 is_strict=True,
             )
         assert found is not None

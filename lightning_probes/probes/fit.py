@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_probes.distributed import Ranks, Total, alone
 from lightning_probes.probes.dataset import FeatureDataset, LayerSamples, draw_folds
 from lightning_probes.probes.heads import StackedProbes, side_by_side
+from lightning_probes.probes.remaining import remaining
 from lightning_probes.probes.rows import Parts, Rows, statistics
 from lightning_probes.probes.solver import TOLERANCE, Solution, in_full_precision, solve, tally_on
 from lightning_probes.probes.standardise import standardise_
@@ -30,8 +31,10 @@ class FittedProbes:
 
     Attributes:
         probes: the probes, which score batches.
-        known: ``{layer: {"fitted_on": {"data", "samples"}, "converged", "l2"}}``, as in the rows of a report.
+        known: ``{layer: {"fitted_on": {"data", "samples"}, "converged", "l2", "remaining", ...}}``, as in the rows of a
+            report.
         tally: ``(statistics, layers)`` on the samples fitted on, summed over all processes.
+        held_out: ``{layer: (statistics,)}``, see :class:`~lightning_probes.probes.solver.Solution`.
         fingerprints: ``{layer: fingerprint}`` of the samples fitted on; see
             :meth:`~lightning_probes.probes.dataset.LayerSamples.fingerprint`.
         crossed_tally: tally of the samples of this process, each scored by a probe fitted on other folds; ``None``
@@ -47,6 +50,7 @@ class FittedProbes:
     target_sums: Tensor | None = None
     faults: dict[str, Exception] = field(default_factory=dict)
     fingerprints: dict[str, int] = field(default_factory=dict)
+    held_out: dict[str, Tensor] = field(default_factory=dict)
 
     def share_of(self, ranks: Ranks) -> Tensor:
         """Return what a process contributes to sums over processes: process 0 the whole tally, the others zeros."""
@@ -69,6 +73,7 @@ class FittedProbes:
             gradient_norm=math.nan,
             tally=tally,
             samples=known["fitted_on"]["samples"],
+            held_out=self.held_out.get(layer),
         )
 
     def with_others(self, others: FittedProbes) -> FittedProbes:
@@ -99,6 +104,7 @@ def fit_layers(
     track: Track,
     near: Mapping[str, float] = MappingProxyType({}),
     before: FittedProbes | None = None,
+    share: float | None = None,
     is_crossed: bool = False,
     is_strict: bool = False,
 ) -> FittedProbes | None:
@@ -121,6 +127,7 @@ def fit_layers(
         near: strength of L2 of each layer's last probe, where the search for the next begins; without one it begins at
             that of the layer before.
         before: probes that were fitted earlier on the same kind of data; ``None`` without any.
+        share: these samples as a share of all that could have been fitted on; ``None`` if it is not known.
         is_crossed: whether each fold is also scored by probes fitted on the other folds.
         is_strict: whether a fault of any layer is raised at once.
 
@@ -163,6 +170,7 @@ def fit_layers(
             "fitted_on": {"data": data, "samples": found.samples},
             "converged": found.converged,
             "l2": found.l2 if math.isfinite(found.l2) else None,
+            **remaining(task, found.tally, found.held_out, share),
         }
         for layer, found in solutions.items()
     }
@@ -171,7 +179,8 @@ def fit_layers(
     crossed_tally = side_by_side(task, layers, crossed, device) if is_crossed else None
     sums = dataset.target_sums.to(device, accumulator(device))
     probes = StackedProbes.of(layers, task, solutions)
-    return FittedProbes(probes, known, tally, crossed_tally, sums, faults, fingerprints)
+    held_out = {layer: found.held_out for layer, found in solutions.items() if found.held_out is not None}
+    return FittedProbes(probes, known, tally, crossed_tally, sums, faults, fingerprints, held_out)
 
 
 def fit_samples(
@@ -240,15 +249,15 @@ def fit_probe(
         rows = Rows.standardised(parts, mean, variance, total)
         rows = rows if isinstance(features, Parts) else rows.kept()
         part = (draw_folds(len(y)) if folds is None else folds[counted.to(folds.device)]).to(y.device)
-        gram, start, crossed = _mean_gram(rows), None, None
+        gram, start, held_out, crossed = _mean_gram(rows), None, None, None
         bounds: dict[str, Any] = {"tolerance": tolerance, "max_iterations": max_iterations}
         if l2 is None:
             search = Folds(task, rows, y, part, gram=gram, near=near, **bounds)
-            l2, start = search.choose()
+            l2, start, held_out = search.choose()
             crossed = search.cross_scored() if is_crossed else None
             del search  # It holds samples.
         best = solve(task, rows, y, l2, start=start, gram=gram, **bounds)
-        return replace(best, mean=mean, variance=variance, crossed_tally=crossed)
+        return replace(best, mean=mean, variance=variance, crossed_tally=crossed, held_out=held_out)
 
 
 def score(task: Task, solution: Solution, features: Tensor, targets: Tensor) -> Tensor:

@@ -63,6 +63,8 @@ class Solution:
         samples: number of the samples fitted on, in all processes; 0 if some of their features are not finite.
         crossed_tally: tally of the samples of this process, each scored by a probe that was fitted on the other folds,
             features standardised by all; ``None`` without cross-fitting.
+        held_out: tally ``(statistics,)`` of held-out samples of all processes, at this strength, of the probes that
+            chose it, each of which lacked one fold of them; ``None`` if it was not chosen.
     """
 
     weight: Tensor
@@ -76,6 +78,7 @@ class Solution:
     tally: Tensor
     samples: int
     crossed_tally: Tensor | None = None
+    held_out: Tensor | None = None
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,6 +52,17 @@ _LARGEST = 100_000_000
 
 _REMEMBERED = 60
 """Give the vectors as large as a probe that a solver remembers."""
+
+
+class Choice(NamedTuple):
+    """Hold a strength that was chosen, and what came of the fits that chose it."""
+
+    l2: float
+    """Hold the strength."""
+    start: tuple[Tensor, Tensor] | None = None
+    """Hold ``(weight, bias)`` to begin a fit on all samples from; ``None`` if nothing was fitted."""
+    held_out: Tensor | None = None
+    """Hold the tally ``(statistics,)`` at this strength of the held-out samples of all processes; ``None`` without."""
 
 
 class Folds:
@@ -111,19 +122,20 @@ class Folds:
         self._x, self._gram = x, gram
         self._masks = [part == i for i in range(FOLDS)]
         self._probes: dict[frozenset[int], dict[int, Tensor]] = {}
+        self._held: dict[frozenset[int], dict[int, Tensor]] = {}
         self._part: tuple[frozenset[int], Rows, Tensor] | None = None
 
-    def choose(self) -> tuple[float, tuple[Tensor, Tensor] | None]:
-        """Return the strength for a probe of all samples, and a start, ``(weight, bias)``, for a fit at it."""
+    def choose(self) -> Choice:
+        """Choose the strength for a probe of all samples."""
         nothing = frozenset[int]()
         found = self._search([nothing])[nothing]
         held = self._held_out_of(nothing)
         if not held:
-            return _strength(found), None
+            return Choice(_strength(found))
         # The mean of the folds' probes, each of which lacks other samples, is close to the probe of all samples.
         start = torch.stack([self._probes[lacking][found] for lacking in held]).mean(dim=0)
         weight = start[:, :-1] if self._basis is None else start[:, :-1] @ self._basis.T
-        return _strength(found), (weight, start[:, -1])
+        return Choice(_strength(found), (weight, start[:, -1]), self._held[nothing].get(found))
 
     def cross_scored(self) -> Tensor:
         """Return the tally of the samples of this process, each scored by a probe fitted on the other folds."""
@@ -226,7 +238,10 @@ class Folds:
 
     def _losses(self, steps: Sequence[int], lacking: frozenset[int], held: Sequence[frozenset[int]]) -> list[float]:
         folds = [i for subset in held for i in subset - lacking]
-        losses, counts = self._x.total(self._tally(steps, held, folds))[-2:]
+        tally = self._x.total(self._tally(steps, held, folds))
+        # Each column is kept by itself, since checkpoints would write the memory of all of them.
+        self._held.setdefault(lacking, {}).update(zip(steps, map(torch.clone, tally.unbind(dim=1)), strict=True))
+        losses, counts = tally[-2:]
         return [loss if math.isfinite(loss) else math.inf for loss in (losses / counts).tolist()]
 
     def _tally(self, steps: Sequence[int], subsets: Sequence[frozenset[int]], folds: Sequence[int]) -> Tensor:

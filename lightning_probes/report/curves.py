@@ -15,6 +15,7 @@ from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.distributed import Ranks
 from lightning_probes.network.extractor import LayerExtractor
+from lightning_probes.probes.remaining import REMAINING
 from lightning_probes.probes.tasks import Task
 from lightning_probes.report.label_counts import LabelCounts
 from lightning_probes.report.method import CROSS_FITTED
@@ -96,6 +97,7 @@ class LayerFacts:
                 "fitted_on": None,
                 "converged": None,
                 "l2": None,
+                **dict.fromkeys(REMAINING),
                 **(self._how.get(layer) or self._network.how(layer)),
                 **known.get(layer, {}),
             }

@@ -79,6 +79,9 @@ class ProbeReport:
             - ``rows``: which rows of the layer are of a sample, and ``reduction``: how they became features, both in
               a few words;
             - ``l2``: the strength of L2 that was chosen for the probe; ``None`` for an online probe;
+            - ``remaining``: by how much the error would fall, as is estimated, if the probe were fitted on all training
+              samples of an epoch instead of those that were kept; ``remaining_low`` and ``remaining_high``: its 90 %
+              interval. ``None`` for an online or a cross-fitted probe;
             - ``network``, only from :func:`~lightning_probes.probe`: ``as given``, ``untrained``, or a checkpoint's
               path.
         baseline: ``{stage: error}``, fractions in [0, 1]: the error of always answering the most frequent class among

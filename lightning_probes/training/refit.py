@@ -6,6 +6,7 @@ validation, or the online probes are published.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -56,6 +57,7 @@ class Refit:
 
     Attributes:
         budget: as given.
+        batches: number of batches of an epoch in this process; infinite as long as it is not known.
         fitted: the probes at their optimum for the network as it was when the last point was due.
         cost: as in :class:`~lightning_probes.ProbeReport`, without the share.
         note: why probes are not fitted on training batches that are run again, or why the starting point is missing.
@@ -65,6 +67,7 @@ class Refit:
         self, network: LayerExtractor, curves: Curves, budget: Budget, ranks: Ranks, progress: Progress
     ) -> None:
         self.budget = budget
+        self.batches = math.inf
         self.fitted: FittedProbes | None = None
         self.cost: dict[str, float] = {"seconds": 0.0, "kept_bytes": 0, "weights_bytes": 0}
         self.note = "" if budget.samples else "the online probes are published: fit_samples is 0"
@@ -171,11 +174,10 @@ class Refit:
         if self._network.labels.absent_in_training:
             self._batches.refuse("its batches have no usable labels")
 
-    def described(self, batches: float, *, has_validation: bool) -> str:
+    def described(self, *, has_validation: bool) -> str:
         """Describe the most that will be kept; call this after the first training batch.
 
         Args:
-            batches: number of batches of an epoch.
             has_validation: as for :meth:`prepare`.
         """
         if not self.budget.samples:
@@ -185,7 +187,7 @@ class Refit:
             most = size(min(4 * samples * values, self.budget.num_bytes))
             instead = f" but features of validation, up to {samples:,} samples ({most})" * has_validation
             return f"keeps no training batch{instead}: {self._batches.refusal}"
-        count, num_bytes = self._batches.kept.most(batches)
+        count, num_bytes = self._batches.kept.most(self.batches)
         if not count:
             return "keeps no training batch (fit_samples and fit_bytes have no room for one)"
         where = ", in each process" * (self._ranks.number > 1)
@@ -338,7 +340,7 @@ class Refit:
         if self.fitted is None:
             return known
         # With these a resumed run knows what needs no fit, as the run would have without the interruption.
-        again = {"tally": self.fitted.tally, "fingerprints": self.fitted.fingerprints}
+        again = {name: getattr(self.fitted, name) for name in ("tally", "fingerprints", "held_out")}
         return {**known, "bank": self.fitted.probes.state_dict(), "about": self.fitted.known, **again}
 
     def load_state_dict(self, state: Mapping[str, Any], layers: list[str], device: torch.device | str) -> None:
@@ -351,7 +353,8 @@ class Refit:
             # Checkpoints of earlier versions have no fingerprints.
             marks, tally = state.get("fingerprints", {}), state.get("tally")
             tally = None if tally is None else tally.to(device, accumulator(device))
-            self.fitted = FittedProbes(probes, state["about"], tally, fingerprints=dict(marks))
+            held_out = {layer: found.to(device) for layer, found in state.get("held_out", {}).items()}
+            self.fitted = FittedProbes(probes, state["about"], tally, fingerprints=dict(marks), held_out=held_out)
         self._strengths = dict(state.get("strengths", {})) or self._strengths_now
         self._has_failed = state.get("has_failed", False)
 
@@ -390,7 +393,9 @@ class Refit:
             refusal = error
         self._agree_on(refusal)
         self._faults |= faults
-        found = self._fit_on(dataset, "train", device_of(model), before)
+        numbers = self._ranks.total(torch.tensor([float(len(kept)), self._batches.kept.batches_of(self.batches)]))
+        share = float(numbers[0] / numbers[1].clamp(min=1))
+        found = self._fit_on(dataset, "train", device_of(model), before, share=share)
         if online is not None:
             self._online = tally
         if found is None and faults:  # no layer had features
@@ -404,6 +409,7 @@ class Refit:
         device: torch.device,
         before: FittedProbes | None = None,
         *,
+        share: float | None = None,
         is_crossed: bool = False,
     ) -> FittedProbes | None:
         found = fit_layers(
@@ -416,6 +422,7 @@ class Refit:
             track=self._progress.track,
             near=self._strengths_now,
             before=before,
+            share=share,
             is_crossed=is_crossed,
         )
         self._faults |= found.faults if found is not None else {}

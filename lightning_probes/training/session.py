@@ -106,7 +106,8 @@ class ProbingSession:
             gone_before: which training came before this run, so that the run has no starting point; empty if none did.
             missed: why the last point of the resumed run is missing for good; empty if it is not.
         """
-        self._kept = partial(self.refit.described, batches, has_validation=has_validation)
+        self.refit.batches = batches
+        self._kept = partial(self.refit.described, has_validation=has_validation)
         has_start = bool(report.select(epoch=0, step=0))
         note = self.refit.begin(model, gone_before=gone_before, has_start=has_start)
         # A note of the resumed run may not hold for this one.

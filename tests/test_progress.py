@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_probes import LinearProbeCallback, probe
+from lightning_probes.training import refit
+from lightning_probes.training.estimate import seconds_to_fit
 
 BARS: list[Any] = ["TQDMProgressBar", "RichProgressBar"]
 
@@ -378,6 +380,23 @@ def test_start_says_how_much_will_be_kept(options: dict[str, Any], data: Any, ba
     )
     assert cost["kept_bytes"] > 16 * batches * 4 * (64 * 64 + 1024)
     assert len(said[0]) <= 160
+
+
+@pytest.mark.parametrize(("pause", "is_told"), [(1e-9, True), (1e9, False)])
+def test_start_says_how_long_fits_will_take_if_that_is_long(
+    pause: float, is_told: bool, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refit, "_PAUSE", pause)
+    trainer_with(None, LinearProbeCallback()).fit(Classifier(mlp(depth=1)), loader(), loader(32))
+    assert bool(re.search(r"; fits will take about \d+ s at each point$", said[0])) == is_told
+
+
+def test_estimate_grows_with_what_is_fitted() -> None:
+    cpu = torch.device("cpu")
+    least = min(seconds_to_fit([64], 10, 1_000, cpu) for _ in range(5))
+    # The rate of the machine is measured each time, so that the factors are far above its noise.
+    for widths, outputs, samples in (([64] * 100, 10, 1_000), ([64], 1_000, 1_000), ([64], 10, 100_000)):
+        assert seconds_to_fit(widths, outputs, samples, cpu) > 5 * least
 
 
 @pytest.mark.filterwarnings("ignore:LinearProbeCallback. training cannot be run again")

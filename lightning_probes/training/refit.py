@@ -37,10 +37,14 @@ from lightning_probes.replay.replayer import copy_of_weights
 from lightning_probes.replay.reservoir import Budget, Reservoir
 from lightning_probes.report.curves import Curve, Curves, Kind
 from lightning_probes.report.method import CROSS_FITTED
+from lightning_probes.training.estimate import seconds_to_fit
 
 Faults = dict[str, Exception]
 """Map layers to what was raised for them."""
 
+
+_PAUSE = 2.0
+"""Announce fits that are likely to take at least so many seconds."""
 
 _SHARED_OUT = "its weights are shared out among processes"
 
@@ -193,6 +197,16 @@ class Refit:
         where = ", in each process" * (self._ranks.number > 1)
         weights = f" and the first weights ({size(self._start.num_bytes)})" * self._start.is_due
         return f"keeps up to {count:,} training batch{'es' * (count > 1)} ({size(num_bytes)}{where}){weights}"
+
+    def estimated(self, device: torch.device) -> str:
+        """Say about how long the fits of a point will take, after the first training batch; empty if that is little."""
+        kept, network = self._batches.kept, self._network
+        count, _ = kept.most(self.batches)
+        if self._batches.refusal is not None or not count:
+            return ""
+        samples = count * kept.samples // len(kept.items()) * self._ranks.number
+        seconds = seconds_to_fit(network.recorder.widths.values(), network.task.outputs, samples, device)
+        return f"fits will take about {seconds:,.0f} s at each point" if seconds >= _PAUSE else ""
 
     def prepare(
         self,

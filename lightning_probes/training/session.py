@@ -297,8 +297,9 @@ class ProbingSession:
         self._has_greeted = True
         with suppress(Exception):  # A line that cannot be logged must not end a run.
             held = f" ({size(self.online.probes.num_bytes)})" if self.online.probes is not None else ""
-            kept = [self._kept()] if self._kept is not None else []
-            self._progress.say("; ".join([f"LinearProbeCallback: {layers}{held}", *kept, *self.network.notes]))
+            kept = [self._kept(), self.refit.estimated(self.ranks.device)] if self._kept is not None else []
+            told = filter(None, [f"LinearProbeCallback: {layers}{held}", *kept, *self.network.notes])
+            self._progress.say("; ".join(told))
 
     # A point
 

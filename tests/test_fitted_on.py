@@ -14,9 +14,9 @@ import torch
 from fits import count_fits, fit_and_listen, fitted_on, make_trainer, points, small
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from networks import images, loader
-from torch import Tensor
-from torch.utils.data import DataLoader
+from networks import Classifier, images, loader, mlp
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_probes import LinearProbeCallback
 from lightning_probes.probes import fit
@@ -91,6 +91,22 @@ def test_what_is_kept_on_the_device_gives_the_same_report(tmp_path: Path) -> Non
         make_trainer(tmp_path, probes).fit(small(), loader(96), loader(40))
         reports.append(probes.report)
     assert reports[0] == reports[1]
+
+
+class Scaled(nn.Module):
+    """Takes bytes, as a data set has them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float() / 255 - 0.5
+
+
+def test_what_is_kept_is_as_small_as_what_the_network_was_given(tmp_path: Path) -> None:
+    pixels = torch.randint(256, (96, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = DataLoader(TensorDataset(pixels, torch.arange(96) % 10), 16)
+    make_trainer(tmp_path, probes := LinearProbeCallback()).fit(Classifier(nn.Sequential(Scaled(), *mlp())), data)
+    batches = probes.report.cost["kept_bytes"]
+    widths = {row["layer"]: row["features"] for row in probes.report.rows}
+    assert 96 * 64 <= batches - 96 * 4 * sum(widths.values()) <= 96 * (64 + 4 * 10)
 
 
 @pytest.mark.gpu

@@ -10,8 +10,9 @@ import pytest
 import torch
 from fits import fitted_on, make_trainer, points, small
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from networks import Classifier, loader, mlp
+from networks import Classifier, images, loader, mlp
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_probes import LinearProbeCallback
 
@@ -128,3 +129,22 @@ def test_another_callback_beside_it_changes_nothing(is_first: bool, tmp_path: Pa
         reports.append(probes.report)
     assert reports[0] == reports[1]
     assert len(reports[0].select(stage="val", metric="error")) == 3 * 4
+
+
+def test_a_point_does_not_depend_on_the_points_before_it(tmp_path: Path) -> None:
+    """The search for a strength begins at that of the last point where samples are many, as they are here."""
+
+    def noisy(samples: int, seed: int) -> TensorDataset:
+        x, y = images(samples, seed=seed).tensors
+        return TensorDataset(x + 4 * torch.randn(x.shape, generator=torch.Generator().manual_seed(9 + seed)), y)
+
+    seed_everything(0, verbose=False)
+    each = [LinearProbeCallback("net.3", name=f"every {n}", every_n_epochs=n) for n in (1, 4)]
+    trainer = make_trainer(tmp_path, *each, max_epochs=4)
+    model = Classifier(mlp(width=700, depth=2), learning_rate=0.03)
+    trainer.fit(model, DataLoader(noisy(1_500, 0), 20, shuffle=True), DataLoader(noisy(2_000, 1), 500))
+    often, seldom = (probes.report.select(epoch=4, stage="val", metric="error") for probes in each)
+    assert len({row["l2"] for row in each[0].report.select(layer="net.3", stage="val", metric="error")}) > 1
+    for one, other in zip(often, seldom, strict=True):
+        assert one["layer"] == other["layer"]
+        assert one["value"] == pytest.approx(other["value"], abs=0.002)

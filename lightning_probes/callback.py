@@ -39,7 +39,7 @@ class LinearProbeCallback(Callback):
       probe, a fraction in [0, 1]; ``train`` is its error on the samples that it was fitted on;
     - ``probe_cross_entropy_{stage}/{layer}``: its cross-entropy in nats, if ``log_metrics`` asks for it;
     - ``probe_lag_{stage}/{layer}``: how much higher the error of the probe is that was only trained along with the
-      network, if ``log_metrics`` asks for it. If not, only two layers a step are trained along, and further behind.
+      network, if ``log_metrics`` asks for it. If not, only one layer a step is trained along, and further behind.
 
     Before that the probes are brought to their optimum on the frozen network: training batches are kept, and their
     calls of the network's modules are run again. Where that cannot be, probes are cross-fitted on validation, or those
@@ -155,10 +155,10 @@ class LinearProbeCallback(Callback):
         # The labels of a first validation may have told how many classes there are.
         self._session.refit.budget.samples = self._samples()
         # The start of an epoch that is resumed is not called again.
-        self._session.refit.renew(trainer.current_epoch)
+        self._session.refit.renew(trainer.current_epoch, trainer.num_training_batches)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._session.refit.renew(trainer.current_epoch)
+        self._session.refit.renew(trainer.current_epoch, trainer.num_training_batches)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         is_unknown = not self._network.task.outputs

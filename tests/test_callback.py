@@ -697,7 +697,7 @@ class Scaled(Classifier):
 @pytest.mark.parametrize(
     ("arguments", "make", "layers"),
     [
-        ({}, lambda: Classifier(mlp(depth=4)), 2),
+        ({}, lambda: Classifier(mlp(depth=4)), 1),
         ({"log_metrics": ["lag"]}, lambda: Classifier(mlp(depth=4)), 9),
         ({"fit_samples": 0}, lambda: Classifier(mlp(depth=4)), 9),
         ({"fit_bytes": 1}, lambda: Classifier(mlp(depth=4)), 9),

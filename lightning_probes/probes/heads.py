@@ -249,5 +249,7 @@ def side_by_side(task: Task, layers: Sequence[str], tallies: Mapping[str, Tensor
 
     The columns are put together as they are, since making a tensor of their places would wait for the device.
     """
+    if not layers:
+        return task.no_tally(0, device)
     none = task.no_tally(1, device)[:, 0]
     return torch.stack([tallies[layer].to(device) if layer in tallies else none for layer in layers], dim=1)

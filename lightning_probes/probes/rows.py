@@ -15,9 +15,8 @@ from lightning_probes.probes.standardise import merged_statistics, moved_statist
 _COLUMNS = 256
 """Bound the columns of a Gram matrix that are computed at once: of 1 024 features this leaves out 37 % of the work."""
 
-
 _ROWS = 4096
-"""Bound the samples that are multiplied at once for it."""
+"""Bound the samples that are read at once for a Gram matrix."""
 
 
 def floating(x: Tensor) -> Tensor:

@@ -230,8 +230,8 @@ class Problems:
     products with the features are of a better shape, and what is small costs the same for all as for one.
 
     Scores and targets are those of the samples of this process. Means are over the samples of all processes, each of
-    which computes the same steps and comes to the same result if their devices round alike. Of all tensors but the
-    targets the first two dimensions are ``(strengths, subsets)``. What is as large as scores is computed for some
+    which computes the same steps and comes to the same result if their devices round alike. Of probes, gradients and
+    curvatures the first two dimensions are ``(strengths, subsets)``. What is as large as scores is computed for some
     samples at a time, which are read once for both products of a gradient.
 
     Attributes:
@@ -243,6 +243,8 @@ class Problems:
             is all samples.
         samples: number of samples of each subset in all processes, at least 1, ``(subsets, 1, 1)``.
         samples_everywhere: number of samples of all subsets in all processes.
+        scaled: all targets ``(outputs, samples)``, as :meth:`Task.normalised` scales them; ``None`` if they are so many
+            that they are scaled for some samples at a time.
     """
 
     task: Task
@@ -252,6 +254,7 @@ class Problems:
     weights: Tensor | None
     samples: Tensor
     samples_everywhere: float
+    scaled: Tensor | None
 
     @classmethod
     def of(cls, task: Task, x: Rows, targets: Tensor, l2: Sequence[float], subsets: Tensor | None = None) -> Problems:
@@ -262,15 +265,18 @@ class Problems:
         own = own if weights is None else torch.cat([weights.sum(dim=1), own])
         counts = x.total(own)
         each = counts if weights is None else counts[:-1]
-        return cls(task, x, targets, strengths, weights, each.clamp(min=1)[:, None, None], float(counts[-1]))
+        few = targets.numel() <= _VALUES
+        scaled = task.normalised(targets.to(strengths)).T.contiguous() if few else None
+        return cls(task, x, targets, strengths, weights, each.clamp(min=1)[:, None, None], float(counts[-1]), scaled)
 
     def to(self, dtype: torch.dtype) -> Problems:
         """Return the same problems in another precision."""
         if dtype == self.l2.dtype:
             return self
         weights = None if self.weights is None else self.weights.to(dtype)
+        scaled = None if self.scaled is None else self.task.normalised(self.targets.to(dtype)).T.contiguous()
         x, l2, samples = self.x.to(dtype), self.l2.to(dtype), self.samples.to(dtype)
-        return replace(self, x=x, l2=l2, weights=weights, samples=samples)
+        return replace(self, x=x, l2=l2, weights=weights, samples=samples, scaled=scaled)
 
     def only(self, chosen: Tensor) -> Problems:
         """Return the problems of some strengths, by their indices."""
@@ -320,16 +326,10 @@ class Problems:
         return gradient, curvature if self.weights is None else curvature * self.weights
 
     def _scaled(self, place: slice) -> Tensor:
-        """Return the targets of some samples, ``(outputs, samples)``, as :meth:`Task.normalised` scales them."""
-        if self._all_scaled is not None:
-            return self._all_scaled[:, place]
+        """Return the scaled targets of some samples, ``(outputs, samples)``."""
+        if self.scaled is not None:
+            return self.scaled[:, place]
         return self.task.normalised(self.targets[place].to(self.l2)).T
-
-    @cached_property
-    def _all_scaled(self) -> Tensor | None:
-        if self.targets.numel() > _VALUES:
-            return None
-        return self.task.normalised(self.targets.to(self.l2)).T.contiguous()
 
     @cached_property
     def penalty(self) -> Tensor:
@@ -380,7 +380,7 @@ class Problems:
         scale = cold[0].clamp(min=1e-3)
         limit = tolerance * scale
         preconditioners = self.preconditioners(curvature, gram)
-        descent = _Descent(self, v.clone(), gradient, preconditioners, limit, steep)
+        descent = _Descent(self, v.clone(), gradient, curvature, preconditioners, limit, steep)
         v, is_stuck, iterations = descent.run(max_iterations)
         if is_stuck.any() and v.dtype == torch.float32 and v.device.type != "mps":
             rest, double = is_stuck.any(dim=1).nonzero().flatten(), torch.float64
@@ -388,7 +388,7 @@ class Problems:
             gradient, curvature = problems.evaluate(v[rest], is_curved=True)
             steep = None if steep is None else steep[rest].to(double)
             preconditioners = problems.preconditioners(curvature)
-            descent = _Descent(problems, v[rest], gradient, preconditioners, limit.to(double), steep)
+            descent = _Descent(problems, v[rest], gradient, curvature, preconditioners, limit.to(double), steep)
             finished, _, more = descent.run(max_iterations)
             v, iterations = v.index_copy(0, rest, finished), iterations + more
         return Minima(v, scale, iterations)
@@ -411,6 +411,7 @@ class _Descent:
         problems: what is minimised.
         v: where each problem begins.
         gradient: gradient at ``v``.
+        curvature: what each sample adds to the curvature at ``v``.
         preconditioners: of each strength, at ``v``.
         limit: bound on the norm of the gradients, ``(subsets,)``.
         steep: mean curvature at the constant probe, ``(strengths, subsets)``, to tighten the limit with the curvature;
@@ -422,11 +423,12 @@ class _Descent:
         problems: Problems,
         v: Tensor,
         gradient: Tensor,
+        curvature: Tensor,
         preconditioners: Tensor,
         limit: Tensor,
         steep: Tensor | None,
     ) -> None:
-        self._problems, self._v, self._gradient = problems, v, gradient
+        self._problems, self._v, self._gradient, self._curvature = problems, v, gradient, curvature
         self._limit, self._steep = limit, steep
         self._best = torch.full_like(v[..., 0, 0], torch.inf)
         self._since = torch.zeros_like(self._best)
@@ -460,15 +462,17 @@ class _Descent:
         self._is_stuck = self._is_stuck | (self._since > 2 * _REFRESH)
         is_within = norm <= self._limit
         if self._steep is not None and bool((is_within & ~self._is_within).any()):
-            _, curvature = self._problems.evaluate(self._v, is_curved=True)
-            left = self._problems.x.total(curvature.sum(dim=2)) / self._steep.clamp(min=1e-30)
+            left = self._problems.x.total(self._curvature.sum(dim=2)) / self._steep.clamp(min=1e-30)
             is_within = norm <= self._limit * (left / _FLAT).clamp(_TIGHTEST, 1.0)
         self._is_within = is_within
 
     def _step(self) -> None:
         is_over = (self._is_within | self._is_stuck)[:, :, None, None]
         direction = self._pairs.direction(self._gradient).masked_fill_(is_over, 0.0)
-        step, gradient = _line_search(self._problems, self._v, direction, self._gradient)
+        is_curved = self._steep is not None
+        step, gradient, self._curvature = _line_search(
+            self._problems, self._v, direction, self._gradient, is_curved=is_curved
+        )
         self._is_stuck = self._is_stuck | ((step == 0) & ~self._is_within)
         v = self._v + step[:, :, None, None] * direction
         self._pairs.add(v - self._v, gradient - self._gradient)
@@ -476,7 +480,7 @@ class _Descent:
 
     def _go_on_with(self, going: Tensor) -> None:
         self._problems = self._problems.only(going)
-        self._v, self._gradient = self._v[going], self._gradient[going]
+        self._v, self._gradient, self._curvature = self._v[going], self._gradient[going], self._curvature[going]
         self._best, self._since = self._best[going], self._since[going]
         self._is_within, self._is_stuck = self._is_within[going], self._is_stuck[going]
         self._steep = None if self._steep is None else self._steep[going]
@@ -567,17 +571,19 @@ def _inverse(hessian: Tensor) -> Tensor:
     return (1 / hessian.diagonal().clamp(min=ridge)).diag()
 
 
-def _line_search(problems: Problems, v: Tensor, direction: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def _line_search(
+    problems: Problems, v: Tensor, direction: Tensor, gradient: Tensor, *, is_curved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return a step for each problem at which the slope is less steep, 0 if rounding hides every descent.
 
     The slope decides, and not the objective, whose differences drown in rounding long before the optimum. Most first
     steps do: a more careful search took more gradients than it saved iterations.
 
     Returns:
-        The steps, ``(strengths, subsets)``, and the gradients there.
+        The steps, ``(strengths, subsets)``, and what :meth:`Problems.evaluate` returns there.
     """
     slope = (gradient * direction).sum(dim=(2, 3))
-    gradient = gradient.clone()
+    gradient, curvature = gradient.clone(), gradient.new_zeros(0)
     searching = torch.arange(len(v), device=v.device)
     done = ~(slope < 0)
     step = torch.where(done, 0.0, 1.0)
@@ -586,11 +592,12 @@ def _line_search(problems: Problems, v: Tensor, direction: Tensor, gradient: Ten
     for _ in range(30):
         some = problems if len(searching) == len(v) else problems.only(searching)
         along = step[searching, :, None, None] * direction[searching]
-        gradient[searching] = some.gradient(v[searching] + along)
+        gradient[searching], found = some.evaluate(v[searching] + along, is_curved=is_curved)
+        curvature = found if len(searching) == len(v) else curvature.index_copy(0, searching, found)
         here = (gradient * direction).sum(dim=(2, 3))
         done = done | (here.abs() <= -_STEEP * slope)
         if not len(searching := (~done).any(dim=1).nonzero().flatten()):
-            return step, gradient
+            return step, gradient, curvature
         falls = here < 0
         low, at_low = (torch.where(falls & ~done, *pair) for pair in ((step, low), (here, at_low)))
         high, at_high = (torch.where(falls | done, *pair) for pair in ((high, step), (at_high, here)))
@@ -599,4 +606,4 @@ def _line_search(problems: Problems, v: Tensor, direction: Tensor, gradient: Ten
         share = (at_low / (at_low - at_high)).clamp(0.1, 0.9)
         step = torch.where(done, step, torch.where(high > 0, low + share * (high - low), 4 * step))
     step = torch.where(done, step, low)
-    return step, problems.gradient(v + step[:, :, None, None] * direction)
+    return step, *problems.evaluate(v + step[:, :, None, None] * direction, is_curved=is_curved)

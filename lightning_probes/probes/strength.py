@@ -48,7 +48,8 @@ _SMALL = 10_000_000
 a fit this small costs the same for all as for one."""
 
 _LARGEST = 100_000_000
-"""Bound the scores, and the values that a solver remembers of its steps, of the fits that run side by side."""
+"""Bound the scores of all samples, and the values that a solver remembers of its steps, of fits that run side by side:
+more of them would hardly make products faster."""
 
 _REMEMBERED = 60
 """Give the vectors as large as a probe that a solver remembers."""

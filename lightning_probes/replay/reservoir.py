@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from random import Random
 from typing import Generic, TypeVar
@@ -120,14 +119,6 @@ class Reservoir(Generic[T]):
         _, samples, num_bytes, _ = self._kept[0]
         most = int(min(batches, self._budget.samples // max(samples, 1), self._budget.num_bytes // max(num_bytes, 1)))
         return most, most * num_bytes
-
-    def batches_of(self, batches: float) -> float:
-        """Return how many batches there are to keep in a stretch of ``batches``, or in what was seen if it has no end.
-
-        At least all that are kept, some of which may be of the stretch before.
-        """
-        number = batches if math.isfinite(batches) else float(self.seen)
-        return max(number, float(len(self._kept) + len(self._before)))
 
     def items(self) -> list[T]:
         """Return what is kept, in order of arrival."""

@@ -7,19 +7,22 @@ from collections.abc import Iterable
 
 import torch
 
+from lightning_probes.probes.solver import in_full_precision
+
 _EVALUATIONS = 140
 """Give the gradients that bringing one probe to its optimum took on average, the choice of a strength included: those
-of a convolutional network took 140, those of an MLP 190. Fits then took .8 to 1.4 of what was announced, four networks.
+of a convolutional network took 140, those of an MLP 190. On a CPU the fits of four networks took .8 to 1.4 of what was
+announced.
 """
 
 _INVERSES = 6
-"""Give the inverses of a Gram matrix, each of which takes some two operations a cube of its width."""
+"""Give the inverses of a matrix of features x features, each of which takes about 2 width^3 operations."""
 
 _SHARE = 0.5
 """Give the share of the rate of a large matrix product that a fit reached."""
 
 _SIZE = 512
-"""Measure the rate by products of this width, a few milliseconds in all."""
+"""Measure the rate by products of this width, a few milliseconds in all; on a GPU, by some of eight times this."""
 
 
 def seconds_to_fit(widths: Iterable[int], outputs: int, samples: int, device: torch.device) -> float:
@@ -40,10 +43,14 @@ def seconds_to_fit(widths: Iterable[int], outputs: int, samples: int, device: to
 
 def _rate(device: torch.device) -> float:
     """Return the operations a second of a matrix product in float32 on the device, by the fastest of a few."""
-    x = torch.ones(_SIZE, _SIZE, device=device)
+    size, times = (_SIZE, 1) if device.type == "cpu" else (8 * _SIZE, 4)
+    x = torch.ones(size, size, device=device, dtype=torch.float32)
     fastest = float("inf")
-    for _ in range(4):
-        begun = time.perf_counter()
-        float((x @ x)[0, 0])
-        fastest = min(fastest, time.perf_counter() - begun)
-    return 2.0 * _SIZE**3 / fastest
+    with in_full_precision(device):
+        for _ in range(4):
+            begun = time.perf_counter()
+            for _ in range(times):
+                product = x @ x
+            float(product[0, 0])
+            fastest = min(fastest, time.perf_counter() - begun)
+    return 2.0 * times * size**3 / fastest

@@ -18,7 +18,7 @@ from lightning_probes.training.resume import Restored, only
 _LAYERS_A_STEP = 21
 """Limit the probes that are trained in one step to the input and twenty layers where these probes are published."""
 
-_BESIDE_A_FIT = 2
+_BESIDE_A_FIT = 1
 """Limit them to this where fitted probes are published, and those trained along only stand by in case a fit fails."""
 
 
@@ -58,7 +58,7 @@ class OnlineTraining:
         """Return the layers whose probes are trained on the next batch; ``None`` for all.
 
         More than 21 layers take turns, so that a step costs the same whatever the number of layers; where only probes
-        of a fit are asked for, more than two.
+        of a fit are asked for, one has its turn.
         """
         most = _LAYERS_A_STEP if self.is_shown else _BESIDE_A_FIT
         if self.probes is None or (turns := math.ceil(len(self.probes.layers) / most)) <= 1:

@@ -61,7 +61,7 @@ class Refit:
 
     Attributes:
         budget: as given.
-        batches: number of batches of an epoch in this process; infinite as long as it is not known.
+        batches: number of batches of an epoch in this process; infinite if it is not known.
         fitted: the probes at their optimum for the network as it was when the last point was due.
         cost: as in :class:`~lightning_probes.ProbeReport`, without the share.
         note: why probes are not fitted on training batches that are run again, or why the starting point is missing.
@@ -143,8 +143,9 @@ class Refit:
         self._start.fitted = None
         self._validation = None
 
-    def renew(self, epoch: int) -> None:
-        """Begin an epoch, whose batches replace those of the epoch before."""
+    def renew(self, epoch: int, batches: float) -> None:
+        """Begin an epoch of so many batches, which replace those of the epoch before."""
+        self.batches = batches
         self._batches.kept.renew(epoch)
 
     def wants(self) -> bool:
@@ -204,7 +205,7 @@ class Refit:
         count, _ = kept.most(self.batches)
         if self._batches.refusal is not None or not count:
             return ""
-        samples = count * kept.samples // len(kept.items()) * self._ranks.number
+        samples = count * kept.samples // len(kept.items())
         seconds = seconds_to_fit(network.recorder.widths.values(), network.task.outputs, samples, device)
         return f"fits will take about {seconds:,.0f} s at each point" if seconds >= _PAUSE else ""
 
@@ -367,7 +368,8 @@ class Refit:
             # Checkpoints of earlier versions have no fingerprints.
             marks, tally = state.get("fingerprints", {}), state.get("tally")
             tally = None if tally is None else tally.to(device, accumulator(device))
-            held_out = {layer: found.to(device) for layer, found in state.get("held_out", {}).items()}
+            known = state.get("held_out", {}).items()
+            held_out = {layer: found.to(device, accumulator(device)) for layer, found in known}
             self.fitted = FittedProbes(probes, state["about"], tally, fingerprints=dict(marks), held_out=held_out)
         self._strengths = dict(state.get("strengths", {})) or self._strengths_now
         self._has_failed = state.get("has_failed", False)
@@ -407,8 +409,9 @@ class Refit:
             refusal = error
         self._agree_on(refusal)
         self._faults |= faults
-        numbers = self._ranks.total(torch.tensor([float(len(kept)), self._batches.kept.batches_of(self.batches)]))
-        share = float(numbers[0] / numbers[1].clamp(min=1))
+        numbers = torch.tensor([len(kept), max(self.batches, len(kept))], dtype=torch.float32)
+        number, of_all = self._ranks.total(numbers).tolist()
+        share = number / of_all if 0 < of_all < math.inf else None
         found = self._fit_on(dataset, "train", device_of(model), before, share=share)
         if online is not None:
             self._online = tally

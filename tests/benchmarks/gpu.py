@@ -102,12 +102,12 @@ def wait(device: str) -> None:
 
 
 class Watch(Callback):
-    """Time steps, and raise if one of them waits for the device."""
+    """Time steps, and raise if one of them waits for the device; a :class:`Beginning` before the probes begins each."""
 
     def __init__(self, device: str) -> None:
         self.device, self.steps, self.begun = device, [0.0], 0.0
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def begin(self, trainer: Trainer) -> None:
         wait(self.device)
         if trainer.global_step and self.device == "cuda":
             torch.cuda.set_sync_debug_mode("error")
@@ -139,7 +139,8 @@ def train(args: argparse.Namespace, batches: int, probes: LinearProbeCallback | 
     """Train for some steps; return what was timed, and the seconds of the whole run."""
     seed_everything(0, verbose=False)
     watch = Watch(args.device)
-    callbacks: list[Callback] = [watch] if probes is None else [Before(watch), probes, watch]
+    others: list[Callback] = [] if probes is None else [probes]
+    callbacks = [Beginning(watch), *others, watch]
     options = {**QUIET, "accelerator": args.device, "precision": "bf16-true", "limit_train_batches": batches}
     trainer = Trainer(**options, max_epochs=1, callbacks=callbacks)
     images = Images(args.samples, args.classes, args.batch_size, args.size, args.device)
@@ -150,14 +151,14 @@ def train(args: argparse.Namespace, batches: int, probes: LinearProbeCallback | 
     return watch, time.perf_counter() - begun
 
 
-class Before(Callback):
+class Beginning(Callback):
     """Begin to time a step before the probes see it."""
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
 
-    def on_train_batch_start(self, *given: Any) -> None:
-        self.watch.on_train_batch_start(*given)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.watch.begin(trainer)
 
 
 def rate_of(device: str) -> float:
@@ -214,15 +215,16 @@ def main() -> None:
         f"step with probes {watch.step / without:.3f}; pause {probes.report.cost['seconds']:.1f} s"
         f" of a run of {whole:.1f} s for {len(rows)} layers, {rows[0]['fitted_on']['samples']:,} samples"
     )
+    rate = rate_of(args.device)
     print(
         f"  to their optimum {seconds[0]:.1f} s, {done[0]:.2e} operations in products:"
-        f" {done[0] / seconds[0] / rate_of(args.device):.0%} of {rate_of(args.device):.2e} a second"
+        f" {done[0] / seconds[0] / rate:.0%} of {rate:.2e} a second"
     )
     if args.device == "cuda":
         print(f"  memory of the device at its peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     for row in rows:
         told = "" if row["converged"] else ", not at the optimum"
-        print(f"  {row['layer']:<12}{row['value']:>7.1%}  l2={row['l2']:.0e}{told}")
+        print(f"  {row['layer']:<12}{row['value']:>7.1%}  l2={row['l2'] or 0:.0e}{told}")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def state_of(session: ProbingSession, report: ProbeReport) -> dict[str, Any]:
         "missing": session.doubts,
         "points": session.curves.state_dict(),
         "axes": network.axes.state_dict(),
+        "own_data": session.has_own_data,
         "pairings": [known.state_dict() for known in network.pairings.values() if known.is_known],
     }
     return {"version": STATE_VERSION, "probes": probes, "report": asdict(report)}
@@ -72,6 +73,10 @@ def restore(
     outputs = network.task.outputs
     if difference := differing(state, selected, outputs, reduction["kind"], network.reducer.kind):
         refuse(difference, strict=strict)
+    if session.has_own_data != state.get("own_data", False):
+        there, here = ("training", "data") if session.has_own_data else ("data", "training")
+        refuse(f"they were fitted on {there} in the checkpoint and are on {here} here", strict=strict)
+        return
     session.point = tuple(state["point"])
     session.now = tuple(state["now"])
     session.doubts = state.get("missing", "")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_probes.network.hooks import HEARD_BY, ActivationRecorder
 from lightning_probes.network.torch_internals import HOOK_ATTRIBUTES, run_eagerly
@@ -137,7 +138,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, Tensor):
-        if isinstance(value, nn.Parameter):
+        if isinstance(value, nn.Parameter) or is_lazy(value):
             return value
         memo[id(value)] = found = value.clone()
         return found

@@ -49,6 +49,7 @@ class LinearProbeCallback(Callback):
     Before that the probes are brought to their optimum on the frozen network: training batches are kept, and their
     calls of the network's modules are run again. Where that cannot be, probes are cross-fitted on validation, or those
     trained along are published; :attr:`report` and one warning say so. Step 0 is the network as ``fit`` found it.
+    With ``data`` nothing of training is kept or recorded: probes are fitted and scored on that set, at each publication.
 
     :attr:`report` has all of it as well. At the end of ``fit``, however it ends, the report is saved as
     ``probe_report.json`` (with the ``name`` before it) in the folder of the first logger that has one. A layer with NaN
@@ -61,14 +62,15 @@ class LinearProbeCallback(Callback):
         exclude: layers to take away, named in the same way, with everything below them.
         {reading}
         data: labelled set of its own to probe on, in the place of what training sees: a LightningDataModule, or a pair
-            (train loader, val loader). It is read again at each publication, and its batches are given to the model's
-            ``forward``, never to its steps.
+            (train loader, val loader). It is read again at each publication, and what ``input`` names in its batches is
+            given to the model's ``forward``, never to its steps.
         name: name that tells several of these callbacks in one Trainer apart; it stands before the logged names.
         learning_rate: step size of the Adam that trains probes along with the network.
         fit_samples: greatest number of training samples on which probes are brought to their optimum. Not given:
             14 000, or 200 a class where that is more; 0: none, the probes trained along are published.
         fit_bytes: greatest number of bytes of those samples: kept inputs and their features. By default there is room
-            for some 6 000 images of 3 x 224 x 224.
+            for some 6 000 images of 3 x 224 x 224. With ``data``: bytes of features in memory; the others go to
+            temporary files.
         fit_on_device: whether kept samples are on the network's device and not on the host: faster, if there is room.
         every_n_epochs: number of epochs from one publication to the next; ``auto`` publishes after epochs 1, 2, 3, 5,
             8, 13, ... and the last of ``max_epochs``. At other epochs monitors see the values of the last publication.

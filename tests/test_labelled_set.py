@@ -277,7 +277,9 @@ class Logging(Classifier):
 
 
 def lazy() -> Classifier:
-    return Classifier(nn.Sequential(nn.Flatten(), nn.LazyLinear(12), nn.LazyBatchNorm1d(), nn.ReLU(), nn.Linear(12, 10)))
+    return Classifier(
+        nn.Sequential(nn.Flatten(), nn.LazyLinear(12), nn.LazyBatchNorm1d(), nn.ReLU(), nn.Linear(12, 10))
+    )
 
 
 NETWORKS: dict[str, Callable[[], LightningModule]] = {

@@ -49,7 +49,7 @@ class LinearProbeCallback(Callback):
     Before that the probes are brought to their optimum on the frozen network: training batches are kept, and their
     calls of the network's modules are run again. Where that cannot be, probes are cross-fitted on validation, or those
     trained along are published; :attr:`report` and one warning say so. Step 0 is the network as ``fit`` found it.
-    With ``data`` nothing of training is kept or recorded: probes are fitted and scored on that set, at each publication.
+    With ``data`` nothing of training is kept or recorded: probes are fitted and scored on that set at each publication.
 
     :attr:`report` has all of it as well. At the end of ``fit``, however it ends, the report is saved as
     ``probe_report.json`` (with the ``name`` before it) in the folder of the first logger that has one. A layer with NaN
@@ -361,8 +361,8 @@ def _refuse_without_effect(given: Mapping[str, bool]) -> None:
         ValueError: an argument was given.
     """
     if names := [name for name, is_given in given.items() if is_given]:
-        what = "'lag' in log_metrics" if names[0] == "log_metrics" else names[0]
+        what = "'lag' has" if names[0] == "log_metrics" else "it has"
         raise ValueError(
-            f"{names[0]}: with data {what} has no effect, since nothing of training is kept and no probe is trained "
-            "along; expected one of the two"
+            f"{names[0]}: {what} no effect with data, since nothing of training is kept and no probe is trained along; "
+            "leave one of the two out"
         )

@@ -322,7 +322,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def labelled() -> Found:
-    return fit(network(), LinearProbeCallback("net.*", data=labelled_set()))
+    # What the sampler of the second loader repeats does not count.
+    return fit(network(), LinearProbeCallback("net.*", data=(labelled_set()[0], shared(83, 40, 6))))
 
 
 def labelled_harmless() -> Found:
@@ -343,7 +344,7 @@ class Disk(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         self.passes += 1
-        for i, one in enumerate(images(60, size=4, seed=5)):
+        for i, one in enumerate(zip(*images(60, size=4, seed=5).tensors, strict=True)):
             if self.passes == 3 and RANK == 1 and i > 30:
                 raise OSError("the disk is gone")
             yield one

@@ -139,7 +139,7 @@ def check_that_probes_were_fitted(probes: LinearProbeCallback, stages: set[str])
 @pytest.mark.parametrize("data", ["plain", "own generator and workers", "no validation"])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_training_is_bit_identical_with_and_without_the_callback(network: str, data: str, tmp_path: Path) -> None:
-    options = {"validates": data != "no validation", "own_generator": data.startswith("own")}
+    options: dict[str, Any] = {"validates": data != "no validation", "own_generator": data.startswith("own")}
     # Of a GAN the generator's layers have no labels that belong to them.
     probes = LinearProbeCallback("discriminator.*" if network == "gan" else None)
     without = train(NETWORKS[network], tmp_path / "without", **options)

@@ -24,7 +24,7 @@ from test_config import from_yaml
 from test_harmless import train
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
 from lightning_probes import LinearProbeCallback, ProbeReport, probe
 
@@ -35,7 +35,7 @@ TOLERANCE = 0.003
 def digits() -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Labelled digits: ``(batch, 1, 8, 8)``; to fit probes on and to score them on."""
     pixels, labels = load_digits(return_X_y=True)
-    data = TensorDataset(torch.tensor(pixels / 8 - 1).float().unflatten(1, (1, 8, 8)), torch.tensor(labels))
+    data = TensorDataset(torch.tensor(pixels / 8 - 1).float().view(-1, 1, 8, 8), torch.tensor(labels))
     parts = torch.utils.data.random_split(data, [1200, 597], generator=torch.Generator().manual_seed(0))
     return DataLoader(parts[0], batch_size=50, shuffle=True, drop_last=True), DataLoader(parts[1], batch_size=64)
 
@@ -62,7 +62,7 @@ class TwoViews(LightningModule):
 
 
 def unlabelled() -> DataLoader[Any]:
-    pixels = digits()[0].dataset[:][0]  # type: ignore[index]
+    pixels = digits()[0].dataset[:][0]
     return DataLoader(TensorDataset(pixels[:512]), batch_size=64, shuffle=True)
 
 
@@ -102,7 +102,7 @@ def test_a_network_that_learns_without_labels_is_probed_on_labelled_digits() -> 
     probes = LinearProbeCallback(num_classes=10, data=digits())
     fit(model, probes, data=(unlabelled(),))
     report = probes.report
-    assert [point for point in report.curves("val")] == [(0, 0), (1, 8), (2, 16)]
+    assert list(report.curves("val")) == [(0, 0), (1, 8), (2, 16)]
     assert {(row["fitted_on"]["data"], row["fitted_on"]["samples"]) for row in report.rows} == {("data", 1200)}
     assert {row["samples"] for row in report.select(stage="val")} == {597}
     check_equal(report, probe(untrained, *digits(), num_classes=10), epoch=0)
@@ -165,6 +165,32 @@ def test_features_beyond_the_budget_go_to_files() -> None:
     found, expected = errors(small.report, epoch=1), errors(large.report, epoch=1)
     assert max(abs(found[layer] - expected[layer]) for layer in expected) <= TOLERANCE
     assert small.report.cost["kept_bytes"] == large.report.cost["kept_bytes"] > 1_000_000
+
+
+def test_the_input_is_what_a_function_makes_of_a_batch() -> None:
+    model = Classifier(convnet())
+    probes = LinearProbeCallback(data=digits(), input=lambda batch: batch[0].flip(2))
+    fit(model, probes, max_epochs=1)
+    plain = nn.Sequential()
+    plain.add_module("net", model.net)
+    expected = probe(plain, *digits(), num_classes=10, input=lambda batch: batch[0].flip(2))
+    check_equal(probes.report, expected)
+    assert probes.report.notes == []
+
+
+class Augmenting(Classifier):
+    """Scales what it is given on its device, and adds noise to it in training."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        noise = 5 * torch.randn_like(batch[0]) if self.trainer.training else 0
+        return 2 * batch[0] + noise, batch[1]
+
+
+def test_batches_are_moved_by_the_hooks_of_the_model_as_in_a_validation() -> None:
+    model, probes = Augmenting(convnet()), LinearProbeCallback(data=digits())
+    fit(model, probes, data=(loader(64),), max_epochs=1)
+    check_equal(probes.report, probe(model, *digits()))
+    assert errors(probes.report, epoch=1)["input"] < 0.1
 
 
 class Mapped(Classifier):
@@ -300,14 +326,14 @@ class Noisy(Dataset[Any]):
 
     def __init__(self, samples: int, seed: int) -> None:
         self.data = images(samples, seed=seed)
-        self.generators = {"numpy": np.random.default_rng(seed), "python": random.Random(seed)}
+        self.generators: dict[str, Any] = {"numpy": np.random.default_rng(seed), "python": random.Random(seed)}
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> Any:
         x, y = self.data[index]
-        own = self.generators["numpy"].normal() + self.generators["python"].random()  # type: ignore[union-attr]
+        own = self.generators["numpy"].normal() + self.generators["python"].random()
         return x + 0.1 * (own + random.random() + np.random.rand()) + 0.1 * torch.randn(x.shape), y
 
 
@@ -368,7 +394,7 @@ def test_training_is_bit_identical_with_a_labelled_set(network: str, tmp_path: P
     data = DataLoader(images(120, seed=3), 40, shuffle=True), DataLoader(images(60, seed=4), 40)
     probes = LinearProbeCallback(data=data)
     # The first validation would give a lazy network its shapes.
-    options = {"num_sanity_val_steps": 0} if network == "lazy" else {}
+    options: dict[str, Any] = {"num_sanity_val_steps": 0} if network == "lazy" else {}
     without = train(NETWORKS[network], tmp_path / "without", **options)
     with_probes = train(NETWORKS[network], tmp_path / "with", probes, **options)
     assert differences(without, with_probes) == []
@@ -388,7 +414,7 @@ def test_training_is_bit_identical_with_the_own_datamodule_of_the_trainer(
     for name in ("without", "with"):
         datamodule = Own(workers)
         probes = [LinearProbeCallback(data=datamodule)] if name == "with" else []
-        options = {"datamodule": datamodule, "val_check_interval": interval}
+        options: dict[str, Any] = {"datamodule": datamodule, "val_check_interval": interval}
         found[name] = train(NETWORKS[network], tmp_path / name, *probes, **options)
     assert differences(found["without"], found["with"]) == []
     assert found["with"]["the datamodule's own counts"]["setup"] == 1
@@ -396,15 +422,32 @@ def test_training_is_bit_identical_with_the_own_datamodule_of_the_trainer(
     assert {row["fitted_on"]["samples"] for row in probes[0].report.rows} == {88}
 
 
-def test_training_is_bit_identical_with_the_very_loaders_of_training(tmp_path: Path) -> None:
+class Counting(Sampler[int]):
+    """Another order each time that it is read, as it counts."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+        self.times = 0
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __iter__(self) -> Iterator[int]:
+        self.times += 1
+        yield from torch.randperm(self.samples, generator=torch.Generator().manual_seed(self.times)).tolist()
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_training_is_bit_identical_with_the_very_loaders_of_training(counts: bool) -> None:
     found = {}
     for name in ("without", "with"):
         seed_everything(3, verbose=False)
         generator = torch.Generator().manual_seed(1)
-        data = DataLoader(Noisy(88, 1), 16, shuffle=True, generator=generator), DataLoader(Noisy(40, 2), 16)
+        order: dict[str, Any] = {"sampler": Counting(88)} if counts else {"shuffle": True, "generator": generator}
+        data = DataLoader(Noisy(88, 1), 16, **order), DataLoader(Noisy(40, 2), 16)
         probes = LinearProbeCallback(data=data)
         model = Classifier(convnet())
-        fit(model, *([probes] if name == "with" else []), data=data, val_check_interval=0.5)
+        fit(model, *([probes] if name == "with" else []), data=data)
         found[name] = {"weights": model.state_dict(), "random": rng_states(), "order": generator.get_state()}
     assert differences(found["without"], found["with"]) == []
     check_points(probes)
@@ -519,6 +562,12 @@ def test_probes_on_training_are_not_continued_on_a_set(tmp_path: Path) -> None:
     trainer = Trainer(**{**QUIET, "max_epochs": 2, "callbacks": [LinearProbeCallback()]})
     with pytest.raises(ValueError, match="fitted on data in the checkpoint and are on training here"):
         trainer.fit(Classifier(mlp()), loader(), loader(32, seed=1), ckpt_path=str(tmp_path / "epoch=0.ckpt"))
+    afresh = LinearProbeCallback(strict=False)
+    trainer = Trainer(**{**QUIET, "max_epochs": 2, "callbacks": [afresh]})
+    with pytest.warns(match="start afresh: they were fitted on data"):
+        trainer.fit(Classifier(mlp()), loader(), loader(32, seed=1), ckpt_path=str(tmp_path / "epoch=0.ckpt"))
+    kinds = {(row["epoch"], row["fitted_on"]["data"]) for row in afresh.report.rows}
+    assert kinds == {(0, "data"), (1, "data"), (2, "train")}
 
 
 # Mistakes
@@ -547,7 +596,7 @@ def test_what_is_no_labelled_set_is_refused(data: Any, message: str) -> None:
     "option", [{"fit_samples": 100}, {"learning_rate": 0.1}, {"fit_on_device": True}, {"log_metrics": ["lag"]}]
 )
 def test_arguments_without_effect_are_refused(option: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{next(iter(option))}: with data .* has no effect"):
+    with pytest.raises(ValueError, match=f"^{next(iter(option))}: .* no effect with data"):
         LinearProbeCallback(data=digits(), **option)
 
 
@@ -577,10 +626,18 @@ SCALED = DataLoader(images(40, size=4), 8)
 
 MISTAKES: dict[str, tuple[Callable[[], LightningModule], Any, str]] = {
     "another input": (lambda: Two(mlp()), digits, r"data: Two.forward cannot be called .*'other'"),
-    "another size": (lambda: wide(64), lambda: (SCALED, SCALED), r"data: Classifier.forward raised RuntimeError"),
+    "another size": (
+        lambda: wide(64),
+        lambda: (SCALED, SCALED),
+        r"data: Classifier.forward, called .* raised RuntimeError: .*; the batch is list",
+    ),
     "no forward": (GAN, digits, "data: GAN has no forward"),
     "no labels": (lambda: wide(64), lambda: (unlabelled(), unlabelled()), "target=1: the batch has no such index"),
-    "no labels to score on": (lambda: wide(64), lambda: (digits()[0], unlabelled()), "data: the first batch has no"),
+    "no labels to score on": (
+        lambda: wide(64),
+        lambda: (digits()[0], unlabelled()),
+        "data: the first batch of its val loader has no",
+    ),
     "none counts": (
         lambda: wide(64),
         lambda: (DataLoader(NoSteps(), 4), digits()[1]),
@@ -646,7 +703,7 @@ def test_a_set_that_fails_in_training_ends_no_run() -> None:
 
 class Stream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
-        yield from images(70, seed=1)
+        yield from zip(*images(70, seed=1).tensors, strict=True)
 
 
 class Batches:
@@ -675,7 +732,7 @@ class InBatches:
         lambda: DataLoader(Stream(), 16),
         Batches,
         lambda: [loader(40), loader(30, seed=3)],
-        lambda: DataLoader(images(70), batch_sampler=InBatches(images(70).tensors[1])),  # type: ignore[arg-type]
+        lambda: DataLoader(images(70), batch_sampler=InBatches(images(70).tensors[1])),
         lambda: DataLoader(images(70), 16, num_workers=2, persistent_workers=True),
         lambda: DataLoader([images(70)[:35], images(70)[35:]], batch_size=None),  # type: ignore[arg-type]
     ],

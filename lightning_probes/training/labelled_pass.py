@@ -85,7 +85,7 @@ class LabelledPass:
         caller = self._make_caller(model)
         shared = is_shared_out(model)
         guard = shares_kept(model, ranks.gather) if shared else nullcontext()
-        with seeded(), data.known_to_trainer(), _hooked(self._network), frozen(model, recorder), guard:
+        with seeded(), data.in_validation(), _hooked(self._network), frozen(model, recorder), guard:
             runner = _Runner(model, self._network, data, ranks, caller)
             for index, loader in enumerate(data.loaders(stage)):
                 name = TRAINING if stage == "train" else f"{stage}/{index}"
@@ -205,7 +205,7 @@ class _Runner:
         step = self._step(batch, provenance)
         call = step.calls[0]
         if is_trial and (refusal := objection(self._model, call.args, call.kwargs)):
-            raise TypeError(f"data: {refusal}; it is given {describe((call.args, call.kwargs))}")
+            raise TypeError(f"data: {refusal}; the batch is {describe(batch)}")
         if self._is_lazy:
             network.abandon()
             return None, None
@@ -217,12 +217,15 @@ class _Runner:
                 raise
             kind = type(self._model).__name__
             raise RuntimeError(
-                f"data: {kind}.forward raised {type(error).__name__}: {error}; it is given the input of a batch of "
-                f"data, in eval mode: {describe(call.args or call.kwargs)}"
+                f"data: {kind}.forward, called in eval mode on the input of a batch, raised {type(error).__name__}: "
+                f"{error}; the batch is {describe(batch)}"
             ) from error
         seen = network.close()
         if is_trial and counts and seen is None:
-            raise ValueError(f"data: the first batch has no labels: {network.labels.first_passed_over}")
+            stage = data.split("/")[0]
+            raise ValueError(
+                f"data: the first batch of its {stage} loader has no labels: {network.labels.first_passed_over}"
+            )
         return seen, step
 
     def _step(self, batch: Any, provenance: Provenance | None) -> RecordedStep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -68,7 +69,7 @@ class LabelledSet:
             self._loaders = {}
         if self._datamodule is None or self._datamodule is trainer.datamodule:
             return
-        with seeded(), self.known_to_trainer():
+        with seeded(), self._known_to_trainer():
             rank = trainer.local_rank if self._datamodule.prepare_data_per_node else trainer.global_rank
             try:
                 if not rank:
@@ -127,17 +128,28 @@ class LabelledSet:
         return getattr(next((owner for owner in self.owners if _overrides(owner, name)), module), name)
 
     @contextmanager
-    def known_to_trainer(self) -> Iterator[None]:
+    def in_validation(self) -> Iterator[None]:
+        """Let network and datamodule find the Trainer as in a validation, also where it trains."""
+        trainer = self._trainer
+        stage = trainer.state.stage
+        trainer.validating = True
+        try:
+            with self._known_to_trainer():
+                yield
+        finally:
+            trainer.state.stage = stage
+
+    @contextmanager
+    def _known_to_trainer(self) -> Iterator[None]:
         """Let the datamodule know the Trainer inside, as its methods may ask for it."""
-        if self._datamodule is None:
-            yield
-            return
-        before = self._datamodule.trainer
-        self._datamodule.trainer = self._trainer
+        before = [(owner, owner.trainer) for owner in self.owners]
+        for owner in self.owners:
+            owner.trainer = self._trainer
         try:
             yield
         finally:
-            self._datamodule.trainer = before
+            for owner, known in before:
+                owner.trainer = known
 
 
 def share(loader: Any, rank: int, number: int) -> Any:
@@ -153,14 +165,19 @@ def share(loader: Any, rank: int, number: int) -> Any:
     if isinstance(loader.dataset, IterableDataset):
         return another_reader(loader, sampler, batches)
     number = 1 if isinstance(sampler, DistributedSampler) else number
+    # Samplers may count how often they are read, so that training's own are not.
     if type(batches) is BatchSampler:
-        part = _Part(batches.sampler, rank, number) if number > 1 else batches.sampler
-        sampler, batches = part, BatchSampler(part, batches.batch_size, drop_last=False)
-    elif number > 1 and batches is not None:
-        batches = _Part(batches, rank, number)
-    elif number > 1:
-        sampler = _Part(sampler, rank, number)
+        sampler = _part(copy.copy(batches.sampler), rank, number)
+        batches = BatchSampler(sampler, batches.batch_size, drop_last=False)
+    elif batches is not None:
+        batches = _part(copy.copy(batches), rank, number)
+    else:
+        sampler = _part(copy.copy(sampler), rank, number)
     return another_reader(loader, sampler, batches)
+
+
+def _part(items: Any, rank: int, number: int) -> Any:
+    return items if number == 1 else _Part(items, rank, number)
 
 
 class _Part(Sampler[Any]):

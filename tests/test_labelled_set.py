@@ -28,6 +28,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Tens
 
 from lightning_probes import LinearProbeCallback, ProbeReport, probe
 
+SOME = ["net.0", "net.4", "net.9"]
+"""Layers of a convolutional network: a few, where what is asked is the same of all."""
+
 TOLERANCE = 0.003
 """Of a probe's error: .3 points."""
 
@@ -36,7 +39,7 @@ def digits() -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Labelled digits: ``(batch, 1, 8, 8)``; to fit probes on and to score them on."""
     pixels, labels = load_digits(return_X_y=True)
     data = TensorDataset(torch.tensor(pixels / 8 - 1).float().view(-1, 1, 8, 8), torch.tensor(labels))
-    parts = torch.utils.data.random_split(data, [1200, 597], generator=torch.Generator().manual_seed(0))
+    parts = torch.utils.data.random_split(data, [510, 390, 897], generator=torch.Generator().manual_seed(0))
     return DataLoader(parts[0], batch_size=50, shuffle=True, drop_last=True), DataLoader(parts[1], batch_size=64)
 
 
@@ -103,26 +106,27 @@ def test_a_network_that_learns_without_labels_is_probed_on_labelled_digits() -> 
     fit(model, probes, data=(unlabelled(),))
     report = probes.report
     assert list(report.curves("val")) == [(0, 0), (1, 8), (2, 16)]
-    assert {(row["fitted_on"]["data"], row["fitted_on"]["samples"]) for row in report.rows} == {("data", 1200)}
-    assert {row["samples"] for row in report.select(stage="val")} == {597}
+    assert {(row["fitted_on"]["data"], row["fitted_on"]["samples"]) for row in report.rows} == {("data", 510)}
+    assert {row["samples"] for row in report.select(stage="val")} == {390}
     check_equal(report, probe(untrained, *digits(), num_classes=10), epoch=0)
     check_equal(report, probe(model, *digits(), num_classes=10))
     assert report.notes == ["left out: projector (did not run)"]
-    assert "fitted to their optimum on 1,200 samples of a labelled set of their own" in str(report).replace("\n", " ")
+    assert "fitted to their optimum on 510 samples of a labelled set of their own" in str(report).replace("\n", " ")
     # The network learns something that probes can tell.
     assert errors(report, epoch=2) != errors(report, epoch=0)
     # And it is known how well a layer of chance would do.
-    assert errors(report, epoch=2)["input"] < 0.1 < report.baseline["val"]
+    assert errors(report, epoch=2)["input"] < 0.15 < report.baseline["val"]
 
 
 def test_two_sets_at_once_are_told_apart_by_names(tmp_path: Path) -> None:
     model = Classifier(convnet())
     other = loader(200, seed=5), [loader(100, seed=6), loader(80, seed=7)]
-    digit, noisy = LinearProbeCallback(data=digits(), name="digit"), LinearProbeCallback("net.*", data=other, name="b")
+    digit = LinearProbeCallback(SOME, data=digits(), name="digit")
+    noisy = LinearProbeCallback(SOME, data=other, name="b")
     own = LinearProbeCallback("net.4")
     trainer = fit(model, digit, noisy, own, logger=CSVLogger(tmp_path, name="", version=""))
-    check_equal(digit.report, probe(model, *digits()))
-    expected = probe(model, *other, layers="net.*")
+    check_equal(digit.report, probe(model, *digits(), layers=SOME))
+    expected = probe(model, *other, layers=SOME)
     for index in (0, 1):
         found = errors(noisy.report, dataloader=index, epoch=2)
         known = errors(expected, dataloader=index)
@@ -152,28 +156,28 @@ def test_the_starting_point_is_logged_at_step_0(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_features_are_those_of_the_precision_of_training(precision: Any) -> None:
-    model, probes = Classifier(convnet()), LinearProbeCallback(data=digits())
-    fit(model, probes, precision=precision)
+    model, probes = Classifier(convnet()), LinearProbeCallback(SOME, data=digits())
+    fit(model, probes, precision=precision, max_epochs=1)
     trainer = Trainer(**QUIET, precision=precision)
-    check_equal(probes.report, probe(model, *digits(), trainer=trainer))
+    check_equal(probes.report, probe(model, *digits(), layers=SOME, trainer=trainer))
 
 
 def test_features_beyond_the_budget_go_to_files() -> None:
     model = Classifier(convnet())
-    small, large = (LinearProbeCallback(data=digits(), name=str(n), fit_bytes=n) for n in (100_000, 10**9))
+    small, large = (LinearProbeCallback(SOME, data=digits(), name=str(n), fit_bytes=n) for n in (100_000, 10**9))
     fit(model, small, large, max_epochs=1)
     found, expected = errors(small.report, epoch=1), errors(large.report, epoch=1)
     assert max(abs(found[layer] - expected[layer]) for layer in expected) <= TOLERANCE
-    assert small.report.cost["kept_bytes"] == large.report.cost["kept_bytes"] > 1_000_000
+    assert small.report.cost["kept_bytes"] == large.report.cost["kept_bytes"] > 500_000
 
 
 def test_the_input_is_what_a_function_makes_of_a_batch() -> None:
     model = Classifier(convnet())
-    probes = LinearProbeCallback(data=digits(), input=lambda batch: batch[0].flip(2))
+    probes = LinearProbeCallback(SOME, data=digits(), input=lambda batch: batch[0].flip(2))
     fit(model, probes, max_epochs=1)
     plain = nn.Sequential()
     plain.add_module("net", model.net)
-    expected = probe(plain, *digits(), num_classes=10, input=lambda batch: batch[0].flip(2))
+    expected = probe(plain, *digits(), num_classes=10, layers=SOME, input=lambda batch: batch[0].flip(2))
     check_equal(probes.report, expected)
     assert probes.report.notes == []
 
@@ -187,10 +191,10 @@ class Augmenting(Classifier):
 
 
 def test_batches_are_moved_by_the_hooks_of_the_model_as_in_a_validation() -> None:
-    model, probes = Augmenting(convnet()), LinearProbeCallback(data=digits())
+    model, probes = Augmenting(convnet()), LinearProbeCallback(SOME, data=digits())
     fit(model, probes, data=(loader(64),), max_epochs=1)
-    check_equal(probes.report, probe(model, *digits()))
-    assert errors(probes.report, epoch=1)["input"] < 0.1
+    check_equal(probes.report, probe(model, *digits(), layers=SOME))
+    assert errors(probes.report, epoch=1)["input"] < 0.15
 
 
 class Mapped(Classifier):
@@ -529,7 +533,7 @@ def test_the_start_says_what_is_read(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         fit(Classifier(mlp()), LinearProbeCallback(data=digits()), max_epochs=1)
     said = [record.getMessage() for record in caplog.records if "LinearProbeCallback" in record.getMessage()]
-    assert said[0] == "LinearProbeCallback: 8 layers, 266 features; reads the labelled set of 34 batches at each point"
+    assert said[0] == "LinearProbeCallback: 8 layers, 266 features; reads the labelled set of 18 batches at each point"
     assert "a smaller set lowers that" in said[-1]
 
 
@@ -538,7 +542,7 @@ def test_the_start_says_what_is_read(caplog: pytest.LogCaptureFixture) -> None:
 
 def run_on(folder: Path, epochs: int, ckpt_path: str | None = None) -> LinearProbeCallback:
     seed_everything(3, verbose=False)
-    probes = LinearProbeCallback(data=digits())
+    probes = LinearProbeCallback(["net.1", "net.5"], data=digits())
     saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
     trainer = Trainer(**{**QUIET, "enable_checkpointing": True, "max_epochs": epochs, "callbacks": [probes, saving]})
     trainer.fit(Classifier(mlp()), loader(), loader(32, seed=1), ckpt_path=ckpt_path)

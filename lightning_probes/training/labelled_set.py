@@ -80,7 +80,8 @@ class LabelledSet:
 
     def described(self) -> str:
         """Say how much will be read at each point, as far as the loaders tell."""
-        lengths = [_length(loader) for stage in STAGES for loader in self.loaders(stage)]
+        # Incomplete batches are read too, which loaders of training may leave out.
+        lengths = [_length(share(loader, 0, 1)) for stage in STAGES for loader in self.loaders(stage)]
         number = f" of {sum(lengths):,} batches" if all(lengths) else ""
         return f"reads the labelled set{number} at each point"
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -18,8 +20,11 @@ from lightning_probes.network.extractor import LayerExtractor
 from lightning_probes.network.torch_internals import hide_override
 from lightning_probes.options import EveryNEpochs, Reading, checked, flag, positive_float, takes_reading, whole
 from lightning_probes.progress import Progress
+from lightning_probes.replay.calling import Caller
 from lightning_probes.replay.reservoir import Budget
 from lightning_probes.report.report import ProbeReport
+from lightning_probes.training.labelled_session import LabelledSession
+from lightning_probes.training.labelled_set import LabelledSet
 from lightning_probes.training.schedule import Schedule
 from lightning_probes.training.session import ProbingSession
 from lightning_probes.training.state import restore, state_of
@@ -44,6 +49,7 @@ class LinearProbeCallback(Callback):
     Before that the probes are brought to their optimum on the frozen network: training batches are kept, and their
     calls of the network's modules are run again. Where that cannot be, probes are cross-fitted on validation, or those
     trained along are published; :attr:`report` and one warning say so. Step 0 is the network as ``fit`` found it.
+    With ``data`` nothing of training is kept or recorded: probes are fitted and scored on that set at each publication.
 
     :attr:`report` has all of it as well. At the end of ``fit``, however it ends, the report is saved as
     ``probe_report.json`` (with the ``name`` before it) in the folder of the first logger that has one. A layer with NaN
@@ -55,12 +61,16 @@ class LinearProbeCallback(Callback):
             names. Not given: blocks, stem and head of a network of blocks, else each element; at most 40.
         exclude: layers to take away, named in the same way, with everything below them.
         {reading}
+        data: labelled set of its own to probe on, in the place of what training sees: a LightningDataModule, or a pair
+            (train loader, val loader). It is read again at each publication, and what ``input`` names in its batches is
+            given to the model's ``forward``, never to its steps.
         name: name that tells several of these callbacks in one Trainer apart; it stands before the logged names.
         learning_rate: step size of the Adam that trains probes along with the network.
         fit_samples: greatest number of training samples on which probes are brought to their optimum. Not given:
             14 000, or 200 a class where that is more; 0: none, the probes trained along are published.
         fit_bytes: greatest number of bytes of those samples: kept inputs and their features. By default there is room
-            for some 6 000 images of 3 x 224 x 224.
+            for some 6 000 images of 3 x 224 x 224. With ``data``: bytes of features in memory; the others go to
+            temporary files.
         fit_on_device: whether kept samples are on the network's device and not on the host: faster, if there is room.
         every_n_epochs: number of epochs from one publication to the next; ``auto`` publishes after epochs 1, 2, 3, 5,
             8, 13, ... and the last of ``max_epochs``. At other epochs monitors see the values of the last publication.
@@ -82,6 +92,7 @@ class LinearProbeCallback(Callback):
         layers: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
         *,
+        data: LightningDataModule | Sequence[Any] | None = None,
         name: str | None = None,
         learning_rate: float = 3e-3,
         fit_samples: int | None = None,
@@ -95,14 +106,27 @@ class LinearProbeCallback(Callback):
         self.selection: dict[str, Any] = {"layers": layers, "exclude": exclude, **reading}
         self.report = ProbeReport()
         arguments = inspect.signature(LinearProbeCallback).parameters
-        self._network = LayerExtractor(layers, exclude, checked(reading, "LinearProbeCallback", arguments))
-        self._logs = Logs(name, log_metrics)
+        read = checked(reading, "LinearProbeCallback", arguments)
+        self._network = LayerExtractor(layers, exclude, read)
+        self._data = None if data is None else LabelledSet(data)
+        self._make_caller = partial(Caller, input=read["input"], target=read["target"])
+        self._logs = Logs(name, log_metrics, has_own_loaders=data is not None)
         self._state_key = self._generate_state_key(name=name)
         self._learning_rate = positive_float("learning_rate", learning_rate)
         self._fit_samples = None if fit_samples is None else whole("fit_samples", fit_samples, least=0)
         self._bounds = whole("fit_bytes", fit_bytes), flag("fit_on_device", fit_on_device)
         self._schedule = Schedule(every_n_epochs)
         self._is_strict = flag("strict", strict)
+        if self._data is not None:
+            has_lag = "lag" in self._logs.metrics
+            _refuse_without_effect(
+                {
+                    "learning_rate": learning_rate != arguments["learning_rate"].default,
+                    "fit_samples": fit_samples is not None,
+                    "fit_on_device": fit_on_device,
+                    "log_metrics": has_lag,
+                }
+            )
         self._is_prepared = False
         self._is_fitting = False
         self._ranks = Ranks()
@@ -128,7 +152,12 @@ class LinearProbeCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._logs.begin()
         refuse(trainer.strategy)
-        self._network.attach(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+        if self._data is None:
+            self._network.attach(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+        else:
+            self._data.set_up(trainer)
+            self._network.attach(pl_module, *self._data.owners)
+            self._network.recorder.unhook()
         self._ranks.meet(trainer)
         self._progress.meet(trainer)
         self._session = self._new_session()
@@ -144,7 +173,7 @@ class LinearProbeCallback(Callback):
         gone_before = self._schedule.gone_before(trainer)
         if gone_before and not is_restored:
             self._session.now = trainer.current_epoch, trainer.global_step
-        self._session.begin(
+        has_start = self._session.begin(
             pl_module,
             self.report,
             batches=trainer.num_training_batches,
@@ -152,6 +181,10 @@ class LinearProbeCallback(Callback):
             gone_before=gone_before,
             missed=missed,
         )
+        if has_start:
+            # Not through self.log, which uses the current step.
+            _, start = self._session.publish(self.report, 0, 0, self._schedule.logged_step(trainer))
+            self._logs.write(start, [], trainer, pl_module, self._ranks)
         # The labels of a first validation may have told how many classes there are.
         self._session.refit.budget.samples = self._samples()
         # The start of an epoch that is resumed is not called again.
@@ -173,7 +206,6 @@ class LinearProbeCallback(Callback):
         self._session.refit.go_on_following()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        self._network.check()
         self._session.check()
 
     def on_train_batch_end(
@@ -189,7 +221,7 @@ class LinearProbeCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_prepared = False
         self._session.forget()
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" or self._data is not None:
             return
         self._ranks.meet(trainer)
         self._progress.meet(trainer)
@@ -211,7 +243,7 @@ class LinearProbeCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if trainer.sanity_checking:
-            self._network.labels.preview(batch)
+            self._session.preview(batch)
         elif self._is_due(trainer):
             # Probes are not fitted at the start of validation, when a callback may still put averaged weights in.
             self._prepare(trainer, pl_module, is_validation=True)
@@ -289,6 +321,8 @@ class LinearProbeCallback(Callback):
 
     def _new_session(self) -> ProbingSession:
         budget = Budget(self._samples(), *self._bounds)
+        if self._data is not None:
+            return LabelledSession(self._network, self._data, self._make_caller, budget, self._ranks, self._progress)
         has_lag = "lag" in self._logs.metrics
         return ProbingSession(self._network, self._learning_rate, budget, self._ranks, self._progress, has_lag=has_lag)
 
@@ -306,10 +340,29 @@ class LinearProbeCallback(Callback):
         restore(self._session, saved, pl_module.device, strict=self._is_strict, is_training=trainer.state.fn == "fit")
 
     def _is_due(self, trainer: Trainer) -> bool:
-        return self._schedule.is_due(trainer) if trainer.state.fn == "fit" else self._session.is_ready
+        if trainer.state.fn == "fit":
+            return self._schedule.is_due(trainer)
+        return self._data is None and self._session.is_ready
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Outside of fit, epoch and step are those of the probes: of a checkpoint, or of the last fit.
         epoch, step = self._schedule.now(trainer) if trainer.state.fn == "fit" else self._session.now
         start, rows = self._session.publish(self.report, epoch, step, self._schedule.logged_step(trainer))
         self._logs.write(start, rows, trainer, pl_module, self._ranks)
+
+
+def _refuse_without_effect(given: Mapping[str, bool]) -> None:
+    """Refuse arguments on what is kept of training and trained along, which does not happen with ``data``.
+
+    Args:
+        given: ``{argument: whether it was given}``.
+
+    Raises:
+        ValueError: an argument was given.
+    """
+    if names := [name for name, is_given in given.items() if is_given]:
+        what = "'lag' has" if names[0] == "log_metrics" else "it has"
+        raise ValueError(
+            f"{names[0]}: {what} no effect with data, since nothing of training is kept and no probe is trained along; "
+            "leave one of the two out"
+        )

@@ -22,6 +22,7 @@ class Logs:
     Args:
         name: name of the callback; if given, every logged name begins with it.
         metrics: metrics to log besides ``error``, of ``error``, ``cross_entropy`` and ``lag``.
+        has_own_loaders: whether the loaders of curves are not those of the Trainer.
 
     Attributes:
         prefix: what precedes ``probe_`` in the logged names: ``{name}_``, or empty without a name.
@@ -32,7 +33,7 @@ class Logs:
         ValueError: ``metrics`` is no list of known metrics; the message has what was given.
     """
 
-    def __init__(self, name: str | None, metrics: Sequence[str] | None) -> None:
+    def __init__(self, name: str | None, metrics: Sequence[str] | None, *, has_own_loaders: bool = False) -> None:
         if name is not None and (not isinstance(name, str) or not name):
             raise TypeError(f"name: expected a non-empty string, found {name!r}")
         asked = [] if metrics is None else metrics
@@ -40,6 +41,7 @@ class Logs:
             raise ValueError(f"log_metrics: expected a list of some of {list(METRICS)}, found {metrics!r}")
         self.prefix = f"{name}_" if name else ""
         self.metrics = list(dict.fromkeys(["error", *asked]))
+        self._has_own_loaders = has_own_loaders
         self._has_layout = False
         self._complaints: set[str] = set()
 
@@ -82,6 +84,8 @@ class Logs:
     def _write(self, start: Iterable[Row], rows: Iterable[Row], trainer: Any, module: Any, ranks: Ranks) -> None:
         loaders = {"val": trainer.num_val_batches, "test": trainer.num_test_batches}
         several = {stage for stage, batches in loaders.items() if len(batches) > 1}
+        if self._has_own_loaders:
+            several = {row["stage"] for row in [*start, *rows] if row["dataloader"]}
         # Every process has the same values, so their maximum is exact; a mean over three processes would be rounded.
         # Without a batch size Lightning would look for one in the batch.
         shared: dict[str, Any] = {"sync_dist": ranks.number > 1, "sync_dist_group": ranks.own_group, "reduce_fx": "max"}

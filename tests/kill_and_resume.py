@@ -109,6 +109,7 @@ CASES = {
     ),
     "inside an epoch": Case(lambda: Seeded(mlp()), every_n_train_steps=3),
     "cross-fitted": Case(Bare),
+    "a labelled set": Case(lambda: Seeded(convnet()), {"data": (loader(60, seed=5, shuffle=True), loader(40, seed=6))}),
     "steps that differ": Case(Odd),
     "no validation": Case(lambda: Seeded(mlp(depth=2, dropout=0.1)), validates=False),
     "validation twice an epoch": Case(lambda: Seeded(mlp(depth=2)), trainer={"val_check_interval": 0.5}),

@@ -306,10 +306,89 @@ def kept() -> Found:
 def sharded() -> Found:
     seed_everything(3, verbose=False)
     model, probes = Sharded(mlp(inputs=16, width=12, depth=2)), LinearProbeCallback("net.*")
-    make_trainer(probes, strategy=ModelParallelStrategy(data_parallel_size=NUMBER, tensor_parallel_size=1)).fit(
-        model, *loaders()
-    )
+    make_trainer(probes, strategy=fsdp2()).fit(model, *loaders())
     return {**found(model, probes), "weights": {}}
+
+
+def labelled_set() -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Of sizes that no number of processes divides."""
+    train = DataLoader(images(131, size=4, seed=5), batch_size=20, shuffle=True)
+    return train, DataLoader(images(83, size=4, seed=6), batch_size=40)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is shared out, put together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def labelled() -> Found:
+    # What the sampler of the second loader repeats does not count.
+    return fit(network(), LinearProbeCallback("net.*", data=(labelled_set()[0], shared(83, 40, 6))))
+
+
+def labelled_harmless() -> Found:
+    seen = {}
+    for name in ("with", "without"):
+        seed_everything(3, verbose=False)
+        trainer = make_trainer(*([LinearProbeCallback(data=labelled_set())] if name == "with" else []))
+        trainer.fit(model := Classifier(convnet(width=4)), *loaders())
+        seen[name] = {**model.state_dict(), "random": torch.rand(3), "loss": trainer.callback_metrics["val_loss"]}
+    return seen
+
+
+class Disk(IterableDataset[Any]):
+    """Fails in one process, after some batches."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        for i, one in enumerate(zip(*images(60, size=4, seed=5).tensors, strict=True)):
+            if self.passes == 3 and RANK == 1 and i > 30:
+                raise OSError("the disk is gone")
+            yield one
+
+
+def labelled_failing() -> Found:
+    return fit(network(), LinearProbeCallback(data=(DataLoader(Disk(), 20), labelled_set()[1])))
+
+
+def fsdp2() -> ModelParallelStrategy:
+    return ModelParallelStrategy(data_parallel_size=NUMBER, tensor_parallel_size=1)
+
+
+def labelled_sharded() -> Found:
+    seen: Found = {}
+    for name in ("without", "with"):
+        seed_everything(3, verbose=False)
+        model, probes = Sharded(mlp(inputs=16, width=12, depth=2)), LinearProbeCallback("net.*", data=labelled_set())
+        make_trainer(*([probes] if name == "with" else []), strategy=fsdp2(), max_epochs=3).fit(model, *loaders())
+        weights = {key: whole(value) for key, value in model.state_dict().items()}
+        seen[name] = {"weights": weights, "random": torch.rand(3)}
+    return {**found(model, probes), **seen, "weights": {}}
+
+
+class Writing(Sharded):
+    """From the second epoch on its forward writes to a parameter that is not shared out."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.gain = nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.current_epoch and not self.training:
+            self.gain.data.add_(1)
+        return super().forward(x) + 0 * self.gain
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+
+
+def labelled_writing() -> Found:
+    seed_everything(3, verbose=False)
+    model, probes = Writing(mlp(inputs=16, width=12, depth=2)), LinearProbeCallback("net.*", data=labelled_set())
+    make_trainer(probes, strategy=fsdp2(), max_epochs=3).fit(model, *loaders())
+    return {**found(model, probes), "weights": {}, "gain": model.gain.item()}
 
 
 CASES: dict[str, Callable[[], Found]] = {
@@ -331,6 +410,11 @@ CASES: dict[str, Callable[[], Found]] = {
         resumed,
         kept,
         sharded,
+        labelled,
+        labelled_harmless,
+        labelled_failing,
+        labelled_sharded,
+        labelled_writing,
     )
 }
 

@@ -214,6 +214,18 @@ def test_hooks_cost_no_graph_break_and_no_compilation(way: str, backend: str, ea
         assert {row["fitted_on"]["data"] for row in probes.report.rows} == {"train"}
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_labelled_set_costs_no_graph_break_and_no_compilation(way: str) -> None:
+    data = loader(40, seed=2), loader(40, seed=3)
+    probes, eager = LinearProbeCallback("net.**", data=data), LinearProbeCallback("net.**", data=data)
+    Run("", "aot_eager", eager)
+    watched = Run(way, "aot_eager", probes)
+    check_same(Run(way, "aot_eager"), watched)
+    # Outside of training all of it runs in python, also what the Trainer compiled together with its steps.
+    assert watched.said == []
+    assert values(probes) == pytest.approx(values(eager), rel=1e-4, abs=1e-4)
+
+
 def test_compiled_logging_is_compiled_once_more_at_the_first_publication() -> None:
     # Lightning's own: its compiled self.log knows how many values there are.
     without = Run("by the trainer", "eager", kind=Loud, epochs=4)

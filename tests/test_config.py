@@ -129,6 +129,7 @@ layout:
   input: tokens
 calls: mean
 token_mask: {"encoder.*": mask, input: 2}
+data: null
 name: digit
 learning_rate: 1.0e-2
 fit_samples: 1000

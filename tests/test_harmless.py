@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.seed import isolate_rng
 from networks import GAN, Classifier, FrozenBackbone, ViT, convnet, images, mlp
@@ -80,6 +80,8 @@ def train(
     *probes: Callback,
     validates: bool = True,
     own_generator: bool = False,
+    datamodule: LightningDataModule | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Two epochs with shuffling, accumulation and checkpoints; everything that the promise names."""
     seed_everything(7, verbose=False)
@@ -95,14 +97,19 @@ def train(
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
     generator = torch.Generator().manual_seed(11)
     own: dict[str, Any] = {"generator": generator, "num_workers": 2} if own_generator else {}
     train_loader = DataLoader(images(88, seed=88), batch_size=16, shuffle=True, **own)
-    trainer.fit(model, train_loader, DataLoader(images(40, seed=40), batch_size=16) if validates else None)
+    if datamodule is None:
+        trainer.fit(model, train_loader, DataLoader(images(40, seed=40), batch_size=16) if validates else None)
+    else:
+        trainer.fit(model, datamodule=datamodule)
     return {
         "the loader's generator": generator.get_state(),
         "its own counts": dict(getattr(model, "steps", {})),
+        "the datamodule's own counts": dict(getattr(datamodule, "counts", {})),
         "weights and buffers": model.state_dict(),
         "optimiser state": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "random states": rng_states(),
@@ -132,7 +139,7 @@ def check_that_probes_were_fitted(probes: LinearProbeCallback, stages: set[str])
 @pytest.mark.parametrize("data", ["plain", "own generator and workers", "no validation"])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_training_is_bit_identical_with_and_without_the_callback(network: str, data: str, tmp_path: Path) -> None:
-    options = {"validates": data != "no validation", "own_generator": data.startswith("own")}
+    options: dict[str, Any] = {"validates": data != "no validation", "own_generator": data.startswith("own")}
     # Of a GAN the generator's layers have no labels that belong to them.
     probes = LinearProbeCallback("discriminator.*" if network == "gan" else None)
     without = train(NETWORKS[network], tmp_path / "without", **options)

@@ -275,7 +275,7 @@ def without_tracing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(provenance.Provenance, "_by_content", lambda self, tensor: None)
 
 
-PLACES = ("training.session", "posthoc.passes")
+PLACES = ("training.session", "replay.trial", "posthoc.passes")
 WRONG: dict[str, tuple[Any, list[str]]] = {
     "shape alone": (
         lambda patch: [patch.setattr(f"lightning_probes.{place}.pair", by_shape_alone) for place in PLACES],

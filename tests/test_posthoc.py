@@ -295,7 +295,9 @@ def test_a_plain_module_gets_what_it_takes_by_name_but_no_targets(target: Any) -
 
 
 def test_a_plain_module_without_an_input_cannot_be_called() -> None:
-    with pytest.raises(TypeError, match=r"Sequential has no validation_step, and input=None .* float32\[16, 1, 4, 4\]"):
+    with pytest.raises(
+        TypeError, match=r"^input: Sequential is called on its input, and None .* float32\[16, 1, 4, 4\]"
+    ):
         run(small().net, *data(), num_classes=10, input=None)
 
 

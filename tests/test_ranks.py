@@ -14,14 +14,15 @@ import pytest
 import ranks
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
+from networks import Classifier, mlp
 
-from lightning_probes import ProbeReport
+from lightning_probes import ProbeReport, probe
 from lightning_probes.distributed import refuse
 
 pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
-APART = ("fewer_training_batches", "met_again", "sharded")
+APART = ("fewer_training_batches", "met_again", "sharded", "labelled_sharded", "labelled_writing")
 TOGETHER = [case for case in ranks.CASES if case not in APART]
 
 Found = list[dict[str, Any]]
@@ -71,7 +72,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
-    return run(tmp_path_factory.mktemp("three"), 3, "same", "padded")
+    return run(tmp_path_factory.mktemp("three"), 3, "same", "padded", "labelled")
 
 
 def values(rows: list[dict[str, Any]], metric: str = "error") -> dict[Any, float]:
@@ -90,12 +91,14 @@ def check_same_everywhere(found: Found) -> None:
             torch.testing.assert_close(tensor, first["probes"][name], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("case", [case for case in TOGETHER if case != "harmless"])
+@pytest.mark.parametrize("case", [case for case in TOGETHER if "harmless" not in case])
 def test_all_processes_publish_and_save_the_same(case: str, two: dict[str, Found]) -> None:
     check_same_everywhere(two[case])
 
 
-@pytest.mark.parametrize(("case", "number"), [("same", 2), ("same", 3), ("cross_fitted", 2)])
+@pytest.mark.parametrize(
+    ("case", "number"), [("same", 2), ("same", 3), ("cross_fitted", 2), ("labelled", 2), ("labelled", 3)]
+)
 def test_several_processes_find_what_one_finds(
     case: str, number: int, two: dict[str, Found], three: dict[str, Found]
 ) -> None:
@@ -111,11 +114,13 @@ def test_several_processes_find_what_one_finds(
     assert [(row["labels"], row["l2"]) for row in several["rows"]] == [
         (row["labels"], row["l2"]) for row in one["rows"]
     ]
-    assert {row["samples"] for row in several["rows"] if row["stage"] == "val"} == {ranks.HELD_OUT}
+    held_out = len(ranks.labelled_set()[1].dataset) if case == "labelled" else ranks.HELD_OUT  # type: ignore[arg-type]
+    assert {row["samples"] for row in several["rows"] if row["stage"] == "val"} == {held_out}
 
 
-def test_training_together_is_bit_identical_with_and_without_the_callback(two: dict[str, Found]) -> None:
-    for found in two["harmless"]:
+@pytest.mark.parametrize("case", ["harmless", "labelled_harmless"])
+def test_training_together_is_bit_identical_with_and_without_the_callback(case: str, two: dict[str, Found]) -> None:
+    for found in two[case]:
         assert found["with"].keys() == found["without"].keys()
         for name, value in found["with"].items():
             assert torch.equal(value, found["without"][name]), name
@@ -216,6 +221,55 @@ def test_sharded_weights_are_cross_fitted(tmp_path: Path) -> None:
     assert {row["fitted_on"]["data"] for row in found[0]["rows"]} == {"val, cross-fitted"}
     assert {row["samples"] for row in found[0]["rows"]} == {ranks.HELD_OUT}
     assert all(math.isfinite(value) for value in values(found[0]["rows"]).values())
+
+
+def check_probed(rows: list[dict[str, Any]], weights: dict[str, torch.Tensor]) -> None:
+    """As probe() does it on the same weights, by itself."""
+    model = Classifier(mlp(inputs=16, width=12, depth=2))
+    model.load_state_dict(weights)
+    last = max(row["epoch"] for row in rows)
+    for row in probe(model, *ranks.labelled_set(), layers="net.*").select(metric="error"):
+        same = {key: row[key] for key in ("layer", "stage", "metric", "samples", "labels")}
+        (own,) = (one for one in rows if one["epoch"] == last and same.items() <= one.items())
+        assert own["value"] == pytest.approx(row["value"], abs=0.003)
+
+
+def test_errors_on_a_labelled_set_are_those_of_probe_on_the_same_weights(two: dict[str, Found]) -> None:
+    found = two["labelled"][0]
+    check_probed(found["rows"], found["weights"])
+    assert {row["fitted_on"]["samples"] for row in found["rows"]} == {131}
+
+
+def test_a_set_that_fails_in_one_process_is_given_up_in_all(two: dict[str, Found]) -> None:
+    for found in two["labelled_failing"]:
+        after = [value for key, value in values(found["rows"]).items() if key[:2] == ("val", 2)]
+        assert after
+        assert all(math.isnan(value) for value in after)
+        assert any("the disk is gone" in note for note in found["notes"])
+        # All of them know, so that none waits for another.
+        assert not any("without the others" in note for note in found["notes"])
+
+
+def test_sharded_weights_are_probed_on_a_labelled_set(tmp_path: Path) -> None:
+    found = run(tmp_path, 2, "labelled_sharded")["labelled_sharded"]
+    check_same_everywhere(found)
+    assert {(row["fitted_on"]["data"], row["fitted_on"]["samples"]) for row in found[0]["rows"]} == {("data", 131)}
+    assert {row["epoch"] for row in found[0]["rows"]} == {0, 1, 2, 3}
+    assert found[0]["notes"] == []
+    check_probed(found[0]["rows"], found[0]["with"]["weights"])
+    for one in found:
+        for name, weight in one["without"]["weights"].items():
+            assert torch.equal(one["with"]["weights"][name], weight), name
+        assert torch.equal(one["with"]["random"], one["without"]["random"])
+
+
+def test_sharded_weights_that_forward_writes_to_are_restored_and_probed_no_more(tmp_path: Path) -> None:
+    found = run(tmp_path, 2, "labelled_writing")["labelled_writing"]
+    for one in found:
+        assert one["gain"] == 1
+        found_out = values(one["rows"])
+        assert all(math.isfinite(value) == (key[1] < 2) for key, value in found_out.items() if key[0] == "val")
+        assert any("writes to 'gain' in forward" in note and "at epoch 2" in note for note in one["notes"])
 
 
 def test_the_callback_travels_to_processes_that_are_spawned(tmp_path: Path) -> None:

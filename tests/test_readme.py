@@ -30,6 +30,7 @@ def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "model": Classifier(mlp()),
         "train_loader": loader(),
         "val_loader": loader(32, seed=1),
+        "other_loader": loader(32, seed=2),
     }
     assert len(blocks("python")) >= 3
     for block in blocks("python"):

@@ -70,13 +70,13 @@ def test_a_killed_run_that_is_resumed_has_the_curves_of_the_run_never_killed() -
     program = Path(__file__).with_name("kill_and_resume.py")
     paths = os.pathsep.join([str(program.parent.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(program), "--seeds", "5"],
+        [sys.executable, str(program), "--seeds", "6"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].startswith("5 seeds, 5 kills, 0 of ")
+    assert done.stdout.splitlines()[-1].startswith("6 seeds, 6 kills, 0 of ")
 
 
 # The checkpoint

@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import launchers
 from networks import Classifier, convnet, loader
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_probes import LinearProbeCallback, probe
 from lightning_probes.network import torch_internals
@@ -88,6 +89,9 @@ def test_nothing_private_of_others_is_used_anywhere_else() -> None:
         (nn.modules.loss, "_Loss"),
         (nn.modules.dropout, "_DropoutNd"),
         (nn.Module, "_compiled_call_impl"),
+        (loader(), "_iterator"),
+        (FSDPModule, "reshard"),
+        (FSDPModule, "set_reshard_after_backward"),
         (launchers, "_MultiProcessingLauncher"),
         (LightningModule(), "_trainer"),
         (LightningModule(), "_compiler_ctx"),

@@ -132,6 +132,7 @@ class ActivationRecorder:
         self._is_on = False
         self._places: dict[str, int] = {}
         self._unhookable: dict[str, str] = {}
+        self._hooked: dict[str, nn.Module] = {}
         self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
 
     @property
@@ -160,14 +161,29 @@ class ActivationRecorder:
             if isinstance(module, torch.jit.ScriptModule):
                 self._unhookable[layer] = "it is a TorchScript module, which takes no hooks"
                 continue
-            self._hooks[layer] = module.register_forward_hook(self._hook(layer, module))
+            self._hooked[layer] = module
+        self.hook()
+
+    def hook(self) -> None:
+        """Register the hooks that :meth:`unhook` removed."""
+        for layer, module in self._hooked.items():
+            if layer not in self._hooks:
+                self._hooks[layer] = module.register_forward_hook(self._hook(layer, module))
+
+    def unhook(self) -> None:
+        """Remove all hooks until :meth:`hook`, and keep what is known of the layers."""
+        for layer, handle in self._hooks.items():
+            handle.remove()
+            leave(self._places.pop(layer))
+        self._hooks = {}
 
     def detach(self, layer: str | None = None) -> None:
         """Remove the hook of ``layer``, or all hooks, and discard what was recorded."""
-        for name in [layer] if layer is not None else list(self._hooks):
+        for name in [layer] if layer is not None else list(self._hooked):
             if name in self._hooks:
                 self._hooks.pop(name).remove()
                 leave(self._places.pop(name))
+            self._hooked.pop(name, None)
             self.recording.features.pop(name, None)
             self.recording.misfits.pop(name, None)
             self.memory.pop(name, None)

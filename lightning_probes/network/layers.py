@@ -10,6 +10,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torchmetrics import Metric, MetricCollection
 
@@ -179,8 +180,13 @@ def _blocks(model: nn.Module) -> set[type[nn.Module]]:
     """
     modules = [module for module in _modules_of(model) if _is_composite(module)]
     repeated = {kind for kind, count in Counter(map(kind_of, modules)).items() if count > 1}
-    large = {kind_of(module) for module in modules if sum(p.dim() > 1 for p in module.parameters()) > 1}
+    large = {kind_of(module) for module in modules if sum(_is_weight(*one) for one in module.named_parameters()) > 1}
     return repeated & large or repeated
+
+
+def _is_weight(name: str, parameter: nn.Parameter) -> bool:
+    """Return whether a parameter has at least two dimensions; of one without a shape its name tells."""
+    return name.endswith("weight") if is_lazy(parameter) else parameter.dim() > 1
 
 
 def _repeats(modules: Iterable[nn.Module], blocks: set[type[nn.Module]]) -> bool:

@@ -6,6 +6,7 @@ Each entry says why nothing public serves, and what is lost in a version without
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 import threading
@@ -20,6 +21,7 @@ from torch.utils._pytree import register_pytree_node as register_tree_node
 
 # Nothing public walks over containers. Lightning imports this private module too, and would break before this package.
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils.data import DataLoader
 
 __all__ = ["register_tree_node", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]
 
@@ -131,6 +133,8 @@ def run_eagerly(module: nn.Module, attributes: dict[str, Any]) -> None:
     """Change the ``attributes`` of a module so that it runs in python; change nothing if it is not compiled."""
     if "_compiled_call_impl" in attributes:
         attributes["_compiled_call_impl"] = None
+    if isinstance(steps := attributes.get("_compiler_ctx"), Mapping) and "original_forward" in steps:
+        attributes["forward"] = steps["original_forward"]
     if (original := original_of(module)) is not None:
         attributes["forward"] = original.__call__
 
@@ -227,6 +231,42 @@ tell: Any = torch.library.custom_op(
 tell.register_fake(lambda activation, place: None)
 # The operator has no result: without this it would be left out as dead code.
 torch.fx.node.has_side_effect(torch.ops.lightning_probes.tell.default)
+
+
+# Loaders and sharded weights
+
+
+def another_reader(loader: DataLoader[Any], sampler: Any, batch_sampler: Any) -> DataLoader[Any]:
+    """Return a copy of a loader that reads the same data set with other samplers.
+
+    The copy starts workers of its own, which end with each pass, so that an iterator of the loader that is under way,
+    and workers that stay, are left alone. Without the private part, workers that stay would be shared.
+    """
+    own = copy.copy(loader)
+    # Set as attributes, these would be refused.
+    vars(own).update(sampler=sampler, batch_sampler=batch_sampler, persistent_workers=False, _iterator=None)
+    return own
+
+
+def is_shared_out(model: nn.Module) -> bool:
+    """Return whether the weights of a model are shared out among processes (FSDP2), as its parameters show."""
+    return any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+
+
+def share_of(parameter: Tensor) -> Tensor:
+    """Return what this process holds of a parameter: all of it, or the share of one that is shared out."""
+    own = parameter.detach()
+    return own.to_local() if hasattr(own, "to_local") else own
+
+
+def share_out(model: nn.Module) -> None:
+    """Give the gathered weights of a model up again, of which each process then holds its share only (FSDP2).
+
+    The outermost module keeps them gathered after a forward without a backward.
+    """
+    for module in model.modules():
+        if callable(reshard := getattr(module, "reshard", None)) and hasattr(module, "set_reshard_after_backward"):
+            reshard()
 
 
 # Lightning

@@ -21,8 +21,8 @@ from lightning_probes.network.extractor import LayerExtractor
 from lightning_probes.network.pairing import TRAINING
 from lightning_probes.network.torch_internals import trainer_of, tree_map
 from lightning_probes.options import Where
-from lightning_probes.posthoc.calling import Caller
 from lightning_probes.probes.dataset import LayerBatch
+from lightning_probes.replay.calling import Caller
 from lightning_probes.replay.calls import CannotRunAgainError, RecordedStep
 from lightning_probes.replay.recorder import CallRecorder
 from lightning_probes.replay.reservoir import Budget
@@ -36,7 +36,7 @@ class Pass(LightningModule):
     """Stand in for a model in Lightning's prediction loop, which neither repeats nor leaves out a sample.
 
     Each batch is given to the model's own ``validation_step``; a model without one is called as a
-    :class:`~lightning_probes.posthoc.calling.Caller` does it.
+    :class:`~lightning_probes.replay.calling.Caller` does it.
 
     Args:
         model: a LightningModule or any other module.

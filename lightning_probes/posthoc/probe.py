@@ -6,7 +6,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +26,11 @@ from lightning_probes.options import Reading, checked, first_of, takes_reading, 
 from lightning_probes.posthoc.networks import Network, copied, networks_to_probe
 from lightning_probes.posthoc.passes import Pass, needs_building
 from lightning_probes.posthoc.runner import Runner
-from lightning_probes.probes.dataset import FeatureDataset, HalfPrecisionStore, LayerBatch
 from lightning_probes.probes.fit import FittedProbes, fit_layers
 from lightning_probes.report.curves import Curves, Kind, LayerFacts
 from lightning_probes.report.label_counts import LabelCounts
 from lightning_probes.report.report import ProbeReport
+from lightning_probes.training.two_passes import TwoPasses
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -210,25 +210,18 @@ class _Posthoc:
         if one.point in self._done:
             raise CheckpointError(f"{one.name} is of the same epoch and step as {self._done[one.point]}: left out")
         labels = LabelCounts(self._network.labels)
-        store = HalfPrecisionStore(self._max_bytes)
+        passes = TwoPasses(self._network, labels, self._max_bytes)
+        store = passes.store
         try:
-            found = self._fit(model, store, labels)
+            found = self._fit(model, passes)
         finally:
             store.close()
         assert found.target_sums is not None
         task, ranks = self._network.task, self._runner.ranks
         curves = Curves(self._network, ranks, labels)
         curves.add(Kind.PUBLISHED, ("train", 0), found.share_of(ranks), found.target_sums)
-        labelled = torch.zeros((), dtype=torch.long)
-
-        def score(dataloader: int, batch: LayerBatch) -> None:
-            labelled.add_(int(task.is_counted(batch.targets).sum()))
-            labels.add(("val", dataloader), batch.labels)
-            tally = found.probes.score(batch)
-            curves.add(Kind.PUBLISHED, ("val", dataloader), tally, task.target_sums(batch.targets))
-
-        self._runner.run(model, "val", score)
-        if not ranks.total(labelled):
+        self._runner.run(model, "val", partial(passes.score, probes=found.probes, curves=curves))
+        if not ranks.total(passes.scored):
             raise ValueError("val_dataloaders: no batch with labels came out of it; there is nothing to score on")
         curves.agree(len(self._facts.layers))
         self._facts.agree(ranks)
@@ -253,20 +246,11 @@ class _Posthoc:
         labels.tell(self.report)
         self._done[one.point] = one.name
 
-    def _fit(self, model: Pass, store: HalfPrecisionStore, labels: LabelCounts) -> FittedProbes:
-        dataset: FeatureDataset | None = None
-
-        def keep(dataloader: int, batch: LayerBatch) -> None:
-            nonlocal dataset
-            if dataset is None:  # The first labels may have shown the number of outputs.
-                dataset = FeatureDataset(self._network.task, store, numbers_left_out=True)
-            dataset.add(batch)
-            labels.add(("train", 0), batch.labels)
-
-        self._runner.run(model, "train", keep)
+    def _fit(self, model: Pass, passes: TwoPasses) -> FittedProbes:
+        self._runner.run(model, "train", passes.keep)
         ranks, begun = self._runner.ranks, time.perf_counter()
         self._network.agree(ranks.gather)
-        dataset = dataset or FeatureDataset(self._network.task, store, numbers_left_out=True)
+        dataset, store = passes.dataset, passes.store
         layers = self._network.layers
         seen = [dataset.labelled, *(layer in dataset.layers for layer in layers)]
         labelled, *ran = ranks.total(torch.tensor(seen)).tolist()

@@ -11,14 +11,13 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_probes.distributed import Ranks
 from lightning_probes.network.torch_internals import starts_processes
 from lightning_probes.posthoc.passes import Pass, Take
 from lightning_probes.progress import Progress
-from lightning_probes.replay.frozen import frozen
+from lightning_probes.replay.frozen import frozen, seeded
 
 T = TypeVar("T")
 
@@ -96,7 +95,7 @@ class Runner:
         """
         if model.is_due:
             model.begin_building()
-            self._predict(model, _seeded())
+            self._predict(model, seeded())
 
     def _predict(self, model: Pass, around: AbstractContextManager[None]) -> None:
         """Run the Trainer's prediction loop in a context, and leave no trace of it in the Trainer."""
@@ -130,16 +129,6 @@ class Runner:
 
 
 @contextmanager
-def _seeded() -> Iterator[None]:
-    """Seed the random generators: weights, shuffling and augmentation are the same in each pass and all processes."""
-    with isolate_rng(include_cuda=torch.cuda.is_initialized()):  # type: ignore[no-untyped-call]
-        torch.default_generator.manual_seed(0)
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.manual_seed_all(0)
-        yield
-
-
-@contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Freeze the network, and restore the memory, values and precision of its parameters afterwards."""
     # Moving a module replaces the data of its gradients too, and some networks write to parameters in forward.
@@ -147,7 +136,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     saved = [(parameter, parameter.data, parameter.data.to("cpu", copy=True)) for parameter in model.parameters()]
     flags = [(module, module.training) for module in model.modules()]
     try:
-        with frozen(model), _seeded():
+        with frozen(model), seeded():
             yield
     finally:
         for parameter, data, content in saved:

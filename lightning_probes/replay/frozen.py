@@ -6,20 +6,76 @@ import copy
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_probes.network.hooks import HEARD_BY, ActivationRecorder
 from lightning_probes.network.torch_internals import HOOK_ATTRIBUTES, run_eagerly
 
 _MANY = 1000
 """Bound the items of a container that are copied with it: a container of more is a data set, not a state."""
+
+_MOST = 10_000
+"""Bound the objects among which random generators are looked for."""
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Seed the global random generators alike in all processes, and restore their states, also after an exception."""
+    # isolate_rng restores the states only if nothing is raised inside of it, so it is closed here and not left by an
+    # exception. CUDA is seeded and restored only where it has states already.
+    rng = ExitStack()
+    rng.enter_context(isolate_rng(include_cuda=torch.cuda.is_initialized()))  # type: ignore[no-untyped-call]
+    try:
+        torch.default_generator.manual_seed(0)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.manual_seed_all(0)
+        random.seed(0)
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed(0)
+        yield
+    finally:
+        rng.close()
+
+
+@contextmanager
+def unmoved(*objects: Any) -> Iterator[None]:
+    """Restore, also after an exception, the random generators that objects hold, down through their attributes."""
+    generators = [restore for value in _held_by(objects) for restore in _restoring(value)]
+    try:
+        yield
+    finally:
+        for restore in generators:
+            restore()
+
+
+def _held_by(objects: Any) -> list[Any]:
+    """Return what objects hold, down through attributes and containers, but not what large containers hold."""
+    found: dict[int, Any] = {}
+    waiting = deque([objects])  # What is near comes first.
+    while waiting and len(found) < _MOST:
+        value = waiting.popleft()
+        if id(value) in found or isinstance(value, (type, ModuleType, Tensor, str, bytes, int, float, type(None))):
+            continue
+        found[id(value)] = value
+        if isinstance(value, Mapping) and len(value) <= _MANY:
+            waiting += value.values()
+        elif isinstance(value, (list, tuple, set)) and len(value) <= _MANY:
+            waiting += value
+        elif isinstance(value, partial):
+            waiting += [value.func, *value.args, *value.keywords.values()]
+        else:
+            waiting += getattr(value, "__dict__", {}).values()
+            waiting.append(getattr(value, "__self__", None))
+    return list(found.values())
 
 
 @contextmanager
@@ -82,7 +138,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, Tensor):
-        if isinstance(value, nn.Parameter):
+        if isinstance(value, nn.Parameter) or is_lazy(value):
             return value
         memo[id(value)] = found = value.clone()
         return found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_probes.network.batches import tensors_in
-from lightning_probes.network.torch_internals import tree_leaves, tree_map, version_of
+from lightning_probes.network.torch_internals import is_shared_out, tree_leaves, tree_map, version_of
 from lightning_probes.replay.calls import Call, Link, Weight, with_objects
 
 
@@ -30,7 +30,9 @@ class Replay:
     """Run recorded calls of ``model`` without a trace in its parameters and buffers.
 
     Make and use a replay inside :func:`~lightning_probes.replay.frozen.frozen`. For mixed precision as in training,
-    enter the strategy's forward context around it.
+    enter the strategy's forward context around it. Weights that are shared out among processes are gathered by the
+    modules themselves, so that no copy can stand in for them:
+    :func:`~lightning_probes.replay.sharded.shares_kept` guards those.
 
     Args:
         model: the network whose calls were recorded.
@@ -41,6 +43,7 @@ class Replay:
 
     Raises:
         KeyError: ``weights`` lacks a parameter.
+        ValueError: there are ``weights``, and those of the model are shared out among processes.
     """
 
     def __init__(
@@ -52,6 +55,9 @@ class Replay:
         self._named: dict[str, Tensor] = {}
         self._copies: dict[int, tuple[Tensor, int]] = {}
         self._values: dict[int, Tensor] = {}
+        self._is_shared_out = is_shared_out(model)
+        if self._is_shared_out and weights is not None:
+            raise ValueError("weights: those of the model are shared out among processes")
         # A tensor in two places has two names in a state dict, either of which will do.
         for prefix, module in model.named_modules(remove_duplicate=False):
             for name, tensor in _tensors_of(module, prefix):
@@ -111,6 +117,8 @@ class Replay:
         return held
 
     def _call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self._is_shared_out:
+            return module(*args, **kwargs)
         if id(module) not in self._slots:
             # Each place is named once, by the first path to its module: functional_call could not restore a place that
             # it filled twice. Tied tensors stay tied, since each of their places gets the same tensor.

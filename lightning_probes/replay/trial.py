@@ -21,7 +21,7 @@ from lightning_probes.network.extractor import LayerExtractor
 from lightning_probes.network.hooks import first_activation
 from lightning_probes.network.pairing import Observation, Outcome, decide
 from lightning_probes.network.provenance import MIXED
-from lightning_probes.network.torch_internals import tree_map
+from lightning_probes.network.torch_internals import is_shared_out, tree_map
 from lightning_probes.probes.dataset import LayerBatch
 from lightning_probes.replay.calls import Call, CannotRunAgainError, RecordedStep
 from lightning_probes.replay.frozen import frozen
@@ -114,7 +114,8 @@ class Trial:
         self.activations, seen = self._observe(None)
         outcomes = self._decided(seen, is_complete)
         still = {key for key, found in outcomes.items() if found.is_still}
-        if may_go_on(bool(still)):
+        # Weights that are shared out among processes cannot be replaced by others.
+        if may_go_on(bool(still)) and not is_shared_out(self._model):
             with suppress(Exception):  # What other weights do to a network must not undo what is known.
                 _, with_others = self._observe(other_weights(self._model, self._device))
                 again = self._decided({key: with_others[key] for key in still & with_others.keys()}, is_complete)
@@ -269,6 +270,45 @@ def other_weights(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
         else:
             found[name] = weight
     return found
+
+
+def pair_first(
+    network: LayerExtractor,
+    step: RecordedStep | CannotRunAgainError | None,
+    seen: LayerBatch | None,
+    model: nn.Module,
+    context: Context,
+    ranks: Ranks,
+    *,
+    is_first: bool,
+) -> LayerBatch | None:
+    """Find out which row is of which sample if that is not known, several processes together with their first batch.
+
+    Args:
+        network: the layers, which learn what is found.
+        step: what was recorded of the batch's step, or why it cannot be run again.
+        seen: features of the batch; ``None`` if it has no labels.
+        model: the network.
+        context: makes the context that the network runs in.
+        ranks: the processes.
+        is_first: whether the batch is the first one of the data, in all processes.
+
+    Returns:
+        The features of the samples, ``None`` if the batch has no labels.
+    """
+    pairing = network.pairing
+    is_due = seen is not None and not pairing.is_known
+    if is_first and ranks.number > 1:
+        # A module may wait for the other processes, so all of them run it or none.
+        if all(ranks.gather(is_due)):
+            assert seen is not None
+            seen = pair(network, step, seen, model, context, ranks)
+        elif not pairing.is_known:
+            pairing.give_up("some process had no labels in its first batch")
+        pairing.is_known = True
+    elif is_due and seen is not None:
+        seen = pair(network, step, seen, model, context, is_only=ranks.number == 1)
+    return seen
 
 
 def pair(

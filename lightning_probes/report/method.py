@@ -15,6 +15,9 @@ CROSS_FITTED = "val, cross-fitted"
 ONLINE = "online"
 """Mark, as ``fitted_on["data"]`` of a row, probes that were only trained along with the network."""
 
+LABELLED_SET = "data"
+"""Mark, as ``fitted_on["data"]`` of a row, probes on a labelled set of their own, apart from training."""
+
 NO_VALIDATION = (
     "without a validation loop errors are those on samples that the network was trained on; what other samples would "
     "show takes a validation loader: trainer.fit(model, train_loader, val_loader)"
@@ -134,7 +137,7 @@ def _warning(data: str, row: Mapping[str, Any], stage: str) -> str:
         return ""
     if data == CROSS_FITTED:
         return "on the samples of validation that the probes were fitted on"
-    if "network" in row or not data:
+    if "network" in row or data in ("", LABELLED_SET):
         return "on samples that the probes were fitted on"
     return "on samples that the network was trained on, and the probes fitted on"
 
@@ -150,7 +153,7 @@ def _sentence(data: str, rows: Sequence[Mapping[str, Any]], stage: str) -> str:
         return f"Probes cross-fitted on {scored:,.0f} samples of validation {folds}."
     if not data:
         return f"Scored on {scored:,.0f} samples."
-    of = "validation" if data == CROSS_FITTED else "training"
+    of = {CROSS_FITTED: "validation", LABELLED_SET: "a labelled set of their own"}.get(data, "training")
     is_same = stage == "train" and fitted == scored
     where = "the same" if is_same else f"{scored:,.0f} others" if stage != "train" else f"{scored:,.0f}"
     return f"Probes fitted to their optimum on {fitted:,.0f} samples of {of}, scored on {where}."

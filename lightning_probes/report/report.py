@@ -74,7 +74,8 @@ class ProbeReport:
               training step has just ended; ``None`` if nothing was logged;
             - ``features`` and ``features_total``: number of features after and before reduction;
             - ``fitted_on``: ``{"data", "samples"}``, what and how many samples the probe was fitted on: ``train``,
-              ``val, cross-fitted``, or ``online`` for a probe that was only trained along with the network;
+              ``data`` for a labelled set of its own, ``val, cross-fitted``, or ``online`` for a probe that was only
+              trained along with the network;
             - ``converged``: whether the probe is at its optimum; ``None`` for an online probe;
             - ``rows``: which rows of the layer are of a sample, and ``reduction``: how they became features, both in
               a few words;

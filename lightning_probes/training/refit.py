@@ -24,7 +24,7 @@ from lightning_probes.distributed import Ranks
 from lightning_probes.network.extractor import LayerExtractor
 from lightning_probes.network.pairing import MIXED_BY_STEP, TRAINING
 from lightning_probes.network.provenance import Provenance
-from lightning_probes.network.torch_internals import compiled_parts
+from lightning_probes.network.torch_internals import compiled_parts, is_shared_out
 from lightning_probes.options import first_of
 from lightning_probes.probes.dataset import FeatureDataset, LayerBatch, MemoryStore
 from lightning_probes.probes.fit import FittedProbes, fit_layers
@@ -124,7 +124,7 @@ class Refit:
 
     def attach(self, model: nn.Module) -> None:
         """Find the modules of ``model`` whose calls can be recorded."""
-        self._is_shared_out = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+        self._is_shared_out = is_shared_out(model)
         # Hooks in compiled code are part of it, so that new ones would have it compiled again.
         if self.budget.samples or not compiled_parts(model)[1]:
             self._batches.attach(model)
@@ -233,7 +233,7 @@ class Refit:
         if not self.budget.samples:
             return
         try:
-            with self._timed("Fitting probes"):
+            with self.timed("Fitting probes"):
                 self.fitted = self._fit(model, context, before, online=online)
         except CannotRunAgainError as error:
             self._batches.refuse(str(error))
@@ -245,7 +245,7 @@ class Refit:
             self.fitted = None
             self._batches.refuse(self._batches.partly)
         if self.fitted is not None and self._start.is_due and (is_validation or not has_validation):
-            with self._timed("Fitting probes at start"):
+            with self.timed("Fitting probes at start"):
                 self._fit_start(model, context)
         self.cost["kept_bytes"] = max(self.cost["kept_bytes"], self._batches.kept.num_bytes)
         if self.fitted is None:
@@ -315,7 +315,7 @@ class Refit:
         if online is not None and (self.fitted is not None or self._validation is not None):
             self._curves.add(Kind.ONLINE, curve, online.score(seen), target_sums)
         if watched is not None:
-            with self._timed():
+            with self.timed():
                 self._score_start(watched, curve, model, context)
 
     def conclude(self) -> dict[str, dict[str, Any]]:
@@ -328,7 +328,7 @@ class Refit:
             self._drop_start()
             self._say(f"no starting point: {reason}")
         if any(self._ranks.gather(self._validation is not None)):
-            with self._timed("Cross-fitting probes"):
+            with self.timed("Cross-fitting probes"):
                 self._cross_fit(self._validation or self._no_batches())
         self._validation = None
         for kind, found in ((Kind.PUBLISHED, self.fitted), (Kind.START, self._start.fitted)):
@@ -418,6 +418,27 @@ class Refit:
         if found is None and faults:  # no layer had features
             raise next(iter(faults.values()))
         return found
+
+    def fit_anew(self, dataset: FeatureDataset, data: str) -> FittedProbes:
+        """Fit the probes that are published on a dataset, and return them; see :func:`fit_layers`.
+
+        Args:
+            dataset: samples of this process.
+            data: name of the data, for the rows of a report.
+
+        Raises:
+            ValueError: no process has features.
+            Exception: as for :func:`fit_layers`.
+        """
+        before, self.fitted = self.fitted, None
+        self.fitted = self._fit_on(dataset, data, self._ranks.device, before, share=1.0)
+        if self.fitted is None:
+            raise ValueError("no layer has features")
+        return self.fitted
+
+    def count_bytes(self, num_bytes: int) -> None:
+        """Take note of the bytes that were kept at one time, of which the cost has the most."""
+        self.cost["kept_bytes"] = max(self.cost["kept_bytes"], num_bytes)
 
     def _fit_on(
         self,
@@ -531,7 +552,8 @@ class Refit:
             rank_zero_warn(f"LinearProbeCallback: {self.note}")
 
     @contextmanager
-    def _timed(self, title: str = "") -> Iterator[None]:
+    def timed(self, title: str = "") -> Iterator[None]:
+        """Add the time spent inside to the cost, and show what goes on there under ``title``."""
         begun = time.perf_counter()
         try:
             with self._progress.during(title):

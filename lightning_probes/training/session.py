@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from lightning_probes.distributed import Ranks
 from lightning_probes.network.extractor import INPUT, LayerExtractor
 from lightning_probes.network.pairing import notes_of
-from lightning_probes.probes.dataset import LayerBatch
 from lightning_probes.progress import Progress, size
 from lightning_probes.replay.calls import CannotRunAgainError, RecordedStep
 from lightning_probes.replay.recorded_batches import Context
 from lightning_probes.replay.reservoir import Budget
-from lightning_probes.replay.trial import pair
+from lightning_probes.replay.trial import pair, pair_first
 from lightning_probes.report.curves import Curve, Curves, Kind, LayerFacts
 from lightning_probes.report.method import NO_VALIDATION, ONLINE
 from lightning_probes.report.report import ProbeReport, Row
@@ -51,6 +50,9 @@ class ProbingSession:
         now: epoch and step of the last training step, which warnings name.
         doubts: note on the targets that probes were fitted on, up to the last publication.
     """
+
+    has_own_data = False
+    """Tell whether probes are fitted on a labelled set of their own, and not on batches of training."""
 
     def __init__(
         self,
@@ -95,7 +97,7 @@ class ProbingSession:
         has_validation: bool,
         gone_before: str = "",
         missed: str = "",
-    ) -> None:
+    ) -> bool:
         """Start the probes' bookkeeping for a run.
 
         Args:
@@ -105,6 +107,9 @@ class ProbingSession:
             has_validation: whether the run has samples to score on that it is not trained on.
             gone_before: which training came before this run, so that the run has no starting point; empty if none did.
             missed: why the last point of the resumed run is missing for good; empty if it is not.
+
+        Returns:
+            Whether the starting point has been scored already and is to be published.
         """
         self.refit.batches = batches
         self._kept = partial(self.refit.described, has_validation=has_validation)
@@ -112,15 +117,16 @@ class ProbingSession:
         note = self.refit.begin(model, gone_before=gone_before, has_start=has_start)
         # A note of the resumed run may not hold for this one.
         report.notes = [known for known in report.notes if known != NO_VALIDATION]
-        _note(report, note, missed, "" if has_validation else NO_VALIDATION)
+        note_in(report, note, missed, "" if has_validation else NO_VALIDATION)
         if missed:
             self.curves.clear()
         # Memory is lent from the first step on, since other memory changes the order of sums.
         self.online.lend()
+        return False
 
     def end(self, report: ProbeReport) -> None:
         """Release everything but the probes, and note in ``report`` what is missing."""
-        _note(report, self.refit.end(), *self.curves.notes)
+        note_in(report, self.refit.end(), *self.curves.notes)
         self.curves.clear()
         self.online.release()
 
@@ -130,6 +136,10 @@ class ProbingSession:
             self.refit.fitted = None
 
     # A step of training
+
+    def preview(self, batch: Any) -> None:
+        """Look at a batch of validation before training: if it has labels, batches of training need none."""
+        self.network.labels.preview(batch)
 
     def open(self, batch: Any) -> None:
         """Start recording a training step.
@@ -149,9 +159,13 @@ class ProbingSession:
     def check(self, features: Mapping[str, Tensor] | None = None) -> None:
         """Restart restored probes whose widths differ from those of the first ``features`` after resuming.
 
+        Without ``features``, those of the step under way are checked, and whether what the user wrote of layers fits.
+
         Raises:
-            ValueError: the run is strict, and widths differ.
+            ValueError: the run is strict, and widths differ; or a layer that was named cannot be probed.
         """
+        if features is None:
+            self.network.check()
         known = self.network.recorder.recording.features if features is None else features
         if afresh := self.online.check(known):
             self.refit.fitted = None
@@ -177,7 +191,7 @@ class ProbingSession:
             self.curves.labels.add(("train", 0), seen.labels)
         is_first, self._is_first_step = self._is_first_step, False  # All processes have one, with labels or not.
         with self._around("finding out which row is of which sample", together=is_first):
-            seen = self._paired(seen, step, model, context, is_first=is_first)
+            seen = pair_first(self.network, step, seen, model, context, self.ranks, is_first=is_first)
         self.network.settle()
         self._drop_contradicted()
         if is_first:
@@ -199,30 +213,6 @@ class ProbingSession:
             tally = self.online.update(seen)
             self.curves.add(Kind.TRAINED_ALONG, ("train", 0), tally, self.network.task.target_sums(seen.targets))
         self._greet()
-
-    def _paired(
-        self,
-        seen: LayerBatch | None,
-        step: RecordedStep | CannotRunAgainError | None,
-        model: nn.Module,
-        context: Context,
-        *,
-        is_first: bool,
-    ) -> LayerBatch | None:
-        """Find out which row is of which sample if that is not known; return the features of the samples."""
-        pairing = self.network.pairing
-        is_due = seen is not None and not pairing.is_known
-        if is_first and self.ranks.number > 1:
-            # A module may wait for the other processes, so all of them run it or none.
-            if all(self.ranks.gather(is_due)):
-                assert seen is not None
-                seen = pair(self.network, step, seen, model, context, self.ranks)
-            elif not pairing.is_known:
-                pairing.give_up("some process had no labels in its first batch")
-            pairing.is_known = True
-        elif is_due and seen is not None:
-            seen = pair(self.network, step, seen, model, context, is_only=self.ranks.number == 1)
-        return seen
 
     def _drop_contradicted(self) -> None:
         """Set layers aside that are not arranged as the first batch showed."""
@@ -260,7 +250,7 @@ class ProbingSession:
             )
         self.curves.blame(self.refit.pop_faults(), "fitting its probe", self.now)
         if self.refit.fitted is not None:
-            _note(report, gap)
+            note_in(report, gap)
 
     def watch(self, batch: Any, samples: int | None, stage: str, dataloader: int) -> None:
         """Start recording a step of evaluation, of which the first ``samples`` samples count, or all with ``None``."""
@@ -334,13 +324,13 @@ class ProbingSession:
         if (epoch, step) != self.point:
             report.notes = [note for note in report.notes if note != self.doubts]
             self.doubts = self.curves.doubts
-            _note(report, *self.network.notes, *self.network.labels.notes)
-            _note(report, *self.network.mask_reader.notes)
-            _note(report, self.doubts, self.refit.note, self.ranks.note)
+            note_in(report, *self.network.notes, *self.network.labels.notes)
+            note_in(report, *self.network.mask_reader.notes)
+            note_in(report, self.doubts, self.refit.note, self.ranks.note)
             self._count_cost(report)
         report.notes = [note for note in report.notes if note not in self._pairs_noted]
         self._pairs_noted = paired
-        _note(report, *self._pairs_noted, *self.curves.notes)
+        note_in(report, *self._pairs_noted, *self.curves.notes)
         self.curves.labels.tell(report)
         self.curves.clear()
         self.online.turn()
@@ -353,11 +343,15 @@ class ProbingSession:
             self._count_cost(report)
             fitted = self.refit.fitted.known.values() if self.refit.fitted is not None else ()
             samples = max((known["fitted_on"]["samples"] for known in fitted), default=0)
-            fewer = f"fit_samples below {samples:,}" if samples else "a smaller fit_samples"
+            fewer = self._cheaper(samples)
             lower = f"{thinner} about halves that, {fewer} lowers it" if thinner else f"{fewer} lowers that"
             share = 100 * report.cost["share"]
             took = f"fitting probes took {seconds:,.1f} s, {share:.{0 if share >= 10 else 1}f} % of this run"
             self._progress.say(f"LinearProbeCallback: {took}; {lower}, at the cost of precision")
+
+    def _cheaper(self, samples: int) -> str:
+        """Return what would lower the cost of a point, of which this number of samples was fitted on."""
+        return f"fit_samples below {samples:,}" if samples else "a smaller fit_samples"
 
     def _count_cost(self, report: ProbeReport) -> None:
         share = self.refit.cost["seconds"] / max(time.perf_counter() - self._begun, 1e-9)
@@ -413,6 +407,6 @@ class ProbingSession:
                     self.curves.touch(kind, curve, len(layers))
 
 
-def _note(report: ProbeReport, *notes: str) -> None:
+def note_in(report: ProbeReport, *notes: str) -> None:
     """Add notes that are not in the report."""
     report.notes = list(dict.fromkeys(filter(None, [*report.notes, *notes])))

@@ -23,8 +23,9 @@ def state_of(session: ProbingSession, report: ProbeReport) -> dict[str, Any]:
     (``pairings``), the classes (``num_classes``), the probes trained along (``along``) and those at their optimum with
     what is known of them (``optimum``), epoch and step of the last point and of the last step (``point``, ``now``),
     layers set aside and the running tally of the probes trained along (``points``), the note on classes that never
-    occur (``missing``), and whether training has no labels (``trains_without_labels``). The keys are those of release
-    0.1.0, and new ones. No batch and no feature is saved.
+    occur (``missing``), whether training has no labels (``trains_without_labels``), and whether probes are on a
+    labelled set of their own (``own_data``). The keys are those of release 0.1.0, and new ones. No batch and no feature
+    is saved.
     """
     network = session.network
     probes = {
@@ -40,6 +41,7 @@ def state_of(session: ProbingSession, report: ProbeReport) -> dict[str, Any]:
         "missing": session.doubts,
         "points": session.curves.state_dict(),
         "axes": network.axes.state_dict(),
+        "own_data": session.has_own_data,
         "pairings": [known.state_dict() for known in network.pairings.values() if known.is_known],
     }
     return {"version": STATE_VERSION, "probes": probes, "report": asdict(report)}
@@ -65,6 +67,10 @@ def restore(
     Raises:
         ValueError: the probes differ from those of this run, and ``strict`` is true.
     """
+    if session.has_own_data != state.get("own_data", False):
+        there, here = ("training", "data") if session.has_own_data else ("data", "training")
+        refuse(f"they were fitted on {there} in the checkpoint and are on {here} here", strict=strict)
+        return
     network = session.network
     selected = network.selected if is_training else state["selected"]
     # In checkpoints without this entry features are means over space.

@@ -1,4 +1,4 @@
-"""Call a module that is not Lightning's on a batch: on its input, and on what it takes of the batch by name."""
+"""Call the ``forward`` of a module on a batch: on its input, and on what it takes of the batch by name."""
 
 from __future__ import annotations
 
@@ -44,23 +44,29 @@ class Caller:
         """Call the module on a batch.
 
         Raises:
+            Exception: as for :meth:`arguments`, and whatever the module raises.
+        """
+        args, kwargs = self.arguments(batch)
+        self._model(*args, **kwargs)
+
+    def arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the positional and keyword arguments with which the module is called on a batch.
+
+        Raises:
             TypeError: no input was named.
             LookupError: the batch has no such input.
-            Exception: whatever the module raises.
         """
         if self._input is None:
             raise TypeError(
-                f"{type(self._model).__name__} has no validation_step, and input=None says of no part of the batch "
-                f"that it is what the model is called on; the batch is {describe(batch)}"
+                f"input: {type(self._model).__name__} is called on its input, and None says of no part of the batch "
+                f"that it is the input; the batch is {describe(batch)}"
             )
         value = pick(batch, self._input, "input")
         if isinstance(value, Mapping):
             has_names = all(isinstance(key, str) for key in value)
             if has_names and (self._takes_any or any(key in self._names for key in value)):
-                self._model(**value)
-            else:  # It takes a mapping as it is.
-                self._model(value)
-            return
+                return (), dict(value)
+            return (value,), {}  # It takes a mapping as it is.
         beside = self._beside(value, batch)
         name = next((key for key, part in beside.items() if part is value and key in self._names), None)
         # Without a parameter of its name the input is the first argument.
@@ -73,7 +79,7 @@ class Caller:
             if key in self._names and key not in taken and key != self._target and not _shares(part, target)
         }
         self.given |= dict.fromkeys(further)
-        self._model(*args, **further, **({} if name is None else {name: value}))
+        return args, {**further, **({} if name is None else {name: value})}
 
     def _beside(self, value: Any, batch: Any) -> dict[str, Any]:
         """Return the named parts of the batch, or of the part of it, that the input is one of."""
@@ -88,6 +94,17 @@ class Caller:
             return pick(batch, self._target, "target")
         except Exception:  # The reader of labels tells of it, if it is a mistake.
             return None
+
+
+def objection(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Say why the ``forward`` of a module cannot be called with some arguments; empty if its signature allows it."""
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        return f"{type(model).__name__}.forward cannot be called on the input of a batch: {error}"
+    except ValueError:  # TorchScript has no signature.
+        pass
+    return ""
 
 
 def _parameters(model: nn.Module) -> tuple[list[str], bool]:

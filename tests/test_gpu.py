@@ -73,6 +73,18 @@ def test_training_is_bit_identical_with_and_without_the_callback(
     check_that_all_was_probed(probes, starts=fit_samples > 0)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize("make", [dropping, residual])
+def test_training_is_bit_identical_with_a_labelled_set_of_its_own(
+    make: Callable[[], LightningModule], precision: str, tmp_path: Path
+) -> None:
+    probes = LinearProbeCallback(data=(loader(96, shuffle=True), loader(40, seed=1)))
+    assert_same(train(make, tmp_path, probes, precision=precision), train(make, tmp_path, precision=precision))
+    rows = probes.report.rows
+    assert {row["epoch"] for row in rows} == {0, 1, 2}
+    assert all(math.isfinite(row["value"]) for row in rows)
+
+
 def check_that_all_was_probed(probes: LinearProbeCallback, *, starts: bool) -> None:
     rows = probes.report.rows
     assert {row["epoch"] for row in rows} == ({0, 1, 2} if starts else {1, 2})

@@ -12,7 +12,7 @@ from lightning_probes.probes.solver import in_full_precision
 _EVALUATIONS = 140
 """Give the gradients that bringing one probe to its optimum took on average, the choice of a strength included: those
 of a convolutional network took 140, those of an MLP 190. On a CPU the fits of four networks took .8 to 1.4 of what was
-announced.
+announced; the more samples, the fewer: those of 100 000 samples of 1 000 classes a third.
 """
 
 _INVERSES = 6

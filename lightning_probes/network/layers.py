@@ -184,6 +184,11 @@ def _blocks(model: nn.Module) -> set[type[nn.Module]]:
     return repeated & large or repeated
 
 
+def is_any_lazy(model: nn.Module) -> bool:
+    """Return whether a parameter or buffer of a model has no shape yet."""
+    return any(map(is_lazy, chain(model.parameters(), model.buffers())))
+
+
 def _is_weight(name: str, parameter: nn.Parameter) -> bool:
     """Return whether a parameter has at least two dimensions; of one without a shape its name tells."""
     return name.endswith("weight") if is_lazy(parameter) else parameter.dim() > 1

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,11 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
 from lightning_probes.checkpoints import CheckpointError
 from lightning_probes.network.extractor import LayerExtractor
+from lightning_probes.network.layers import is_any_lazy
 from lightning_probes.network.pairing import notes_of
 from lightning_probes.network.torch_internals import original_of
 from lightning_probes.options import Reading, checked, first_of, takes_reading, whole
@@ -205,7 +204,7 @@ class _Posthoc:
         self._runner.build(model)
         if note := one.prepare(model.model):
             self._tell(note)
-        if any(map(is_lazy, chain(model.model.parameters(), model.model.buffers()))):
+        if is_any_lazy(model.model):
             raise ValueError("model: it has parameters without a shape; run a batch through it first")
         if one.point in self._done:
             raise CheckpointError(f"{one.name} is of the same epoch and step as {self._done[one.point]}: left out")

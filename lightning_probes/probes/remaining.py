@@ -15,7 +15,8 @@ REMAINING = ("remaining", "remaining_low", "remaining_high")
 _SPREAD = 0.35
 """Give the standard deviation of what the error falls by, as a share of the estimate, beside the noise of two errors.
 
-Of 568 rows of five networks the interval then held 95 % of what was measured (``benchmarks/remaining.py``).
+Of 568 rows of five networks the interval held 95 % of what was measured at a share of .4
+(``benchmarks/remaining.py``).
 """
 
 _NORMAL = 1.64

@@ -185,7 +185,8 @@ def _solve(
     weight = v[:, :-1] if basis is None else v[:, :-1] @ basis.T.to(v)
     weight, bias = weight.to(full.l2), v[:, -1].to(full.l2)
     reached = _joined(weight.to(v), bias.to(v))[None, None]
-    norm = float(_norms(full.to(v.dtype).gradient(reached)) / found.scale)
+    gradient, _ = full.to(v.dtype).evaluate(reached)
+    norm = float(_norms(gradient) / found.scale)
     tally = tally_on(task, x, targets, weight, bias)
     return Solution(weight, bias, zero, zero + 1, l2, norm <= tolerance, found.iterations, norm, tally, samples)
 
@@ -295,10 +296,6 @@ class Problems:
         v[..., -1] = torch.stack([self.task.constant(mean) for mean in means])
         return v
 
-    def gradient(self, v: Tensor) -> Tensor:
-        """Return the gradients at ``v``."""
-        return self.evaluate(v)[0]
-
     def evaluate(self, v: Tensor, *, is_curved: bool = False) -> tuple[Tensor, Tensor]:
         """Return the gradients at ``v``, and what each sample of this process adds to the curvature.
 
@@ -367,7 +364,7 @@ class Problems:
         """
         constants = self.constants()
         # The penalty does not change what is constant.
-        found = self.only(torch.zeros_like(self.l2[:1], dtype=torch.long)).evaluate(constants, is_curved=True)
+        found = replace(self, l2=self.l2[:1]).evaluate(constants, is_curved=True)
         v, gradient, curvature = (x.expand(len(self.l2), *x.shape[1:]) for x in (constants, *found))
         cold = _norms(gradient)
         is_tightened = bool((self.samples < FEW * self.x.width).any())

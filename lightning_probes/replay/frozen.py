@@ -28,13 +28,22 @@ _MOST = 10_000
 
 
 @contextmanager
-def seeded() -> Iterator[None]:
-    """Seed the global random generators alike in all processes, and restore their states, also after an exception."""
+def _isolated() -> Iterator[None]:
+    """Restore the states of the global random generators, also after an exception; CUDA's only if it has any yet."""
     # isolate_rng restores the states only if nothing is raised inside of it, so it is closed here and not left by an
-    # exception. CUDA is seeded and restored only where it has states already.
+    # exception.
     rng = ExitStack()
     rng.enter_context(isolate_rng(include_cuda=torch.cuda.is_initialized()))  # type: ignore[no-untyped-call]
     try:
+        yield
+    finally:
+        rng.close()
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Seed the global random generators alike in all processes, and restore their states, also after an exception."""
+    with _isolated():
         torch.default_generator.manual_seed(0)
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.manual_seed_all(0)
@@ -42,8 +51,6 @@ def seeded() -> Iterator[None]:
         if (numpy := sys.modules.get("numpy")) is not None:
             numpy.random.seed(0)
         yield
-    finally:
-        rng.close()
 
 
 @contextmanager
@@ -95,29 +102,25 @@ def frozen(model: nn.Module, heard_by: ActivationRecorder | None = None) -> Iter
         model: the network.
         heard_by: the only recorder that listens to what is run inside, for a run outside of all steps.
     """
-    # isolate_rng restores the states only if nothing is raised inside of it, so it is closed here and not left by an
-    # exception.
-    rng = ExitStack()
-    rng.enter_context(isolate_rng(include_cuda=torch.cuda.is_initialized()))  # type: ignore[no-untyped-call]
-    modules = _all_modules(model)
-    saved = [(vars(module), dict(vars(module))) for module in modules]
-    generators = [restore for module in modules for value in vars(module).values() for restore in _restoring(value)]
-    try:
-        memo: dict[int, Any] = {}
-        with torch.no_grad():
-            for module in modules:
-                _stand_in(module, memo)
-                if heard_by is not None:
-                    vars(module)[HEARD_BY] = heard_by
-            yield
-    finally:
-        for restore in generators:
-            restore()
-        for own, attributes in saved:
-            own.update(attributes)
-            for name in own.keys() - attributes.keys():
-                del own[name]
-        rng.close()
+    with _isolated():
+        modules = _all_modules(model)
+        saved = [(vars(module), dict(vars(module))) for module in modules]
+        generators = [restore for module in modules for value in vars(module).values() for restore in _restoring(value)]
+        try:
+            memo: dict[int, Any] = {}
+            with torch.no_grad():
+                for module in modules:
+                    _stand_in(module, memo)
+                    if heard_by is not None:
+                        vars(module)[HEARD_BY] = heard_by
+                yield
+        finally:
+            for restore in generators:
+                restore()
+            for own, attributes in saved:
+                own.update(attributes)
+                for name in own.keys() - attributes.keys():
+                    del own[name]
 
 
 def _stand_in(module: nn.Module, memo: dict[int, Any]) -> None:

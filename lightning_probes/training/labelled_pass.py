@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lightning_probes.distributed import Ranks
 from lightning_probes.network.batches import describe, tensors_in
 from lightning_probes.network.extractor import LayerExtractor
+from lightning_probes.network.layers import is_any_lazy
 from lightning_probes.network.pairing import TRAINING, Pairing
 from lightning_probes.network.provenance import Provenance
 from lightning_probes.network.torch_internals import is_shared_out, tree_map
@@ -251,11 +250,6 @@ class _Runner:
     def _call(self, batch: Any) -> Call:
         args, kwargs = tree_map(_kept, self._caller.arguments(batch))
         return Call(self._model, args, kwargs)
-
-
-def is_any_lazy(model: nn.Module) -> bool:
-    """Return whether a parameter or buffer of a model has no shape yet."""
-    return any(map(is_lazy, chain(model.parameters(), model.buffers())))
 
 
 def _kept(leaf: Any) -> Any:

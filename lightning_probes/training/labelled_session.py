@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_probes.distributed import Ranks
 from lightning_probes.network.extractor import LayerExtractor
+from lightning_probes.network.layers import is_any_lazy
 from lightning_probes.probes.dataset import FeatureDataset, LayerBatch
 from lightning_probes.probes.fit import FittedProbes
 from lightning_probes.progress import Progress
@@ -18,7 +19,7 @@ from lightning_probes.replay.reservoir import Budget
 from lightning_probes.report.curves import Kind
 from lightning_probes.report.method import LABELLED_SET
 from lightning_probes.report.report import ProbeReport
-from lightning_probes.training.labelled_pass import LabelledPass, Take, is_any_lazy
+from lightning_probes.training.labelled_pass import LabelledPass, Take
 from lightning_probes.training.labelled_set import STAGES, LabelledSet
 from lightning_probes.training.session import ProbingSession, note_in
 from lightning_probes.training.two_passes import TwoPasses

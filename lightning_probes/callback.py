@@ -23,8 +23,10 @@ from lightning_probes.progress import Progress
 from lightning_probes.replay.calling import Caller
 from lightning_probes.replay.reservoir import Budget
 from lightning_probes.report.report import ProbeReport
+from lightning_probes.tasks.kinds import metrics_of
 from lightning_probes.training.labelled_session import LabelledSession
 from lightning_probes.training.labelled_set import LabelledSet
+from lightning_probes.training.resume import task_in
 from lightning_probes.training.schedule import Schedule
 from lightning_probes.training.session import ProbingSession
 from lightning_probes.training.state import restore, state_of
@@ -40,9 +42,10 @@ class LinearProbeCallback(Callback):
     These names are logged at each validation, or at the end of an epoch without one. ``{layer}`` is a
     ``named_modules()`` path or ``input``; ``/dataloader_idx_N`` is appended where a stage has several loaders:
 
-    - ``probe_error_{stage}/{layer}``, for the stages ``train``, ``val`` and ``test``: the classification error of the
-      probe, a fraction in [0, 1]; ``train`` is its error on the samples that it was fitted on;
-    - ``probe_cross_entropy_{stage}/{layer}``: its cross-entropy in nats, if ``log_metrics`` asks for it;
+    - ``probe_error_{stage}/{layer}``, for the stages ``train``, ``val`` and ``test``: the error of the probe, a
+      fraction in [0, 1]; of a regression 1 - R^2. ``train`` is its error on the samples that it was fitted on;
+    - ``probe_cross_entropy_{stage}/{layer}``: its cross-entropy in nats, if ``log_metrics`` asks for it; of other tasks
+      ``balanced_error`` or ``rmse``;
     - ``probe_lag_{stage}/{layer}``: how much higher the error of the probe is that was only trained along with the
       network, if ``log_metrics`` asks for it. If not, only one layer a step is trained along, and further behind.
 
@@ -76,7 +79,8 @@ class LinearProbeCallback(Callback):
             8, 13, ... and the last of ``max_epochs``. At other epochs monitors see the values of the last publication.
         strict: whether a resumed run must have the layers, classes and widths of the checkpoint's probes; if false,
             those that differ start afresh, with one warning.
-        log_metrics: metrics that go to the loggers, of ``error`` (always), ``cross_entropy`` and ``lag``.
+        log_metrics: metrics that go to the loggers: ``error`` (always), ``lag``, and those of the task:
+            ``cross_entropy`` (not of a regression), ``balanced_error`` (multilabel), ``rmse`` (regression).
 
     Attributes:
         report: what was found, while training and afterwards.
@@ -104,13 +108,14 @@ class LinearProbeCallback(Callback):
         **reading: Unpack[Reading],
     ) -> None:
         self.selection: dict[str, Any] = {"layers": layers, "exclude": exclude, **reading}
-        self.report = ProbeReport()
         arguments = inspect.signature(LinearProbeCallback).parameters
         read = checked(reading, "LinearProbeCallback", arguments)
+        self._task_kind = read["task"]
+        self.report = ProbeReport(task=self._task_kind)
         self._network = LayerExtractor(layers, exclude, read)
         self._data = None if data is None else LabelledSet(data)
         self._make_caller = partial(Caller, input=read["input"], target=read["target"])
-        self._logs = Logs(name, log_metrics, has_own_loaders=data is not None)
+        self._logs = Logs(name, log_metrics, metrics_of(self._task_kind), has_own_loaders=data is not None)
         self._state_key = self._generate_state_key(name=name)
         self._learning_rate = positive_float("learning_rate", learning_rate)
         self._fit_samples = None if fit_samples is None else whole("fit_samples", fit_samples, least=0)
@@ -161,7 +166,7 @@ class LinearProbeCallback(Callback):
         self._ranks.meet(trainer)
         self._progress.meet(trainer)
         self._session = self._new_session()
-        self.report = ProbeReport()
+        self.report = ProbeReport(task=self._task_kind)
         self._is_fitting = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -335,7 +340,7 @@ class LinearProbeCallback(Callback):
         assert self._restored is not None
         saved = self._restored["probes"]
         self._restored = None
-        self._network.learn_outputs(saved["num_classes"])
+        self._network.learn_task(task_in(saved))
         self._session = self._new_session()
         restore(self._session, saved, pl_module.device, strict=self._is_strict, is_training=trainer.state.fn == "fit")
 

@@ -13,7 +13,7 @@ from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.distributed import Ranks
 from lightning_probes.options import is_list
-from lightning_probes.report.report import METRICS, ProbeReport, Row
+from lightning_probes.report.report import ProbeReport, Row
 
 
 class Logs:
@@ -21,7 +21,8 @@ class Logs:
 
     Args:
         name: name of the callback; if given, every logged name begins with it.
-        metrics: metrics to log besides ``error``, of ``error``, ``cross_entropy`` and ``lag``.
+        metrics: metrics to log besides ``error``.
+        known: metrics that there are.
         has_own_loaders: whether the loaders of curves are not those of the Trainer.
 
     Attributes:
@@ -33,12 +34,14 @@ class Logs:
         ValueError: ``metrics`` is no list of known metrics; the message has what was given.
     """
 
-    def __init__(self, name: str | None, metrics: Sequence[str] | None, *, has_own_loaders: bool = False) -> None:
+    def __init__(
+        self, name: str | None, metrics: Sequence[str] | None, known: Iterable[str], *, has_own_loaders: bool = False
+    ) -> None:
         if name is not None and (not isinstance(name, str) or not name):
             raise TypeError(f"name: expected a non-empty string, found {name!r}")
-        asked = [] if metrics is None else metrics
-        if not is_list(asked) or any(metric not in METRICS for metric in asked):
-            raise ValueError(f"log_metrics: expected a list of some of {list(METRICS)}, found {metrics!r}")
+        asked, known = [] if metrics is None else metrics, list(known)
+        if not is_list(asked) or any(metric not in known for metric in asked):
+            raise ValueError(f"log_metrics: expected a list of some of {known}, found {metrics!r}")
         self.prefix = f"{name}_" if name else ""
         self.metrics = list(dict.fromkeys(["error", *asked]))
         self._has_own_loaders = has_own_loaders

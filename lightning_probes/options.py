@@ -21,6 +21,7 @@ RowLayout = Literal["time_first", "parts", "views"]
 Layout = Literal[Axes, RowLayout]
 Calls = Literal["first", "last", "mean"]
 Reduction = Literal["pool", "subset", "projection"]
+TaskKind = Literal["classification", "multilabel", "regression"]
 
 EveryNEpochs = int | Literal["auto"]
 
@@ -169,7 +170,9 @@ def _choice(kind: Any) -> Callable[[str, Any], Any]:
 
     def check(argument: str, value: Any) -> Any:
         if value not in choices:
-            raise ValueError(f"{argument}: expected {expected}, found {value!r}")
+            near = difflib.get_close_matches(str(value), choices, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{argument}: expected {expected}, found {value!r}{hint}")
         return value
 
     return check
@@ -213,6 +216,26 @@ class Reading(TypedDict, total=False):
     target: Annotated[
         int | Callable[[Any], Any] | str,
         Option(1, where, "where in the batch the labels are: index, key or function."),
+    ]
+    task: Annotated[
+        TaskKind,
+        Option(
+            "classification",
+            _choice(TaskKind),
+            "what probes are asked: ``classification``, by softmax regression; ``multilabel``, by a logistic "
+            "regression for each label, of rows of 0 and 1 (NaN or -100 leaves an entry out); or ``regression``, by "
+            "ridge regression, of floats (batch,) or (batch, outputs) (NaN leaves an entry out); its error is 1 - R^2.",
+        ),
+    ]
+    positions: Annotated[
+        int | None,
+        Option(
+            None,
+            _unless_none(whole),
+            "labels of their own for tokens, (batch, tokens), or pixels, (batch, height, width): how many labelled "
+            "positions of a sample are probed, drawn once a sample; each is a row, with the features that a layer has "
+            "there. With several numbers a position: (batch, ..., outputs). Not given: one label a sample.",
+        ),
     ]
     max_features: Annotated[
         int,

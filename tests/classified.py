@@ -13,7 +13,7 @@ from lightning_probes.probes.heads import StackedProbes
 from lightning_probes.probes.online import OnlineProbes
 from lightning_probes.probes.rows import Rows
 from lightning_probes.probes.solver import Solution
-from lightning_probes.probes.tasks import Classification
+from lightning_probes.tasks.classification import Classification
 
 
 def solve(x: Tensor | Rows, targets: Tensor, l2: float, **options: Any) -> Solution:
@@ -31,7 +31,7 @@ def score(solution: Solution, features: Tensor, targets: Tensor) -> Tensor:
 
 def tally(log_probabilities: Tensor, targets: Tensor) -> Tensor:
     task = Classification(targets.shape[1])
-    return task.tally_of(log_probabilities, task.prepare(targets))
+    return task.tally_of(log_probabilities, task.prepare(targets, targets.dtype))
 
 
 def count_classes(targets: Tensor) -> Tensor:

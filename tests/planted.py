@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_probes import ProbeReport
-from lightning_probes.probes.tasks import Classification
 from lightning_probes.report.curves import Scores, rows_of
 from lightning_probes.report.report import Row
+from lightning_probes.tasks.classification import Classification
 
 
 def enter(report: ProbeReport, about: Mapping[str, Row], scores: Scores, stage: str, **point: Any) -> list[Row]:

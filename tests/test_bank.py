@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from lightning_probes.probes.dataset import LayerBatch
 from lightning_probes.probes.heads import StackedProbes
-from lightning_probes.probes.tasks import Classification, wilson_interval
+from lightning_probes.tasks.classification import Classification
+from lightning_probes.tasks.intervals import wilson_interval
 
 LEARNING_RATE = 3e-3
 

@@ -23,6 +23,9 @@ from omegaconf import OmegaConf
 from lightning_probes import LinearProbeCallback, probe
 from lightning_probes.options import Option, Reading, checked, takes_reading, whole
 from lightning_probes.replay.reservoir import Budget
+from lightning_probes.tasks.classification import Classification
+from lightning_probes.tasks.multilabel import Multilabel
+from lightning_probes.tasks.regression import Regression
 
 CLI = Path(__file__).parent.parent / "examples" / "cli"
 CLASS = "lightning_probes.LinearProbeCallback"
@@ -105,7 +108,7 @@ def test_help_shows_every_argument_with_its_docstring(capsys: pytest.CaptureFixt
     assert list(texts) == list(ARGUMENTS)
     for name, text in texts.items():
         said = " ".join(text.split())
-        value = rf"(?:{name.upper()}|\{{true,false\}}|\{{first,last,mean\}}|\{{pool,subset,projection\}})"
+        value = rf"(?:{name.upper()}|\{{(?:\w+,)+\w+\}})"
         assert re.search(rf"--trainer\.callbacks\.{name} {value} {re.escape(said)} \(type: ", shown), name
 
 
@@ -122,6 +125,8 @@ exclude: [encoder.0, Dropout]
 num_classes: 7
 input: pixels
 target: labels
+task: classification
+positions: 8
 max_features: 256
 reduction: subset
 layout:
@@ -151,6 +156,7 @@ def test_every_argument_can_be_written_in_yaml() -> None:
     assert network._reading["num_classes"] == 7
     assert network._reading["input"] == "pixels"
     assert network.labels._target == "labels"
+    assert (network.task, network.labels._most_positions) == (Classification(), 8)
     assert (network.reducer.kind, network.reducer.max_features) == ("subset", 256)
     assert probes.state_key == LinearProbeCallback(name="digit").state_key
     assert network._reading["layout"] == written["layout"]
@@ -183,6 +189,9 @@ def of_network(probes: LinearProbeCallback, attribute: str) -> Any:
         ("target: -1", "labels._target", -1),
         ("target: operator.length_hint", "labels._target", __import__("operator").length_hint),
         ("num_classes: null", "_reading.num_classes", None),
+        ("task: regression", "task", Regression()),
+        ("task: multilabel", "task", Multilabel()),
+        ("positions: null", "labels._most_positions", None),
         ("{}", "mask_reader._token_mask", "attention_mask"),
         ("token_mask: null", "mask_reader._token_mask", None),
         ("token_mask: 2", "mask_reader._token_mask", 2),

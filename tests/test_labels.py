@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_probes import LinearProbeCallback, ProbeReport, probe
 from lightning_probes.probes.dataset import draw_folds
 from lightning_probes.probes.fit import fit_probe, score
-from lightning_probes.probes.tasks import Classification
+from lightning_probes.tasks.classification import Classification
 
 CLASSES, BATCH = 3, 8
 

@@ -23,7 +23,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_probes import LinearProbeCallback, probe
 from lightning_probes.cli import ProbeCLI
 from lightning_probes.network.batches import as_tensor, find_num_classes, pick
-from lightning_probes.probes.tasks import Classification
+from lightning_probes.tasks.classification import Classification
 
 ROOT = Path(__file__).parent.parent
 
@@ -164,9 +164,9 @@ LABELS: dict[str, tuple[Any, int, str]] = {
     "measurements": (
         of_float(0.5, 3.2, 2),
         4,
-        "they are no whole numbers, and regression is not offered yet; intervals",
+        "they are no whole numbers: task='regression'; or intervals",
     ),
-    "infinite measurements": (of_float(1, float("inf")), 4, "regression is not offered yet"),
+    "infinite measurements": (of_float(1, float("inf")), 4, "task='regression'"),
     "missing": (
         of_float(0, NAN, NAN, 1),
         4,
@@ -180,11 +180,19 @@ LABELS: dict[str, tuple[Any, int, str]] = {
     "several ones": (
         torch.tensor([[1, 0, 0], [1, 0, 1]]),
         3,
-        "target: row 1 of the labels [2, 3] is no distribution: [1, 0, 1]; several classes in a row (multi-label) are "
-        "not offered yet; one of them at a time is: target=lambda batch: batch[1][:, 0].long() with num_classes=2",
+        "target: row 1 of the labels [2, 3] is no distribution: [1, 0, 1]"
+        "; several classes in a row are labels of their own: task='multilabel'",
     ),
-    "several ones, as booleans": (torch.tensor([[True, True]]), 2, "(multi-label) are not offered yet"),
-    "several ones of another width": (of_float(1, 0, 1, 1).unsqueeze(0), 3, "(multi-label) are not offered yet"),
+    "several ones, as booleans": (
+        torch.tensor([[True, True]]),
+        2,
+        "; several classes in a row are labels of their own",
+    ),
+    "several ones of another width": (
+        of_float(1, 0, 1, 1).unsqueeze(0),
+        3,
+        "; several classes in a row are labels of their own",
+    ),
     "no one": (
         torch.tensor([[1, 0], [0, 0]]),
         2,
@@ -199,15 +207,15 @@ LABELS: dict[str, tuple[Any, int, str]] = {
     "of tokens": (
         torch.tensor([[3, 1, 3, 2]]),
         10,
-        "target: labels have shape (1, 4); expected (batch,), (batch, 1) or (batch, num_classes=10); a label for each "
-        "token is not offered, one for each sample is: a function makes one of them, say the most frequent, "
-        "target=lambda batch: batch[1].flatten(1).mode(dim=1).values",
+        "target: labels have shape (1, 4); expected (batch,), (batch, 1) or (batch, num_classes=10); labels of their "
+        "own for each token: positions=16, so many of a sample; or a function makes one of them, say the most "
+        "frequent, target=lambda batch: batch[1].flatten(1).mode(dim=1).values",
     ),
-    "of pixels": (torch.full((2, 8, 8), 3), 10, "; a label for each pixel is not offered, one for each sample is: "),
+    "of pixels": (torch.full((2, 8, 8), 3), 10, "; labels of their own for each pixel: positions=16, "),
     "several numbers": (
         torch.full((2, 5), 0.7),
         10,
-        "; several numbers for a sample are no classes, and regression is n",
+        "; several numbers for a sample are no classes: task='regression'",
     ),
     "words": (["cat", "dog"], 10, "found list of str (the first: 'cat'); number the classes in the dataset: 0, 1, ..."),
     "a list": ([3, 1], 10, "found list; a function makes one of it: target=lambda batch: torch.tensor(batch[1])"),
@@ -227,7 +235,6 @@ def test_labels_that_are_not_offered_are_told_with_what_to_write_instead(case: s
     [
         (of_float(0, 3, 2), 4, lambda batch: batch[1].long()),
         (of_float(0.5, 3.2, 2), 3, lambda batch: torch.bucketize(batch[1], torch.tensor([1.0, 2.0]))),
-        (torch.tensor([[1, 0, 0], [1, 0, 1]]), 2, lambda batch: batch[1][:, 0].long()),
         (torch.tensor([[1, 0], [0, 0]]), 2, lambda batch: torch.where(batch[1].sum(1) > 0, batch[1].argmax(1), -100)),
         (torch.tensor([[3, 1, 3, 2]]), 10, lambda batch: batch[1].flatten(1).mode(dim=1).values),
         (torch.full((2, 8, 8), 3), 10, lambda batch: batch[1].flatten(1).mode(dim=1).values),

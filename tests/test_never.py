@@ -18,11 +18,11 @@ from lightning_probes.probes import fit
 from lightning_probes.probes.dataset import LayerSamples
 from lightning_probes.probes.heads import StackedProbes
 from lightning_probes.probes.online import OnlineProbes
-from lightning_probes.probes.tasks import Classification
 from lightning_probes.replay.recorder import CallRecorder
 from lightning_probes.replay.replayer import Replay
 from lightning_probes.replay.reservoir import Reservoir
 from lightning_probes.report.curves import Curves
+from lightning_probes.tasks.classification import Classification
 from lightning_probes.training.refit import Refit
 
 

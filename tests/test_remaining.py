@@ -16,7 +16,7 @@ from torch.nn.functional import one_hot
 from lightning_probes import LinearProbeCallback, probe
 from lightning_probes.probes.fit import fit_probe, score
 from lightning_probes.probes.remaining import REMAINING, remaining
-from lightning_probes.probes.tasks import Classification
+from lightning_probes.tasks.classification import Classification
 
 TASK = Classification(5)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_probes.distributed import Ranks, alone
 from lightning_probes.probes.dataset import FeatureDataset, HalfPrecisionStore, LayerBatch, LayerSamples
 from lightning_probes.probes.rows import Parts, Rows, statistics
-from lightning_probes.probes.tasks import Classification
+from lightning_probes.tasks.classification import Classification
 
 SCALES = st.sampled_from([1e-8, 1e-4, 1.0, 1e4, 1e8])
 

@@ -24,7 +24,7 @@ from lightning_probes.probes.rows import Parts
 from lightning_probes.probes.solver import Problems, Solution
 from lightning_probes.probes.standardise import standardise_
 from lightning_probes.probes.strength import STRONGEST, WEAKEST
-from lightning_probes.probes.tasks import Classification
+from lightning_probes.tasks.classification import Classification
 
 Sample = Callable[[torch.Generator], tuple[Tensor, Tensor]]
 

@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from lightning_probes.network.batches import as_tensor, find_num_classes, pick
 from lightning_probes.options import Where
 from lightning_probes.probes.dataset import LayerBatch
-from lightning_probes.probes.tasks import Classification
+from lightning_probes.tasks.classification import Classification
 
 X, Y = torch.zeros(4, 3), torch.tensor([0, 1, 2, 1])
 
@@ -194,8 +194,9 @@ def test_one_class_and_two_classes(labels: Tensor, num_classes: int, expected: l
         (
             torch.zeros(2, 8, 8).long(),
             ValueError,
-            "target: labels have shape (2, 8, 8); expected (batch,), (batch, 1) or (batch, num_classes=3); a label for "
-            "each pixel is not offered, one for each sample is: a function makes one of them, say the most frequent, "
+            "target: labels have shape (2, 8, 8); expected (batch,), (batch, 1) or (batch, num_classes=3); labels of "
+            "their own for each pixel: positions=16, so many of a sample; or a function makes one of them, say the "
+            "most frequent, "
             "target=lambda batch: batch[1].flatten(1).mode(dim=1).values",
         ),
         (

@@ -28,7 +28,8 @@ from lightning_probes.probes.fit import fit_layers, fit_probe
 from lightning_probes.probes.online import OnlineProbes
 from lightning_probes.probes.solver import solve
 from lightning_probes.probes.standardise import inverse_deviation
-from lightning_probes.probes.tasks import Classification, Labels, Task
+from lightning_probes.tasks.classification import Classification
+from lightning_probes.tasks.task import Labels, Task
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 from torchmetrics import Metric
 
+from lightning_probes.network.positions import Drawn, Positions, draw
 from lightning_probes.network.torch_internals import tree_leaves
 from lightning_probes.options import Where
-from lightning_probes.probes.tasks import Classification, LabelCount, Task, UnknownOutputsError, UnusableLabelsError
+from lightning_probes.tasks.classification import Classification
+from lightning_probes.tasks.kinds import new_task
+from lightning_probes.tasks.task import IGNORED, LabelCount, Task, UnknownOutputsError, UnusableLabelsError
 
 _LABEL_NAMES = ("label", "labels", "target", "targets", "y", "class", "classes", "category")
 
@@ -192,17 +195,21 @@ def unrepeated(loaders: Any, dataloader: int, batch_idx: int) -> int | None:
     return max(own - batch_idx * batch_size, 0)
 
 
-def find_task(num_classes: int | None, *owners: Any) -> Task:
-    """Return the task of a run: classification among as many classes as are given or found.
+def find_task(kind: str, num_classes: int | None, *owners: Any, is_clustered: bool = False) -> Task:
+    """Return the task of a run, and for a classification the number of classes if it is given or found.
 
     Args:
+        kind: name of the task.
         num_classes: number of classes that the user gave; ``None`` to look for it.
         owners: a datamodule, a module: see :func:`find_num_classes`.
+        is_clustered: whether a sample has several answers.
     """
+    if kind != Classification.kind:
+        return new_task(kind)
     try:
-        return Classification(num_classes or find_num_classes(*owners))
+        return Classification(num_classes or find_num_classes(*owners), is_clustered=is_clustered)
     except UnknownOutputsError as error:
-        return Classification(0, str(error))
+        return Classification(0, str(error), is_clustered=is_clustered)
 
 
 def find_num_classes(*owners: Any) -> int:
@@ -254,8 +261,11 @@ class LabelReader:
 
     Args:
         target: where in a batch the labels are.
+        task: what is asked, before anything is known of it.
+        most_positions: how many positions of a sample are probed, if each has a label of its own; else ``None``.
 
     Attributes:
+        positions: where the labels of the batch that was read last are; ``None`` for one label a sample.
         task: knows what labels mean; it learns the number of outputs from the first labels if nothing else tells.
         is_checked: whether a first batch has been read to its end.
         is_trusted: whether an earlier run has checked the labels, so that unusable ones raise no more.
@@ -266,9 +276,11 @@ class LabelReader:
         notes: what a reader of the report should know.
     """
 
-    def __init__(self, target: Where) -> None:
+    def __init__(self, target: Where, task: Task, most_positions: int | None = None) -> None:
         self._target = target
-        self.begin(Classification(), is_checked=False)
+        self._most_positions = most_positions
+        self.positions: Positions | None = None
+        self.begin(task, is_checked=False)
 
     def begin(self, task: Task, *, is_checked: bool) -> None:
         """Prepare for the batches of a run.
@@ -311,6 +323,8 @@ class LabelReader:
     def read(self, batch: Any) -> Tensor | None:
         """Return targets ``(batch, outputs)``; ``None`` if the batch has nothing that could be labels.
 
+        Of labels of their own for each position, those of a sample's positions follow one another.
+
         Raises:
             UnusableLabelsError: some of the labels of the first batch have values without a meaning.
             LookupError, TypeError, ValueError: the first batch has no labels, nor had a previewed one; or the labels do
@@ -320,6 +334,9 @@ class LabelReader:
             labels = as_tensor(pick(batch, self._target, "target"))
             if not self.is_checked:
                 self._check_first(labels)
+            self.positions = None
+            if self._most_positions is not None:
+                labels, self.positions = self._drawn(labels, self._most_positions)
             targets = self.task.encode(labels)
             self._left_out = self.task.is_left_out(labels)
             return targets
@@ -347,7 +364,7 @@ class LabelReader:
 
         Args:
             targets: what :meth:`read` returned.
-            samples: number of samples that count, from the first; the others were repeated by a sampler.
+            samples: number of rows of targets that count, from the first; the others were repeated by a sampler.
         """
         assert self._left_out is not None
         used, left_out = self.task.is_counted(targets[:samples]).sum(), self._left_out[:samples].sum()
@@ -361,8 +378,30 @@ class LabelReader:
             if not (self.is_trusted or self.absent_in_training):
                 raise
 
+    def _drawn(self, labels: Tensor, most: int) -> Drawn:
+        grid = self._grid(labels)
+        each = labels.flatten(1, len(grid))
+        is_left_out = self.task.is_left_out(each.flatten(0, 1)).view(each.shape[:2])
+        return draw(each, is_left_out, grid, most)
+
+    def _grid(self, labels: Tensor) -> tuple[int, ...]:
+        grid = self.task.grid_of(labels)
+        if len(grid) not in (1, 2) or not labels.numel():
+            wide = ", labels" * (self.task.kind == "multilabel")
+            raise ValueError(
+                f"target: labels have shape {tuple(labels.shape)}; expected (batch, tokens{wide}) or (batch, height, "
+                f"width{wide}) with positions={self._most_positions}; for one label a sample leave positions out"
+            )
+        return grid
+
     def _check(self, labels: Tensor) -> None:
         """Let the task learn the number of outputs if it is unknown, and check the labels, values included."""
+        if self._most_positions is not None:
+            labels = labels.flatten(0, len(self._grid(labels)))
+            if bool(self.task.is_left_out(labels).all()):
+                raise UnusableLabelsError(
+                    f"target: all {len(labels):,} positions of the first batch are left out ({IGNORED} or NaN)"
+                )
         self.task, note = self.task.learn(labels)
         self.notes += [note] * bool(note)
         self.task.check(labels)

@@ -18,11 +18,13 @@ from lightning_probes.network.layers import Selection, match_layers, select_laye
 from lightning_probes.network.masks import MaskReader, Masks
 from lightning_probes.network.pairing import TRAINING, Outcome, Pairing, choose, may_fit_batch
 from lightning_probes.network.pooling import Reducer
+from lightning_probes.network.positions import Positions
 from lightning_probes.network.provenance import Provenance
 from lightning_probes.network.torch_internals import compiled_parts
 from lightning_probes.options import Axes, Reading, RowLayout, first_of, patterns
 from lightning_probes.probes.dataset import LayerBatch
-from lightning_probes.probes.tasks import Task
+from lightning_probes.tasks.kinds import new_task
+from lightning_probes.tasks.task import Task
 
 INPUT = "input"
 """Name the raw input among the layers; its probe is at depth 0."""
@@ -37,12 +39,14 @@ class OpenedBatch:
         data: name of the data that the batch comes from.
         masks: which tokens of each sample count; ``None`` for all.
         index: sample of each row, if the batch has such a vector; ``None`` if it has none.
+        positions: where in each sample the labels are; ``None`` for one label a sample.
     """
 
     samples: int
     data: str = TRAINING
     masks: Masks | None = None
     index: Tensor | None = None
+    positions: Positions | None = None
 
 
 class LayerExtractor:
@@ -78,11 +82,16 @@ class LayerExtractor:
     """
 
     def __init__(self, layers: Any, exclude: Any, reading: Reading) -> None:
+        if reading["task"] != "classification" and reading["num_classes"] is not None:
+            raise ValueError(
+                f"num_classes: it has no effect with task={reading['task']!r}, whose targets tell by their width how "
+                "many outputs there are; leave one of the two out"
+            )
         self.layers: list[str] = []
         self.selected: list[str] = []
         self.modules: dict[str, nn.Module] = {}
         self.notes: list[str] = []
-        self.labels = LabelReader(reading["target"])
+        self.labels = LabelReader(reading["target"], new_task(reading["task"]), reading["positions"])
         self.mask_reader = MaskReader(reading["token_mask"])
         self.reducer = Reducer(reading["reduction"], reading["max_features"])
         self.axes = FeatureAxes(nn.Module(), {})
@@ -115,10 +124,10 @@ class LayerExtractor:
         """Return ``{layer: reason}`` of the layers that the first batch does not fit, so that they are not probed."""
         return dict(self._unfit)
 
-    def learn_outputs(self, outputs: int) -> None:
-        """Take the number of outputs from a checkpoint, unless it is known already."""
-        if outputs and not self.task.outputs:
-            self.labels.task = find_task(outputs)
+    def learn_task(self, state: Mapping[str, Any]) -> None:
+        """Take from a checkpoint what the labels of its run had shown of the task, if it is the same task."""
+        if state["kind"] == self.task.kind and state["outputs"]:
+            self.labels.task = self.task.restored(state)
 
     def attach(self, model: nn.Module, *owners: Any, order: Sequence[str] | None = None) -> None:
         """Select the layers of ``model`` and hook them.
@@ -132,9 +141,12 @@ class LayerExtractor:
         Raises:
             ValueError: the patterns cannot be resolved.
         """
-        # For layers that were probed before, labels or a checkpoint may have told the number of outputs.
-        known = self._reading["num_classes"] or (self.task.outputs if order is not None else 0)
-        task = find_task(known or None, *owners, model)
+        # For layers that were probed before, labels or a checkpoint may have told what else there is to know.
+        is_known = order is not None and self.task.outputs
+        reading = self._reading
+        given = reading["task"], reading["num_classes"]
+        is_clustered = reading["positions"] is not None
+        task = self.task if is_known else find_task(*given, *owners, model, is_clustered=is_clustered)
         self._selection = select_layers(model, self._patterns, self._exclude)
         modules = self._selection.layers
         self.notes = [self._selection.note] if self._selection.note else []
@@ -226,7 +238,8 @@ class LayerExtractor:
         self.index = None
         if self._targets is None:
             return None
-        samples = self._counting = len(self._targets)
+        self._counting = len(self._targets)
+        samples = len(self._targets) // self._each
         self.masks = self.mask_reader.read(batch, samples, is_first=not self.labels.is_checked)
         self.index = pick_index(batch)
         # All layers are needed while it is not known which rows are of which sample.
@@ -251,7 +264,7 @@ class LayerExtractor:
     def _start(self, samples: int, only: Container[str] | None = None) -> None:
         self.recorder.arrangements = self.pairing.arrangements
         self.recorder.refused = self.pairing.refused
-        self.recorder.start(samples, only, self.masks, self.index)
+        self.recorder.start(samples, only, self.masks, self.index, self.labels.positions)
 
     def abandon(self) -> None:
         """Discard an opened batch whose step did not end."""
@@ -261,14 +274,21 @@ class LayerExtractor:
     def count_only(self, samples: int | None) -> None:
         """Count only the first ``samples`` samples of the open batch; count all with ``None``."""
         if samples is not None and self._targets is not None:
+            self._counting = min(samples * self._each, len(self._targets))
             self._targets = self._targets.clone()
-            self._targets[samples:] = self.task.left_out
-            self._counting = min(samples, len(self._targets))
+            self._targets[self._counting :] = self.task.left_out
 
     def opened(self, samples: int, copy: Callable[[Tensor], Tensor]) -> OpenedBatch:
         """Return what has to be known of the last opened batch, with copies of its tensors made by ``copy``."""
         masks = None if self.masks is None else self.masks.copied(copy)
-        return OpenedBatch(samples, self.pairing.data, masks, None if self.index is None else copy(self.index))
+        index = None if self.index is None else copy(self.index)
+        positions = None if self.labels.positions is None else self.labels.positions.copied(copy)
+        return OpenedBatch(samples, self.pairing.data, masks, index, positions)
+
+    @property
+    def _each(self) -> int:
+        """Return how many targets a sample of the last opened batch has."""
+        return 1 if self.labels.positions is None else self.labels.positions.each
 
     def observe(self, batch: OpenedBatch, run: Callable[[], None]) -> Recording:
         """Record the layers while ``run`` runs them outside of a step, without lent memory.
@@ -282,7 +302,7 @@ class LayerExtractor:
         recorder.memory = {}
         pairing = self.pairings.get(batch.data, Pairing(batch.data))
         recorder.arrangements, recorder.refused = pairing.arrangements, pairing.refused
-        recorder.start(batch.samples, masks=batch.masks, index=batch.index)
+        recorder.start(batch.samples, masks=batch.masks, index=batch.index, positions=batch.positions)
         try:
             run()
         finally:
@@ -345,7 +365,7 @@ class LayerExtractor:
         # A function of the user's may make labels on another device.
         devices = {x.device for x in found.features.values()}
         targets = targets.to(devices.pop()) if len(devices) == 1 else targets
-        return LayerBatch(found.features, targets, found.faults, count)
+        return LayerBatch(found.features, targets, found.faults, count, self._each)
 
     def _picked_input(self, batch: Any) -> Any:
         where = self._reading["input"]
@@ -397,7 +417,7 @@ class LayerExtractor:
         ordered |= {layer: calls for layer, calls in outcomes.items() if layer not in ordered}
         ordered.pop(INPUT, None)
         wanted = {layer: meaning for layer, meaning in self.row_layout.items() if meaning != "time_first"}
-        ones = {layer for layer, x in found.features.items() if len(x) == found.samples}
+        ones = {layer for layer, x in found.features.items() if len(x) == found.samples * self._each}
         found_out = choose(ordered, self._reading["calls"], ones=ones, wanted=wanted)
         training = self.pairings.get(TRAINING)
         for layer, outcome in found_out.items():
@@ -434,7 +454,7 @@ class LayerExtractor:
             self.recorder.widths.pop(layer, None)
         # Compiled code that does not call its hooks will not call them in later steps either.
         unheard = self.recorder.compiled - self._found.heard.keys()
-        found = self.observe(self.opened(len(seen.targets), lambda part: part), take_all)
+        found = self.observe(self.opened(seen.samples, lambda part: part), take_all)
         found.features = {layer: x for layer, x in found.features.items() if layer not in unheard}
         again = {layer for layer, _ in activations}
         kept = {layer: x for layer, x in seen.features.items() if layer not in again}
@@ -446,7 +466,7 @@ class LayerExtractor:
         order = dict.fromkeys([INPUT, *(layer for layer, _ in activations), *self._found.heard])
         heard = self._found.heard | dict.fromkeys(again - self._found.heard.keys(), 1)
         self._found.heard = {layer: heard[layer] for layer in order if layer in heard}
-        return LayerBatch(self._found.features, seen.targets, seen.faults | found.faults, seen.labels)
+        return LayerBatch(self._found.features, seen.targets, seen.faults | found.faults, seen.labels, seen.each)
 
     def settle(self) -> None:
         """Order the layers as the last closed batch, the first one, called them; leave out misfits.
@@ -486,6 +506,9 @@ class LayerExtractor:
             misfits = {layer: reason for layer, reason in found.misfits.items() if layer not in fit}
             self._unfit = {layer: reason for layer, reason in (misfits | self._unfit).items() if layer in stays}
             self.layers = [layer for layer in self.layers if layer in stays]
+        if self.labels.positions is not None:
+            # Whether a layer has the positions of labels shows at once.
+            self._unfit |= {x: found.misfits[x] for x in self.layers if x in found.misfits and x not in found.features}
         self.layers = [layer for layer in self.layers if layer not in self._unfit]
         self._order(called)
         self._note_assumed()
@@ -535,6 +558,9 @@ class LayerExtractor:
         shape = self.recorder.shapes.get(layer)
         is_masked = self.mask_reader.is_applied(layer)
         axes = None if shape is None else self.axes.of(layer, shape)
+        if self.labels.positions is not None:
+            reduction = "" if axes is None else self.labels.positions.described(shape or (), axes)
+            return {"rows": rows or f"{self._each} positions a sample", "reduction": reduction}
         reduction = "" if axes is None else self.reducer.described(shape or (), axes, is_masked=is_masked)
         return {"rows": rows or "one row a sample", "reduction": reduction}
 

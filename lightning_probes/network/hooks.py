@@ -15,6 +15,7 @@ from lightning_probes.network.arrangement import PLAIN, Arrangement, Contradicti
 from lightning_probes.network.batches import describe, parts_of
 from lightning_probes.network.masks import Masks
 from lightning_probes.network.pooling import OtherSizeError, Reducer, assumed_axes, nested_means
+from lightning_probes.network.positions import NoPositionsError, Positions
 from lightning_probes.network.torch_internals import (
     is_in_backward,
     leave,
@@ -72,6 +73,7 @@ class Recording:
         only: layers to record; ``None`` for all.
         masks: which tokens of each sample count, by layer; ``None`` for all.
         index: sample of each row of layers that have as many rows of a sample as the batch says; ``None`` without.
+        positions: where in each sample the labels are; ``None`` for one label a sample.
         features: ``{layer: (rows, features)}`` in the order of the calls.
         misfits: ``{layer: reason}`` of the calls that could not be used.
         contradictions: ``{layer: reason}`` of the calls that are not arranged as the first batch showed.
@@ -85,6 +87,7 @@ class Recording:
     only: Container[str] | None = None
     masks: Masks | None = None
     index: Tensor | None = None
+    positions: Positions | None = None
     features: dict[str, Tensor] = field(default_factory=dict)
     misfits: dict[str, str] = field(default_factory=dict)
     contradictions: dict[str, str] = field(default_factory=dict)
@@ -202,9 +205,10 @@ class ActivationRecorder:
         only: Container[str] | None = None,
         masks: Masks | None = None,
         index: Tensor | None = None,
+        positions: Positions | None = None,
     ) -> None:
         """Start recording a step; the arguments are those of :class:`Recording`."""
-        self.recording = Recording(samples, only, masks, index, misfits=dict(self._unhookable))
+        self.recording = Recording(samples, only, masks, index, positions, misfits=dict(self._unhookable))
         self._is_on = True
 
     def stop(self) -> Recording:
@@ -274,11 +278,16 @@ class ActivationRecorder:
             mask = None
             if found.masks is not None and rows.dim() == 3 and axes == "tokens":
                 mask = found.masks.of(layer, rows.shape[1], is_repeated=arrangement.is_batch_after_batch)
-            features = self._reducer(layer, rows, axes=axes, out=memory, mask=mask)
-        except OtherSizeError as error:
+            if found.positions is None:
+                features = self._reducer(layer, rows, axes=axes, out=memory, mask=mask)
+                features = arrangement.join(features, found.samples, found.index, packed)
+            elif arrangement.is_as_it_is:
+                features = self._reducer(layer, found.positions.features(rows, axes), out=memory)
+            else:
+                raise NoPositionsError("its rows are parts of samples, in which the positions of labels are unknown")
+        except (OtherSizeError, NoPositionsError) as error:
             found.misfits[layer] = str(error)
             return
-        features = arrangement.join(features, found.samples, found.index, packed)
         if so_far is not None and len(so_far) != len(features):
             found.misfits[layer] = f"its calls have {len(so_far)} and {len(features)} samples, which have no mean"
             return

@@ -160,7 +160,8 @@ class _Posthoc:
     """Fit and score the probes of one network after the other."""
 
     def __init__(self, network: LayerExtractor, runner: Runner, max_bytes: int) -> None:
-        self.report = ProbeReport(cost={"seconds": 0.0, "share": 0.0, "kept_bytes": 0, "weights_bytes": 0})
+        cost = {"seconds": 0.0, "share": 0.0, "kept_bytes": 0, "weights_bytes": 0}
+        self.report = ProbeReport(cost=cost, task=network.task.kind)
         self._network = network
         self._facts = LayerFacts(network)
         self._runner = runner

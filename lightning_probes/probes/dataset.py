@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_probes.distributed import Ranks, Total
 from lightning_probes.probes.rows import Parts
-from lightning_probes.probes.tasks import LabelCount, Task
+from lightning_probes.tasks.task import LabelCount, Task
 
 FOLDS = 5
 """Set into how many parts samples are cut: some are held out to choose a strength, each in turn to cross-fit."""
@@ -35,15 +35,23 @@ class LayerBatch:
     Attributes:
         features: ``{layer: (rows, features)}``. A layer has one row for each sample, or several views of the whole
             batch, one after the other: rows ``i``, ``i + batch``, ``i + 2 batch`` ... are of sample ``i``.
-        targets: ``(batch, outputs)``, as the task encodes them.
+        targets: ``(batch, outputs)``, as the task encodes them; of labels of their own for each position ``(batch *
+            each, outputs)``, and the features likewise.
         faults: ``{layer: exception}`` of the layers whose features could not be taken.
         labels: what became of the labels; ``None`` for a batch that is run again, whose labels were counted before.
+        each: how many neighbouring targets are of one sample.
     """
 
     features: dict[str, Tensor]
     targets: Tensor
     faults: dict[str, Exception] = field(default_factory=dict)
     labels: LabelCount | None = None
+    each: int = 1
+
+    @property
+    def samples(self) -> int:
+        """Return the number of samples."""
+        return len(self.targets) // self.each
 
     def targets_of(self, rows: int) -> Tensor:
         """Return the target of each row of a layer that has this number of rows."""
@@ -148,7 +156,7 @@ class FeatureDataset:
         """Return the task's sums over the targets of this process, on the host."""
         sums = self._task.target_sums(torch.zeros(0, self._task.outputs))
         for targets in self._targets:
-            sums = sums + self._task.target_sums(targets.float())
+            sums = sums + self._task.target_sums(targets if targets.is_floating_point() else targets.float())
         return sums
 
     def add(self, batch: LayerBatch) -> None:
@@ -158,14 +166,15 @@ class FeatureDataset:
             OSError: a store on disk has no space left.
         """
         targets = batch.targets
-        counted = self._task.is_counted(targets).cpu()
+        counted = self._task.is_counted(targets).cpu().view(-1, batch.each).any(dim=1)
         if self._numbers_left_out:
-            self._places.append(self.samples + torch.arange(len(targets)))
+            places = self.samples + torch.arange(len(counted))
         else:
-            self._places.append((self.labelled - 1 + counted.cumsum(dim=0)).clamp(min=0))
+            places = (self.labelled - 1 + counted.cumsum(dim=0)).clamp(min=0)
+        self._places.append(places.repeat_interleave(batch.each))
         is_binary = bool(((targets == 0) | (targets == 1)).all())
         self._targets.append((targets.bool() if is_binary else targets.clone()).cpu())
-        self.samples += len(targets)
+        self.samples += len(counted)
         self.labelled += int(counted.sum())
         for layer, x in batch.features.items():
             self._shapes.setdefault(layer, (x.shape[1], x.dtype))

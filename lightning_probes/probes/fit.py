@@ -19,7 +19,7 @@ from lightning_probes.probes.rows import Parts, Rows, statistics
 from lightning_probes.probes.solver import TOLERANCE, Solution, in_full_precision, solve, tally_on
 from lightning_probes.probes.standardise import standardise_
 from lightning_probes.probes.strength import Folds
-from lightning_probes.probes.tasks import Task, accumulator
+from lightning_probes.tasks.task import Task, accumulator
 
 _SMALLEST = 1e-30
 """Bound the variances of a layer in float32 from below: if all are smaller, they are computed in float64."""

@@ -14,7 +14,7 @@ from lightning_probes.distributed import Total
 from lightning_probes.probes.dataset import LayerBatch
 from lightning_probes.probes.solver import Solution
 from lightning_probes.probes.standardise import merged_statistics, standardise_
-from lightning_probes.probes.tasks import Labels, Task
+from lightning_probes.tasks.task import Labels, Task
 
 _CHUNKS = 4
 """Set into how many runs layers are cut on the CPU: copies stay in the cache, and small beside the features."""
@@ -110,7 +110,7 @@ class BatchLabels:
     def of(self, rows: int, dtype: torch.dtype) -> Labels:
         """Return the labels for a layer with this number of rows."""
         if (rows, dtype) not in self._known:
-            self._known[rows, dtype] = self._task.prepare(self._batch.targets_of(rows).to(dtype))
+            self._known[rows, dtype] = self._task.prepare(self._batch.targets_of(rows), dtype, self._batch.each)
         return self._known[rows, dtype]
 
 

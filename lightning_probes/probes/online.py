@@ -13,7 +13,7 @@ from lightning_probes.distributed import Ranks
 from lightning_probes.probes.dataset import LayerBatch
 from lightning_probes.probes.heads import BatchLabels, Run, Stack, StackedProbes, side_by_side
 from lightning_probes.probes.standardise import moved_statistics, standardise_, without_rounding
-from lightning_probes.probes.tasks import Task
+from lightning_probes.tasks.task import Task
 
 _LEAST_WEIGHT = 0.01
 """Weigh a batch by this in the running mean and variance, after the first hundred, which are averaged evenly."""

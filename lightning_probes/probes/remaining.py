@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_probes.probes.tasks import Task
+from lightning_probes.tasks.task import Task
 
 REMAINING = ("remaining", "remaining_low", "remaining_high")
 """Name the entries of a row: what an error would fall by, and the ends of its 90 % interval."""

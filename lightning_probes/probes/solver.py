@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_probes.probes.rows import Rows, floating
-from lightning_probes.probes.tasks import Task
+from lightning_probes.tasks.task import Task
 
 TOLERANCE = 1e-3
 """Bound the gradient. At this, held-out errors over 80 layers of two networks on images, 10 000 samples each,
@@ -59,7 +59,7 @@ class Solution:
         iterations: number of iterations of the last fit; those of the choice of a strength are not counted.
         gradient_norm: norm of the gradient, relative to the scale that :func:`solve` documents.
         tally: ``(statistics,)`` on the samples fitted on, summed over all processes; see
-            :class:`~lightning_probes.probes.tasks.Task`.
+            :class:`~lightning_probes.tasks.task.Task`.
         samples: number of the samples fitted on, in all processes; 0 if some of their features are not finite.
         crossed_tally: tally of the samples of this process, each scored by a probe that was fitted on the other folds,
             features standardised by all; ``None`` without cross-fitting.
@@ -132,7 +132,7 @@ def tally_of(task: Task, x: Rows, targets: Tensor, v: Tensor) -> Tensor:
     found = task.no_tally(len(v), v.device)
     for rows, place in x.chunks(_VALUES // max(v[..., 0].numel(), 1)):
         scores = (v.flatten(0, 1) @ rows.T).view(*v.shape[:2], -1)
-        found += task.tally(scores, task.prepare(targets[place].to(scores)))
+        found += task.tally(scores, task.prepare(targets[place], scores.dtype))
     return found
 
 
@@ -242,7 +242,8 @@ class Problems:
         l2: the strengths of the penalty, ``(strengths,)``, in the precision of the problems.
         weights: ``(subsets, samples)``, 1 for the samples of a subset and 0 for the others; ``None`` if the only subset
             is all samples.
-        samples: number of samples of each subset in all processes, at least 1, ``(subsets, 1, 1)``.
+        samples: number of samples of each subset in all processes, at least 1, ``(subsets, 1, 1)``; of a task whose
+            targets lack entries that of each output, ``(subsets, outputs, 1)``.
         samples_everywhere: number of samples of all subsets in all processes.
         scaled: all targets ``(outputs, samples)``, as :meth:`Task.normalised` scales them; ``None`` if they are so many
             that they are scaled for some samples at a time.
@@ -262,20 +263,21 @@ class Problems:
         """Pose a problem for each strength and each of ``subsets``, ``(subsets, samples)``, by default all samples."""
         strengths = torch.tensor(l2, dtype=x.dtype, device=targets.device)
         weights = None if subsets is None else subsets.to(strengths)
-        own = strengths.new_tensor([float(len(targets))])
-        own = own if weights is None else torch.cat([weights.sum(dim=1), own])
-        counts = x.total(own)
-        each = counts if weights is None else counts[:-1]
+        everything = strengths.new_ones(1, len(targets)) if weights is None else weights
+        present = task.present(targets)
+        own = everything.sum(dim=1, keepdim=True) if present is None else everything @ present.to(strengths)
+        found = x.total(torch.cat([own.flatten(), own.new_tensor([float(len(targets))])]))
+        counts = found[:-1].view(*own.shape, 1).clamp(min=1)
         few = targets.numel() <= _VALUES
-        scaled = task.normalised(targets.to(strengths)).T.contiguous() if few else None
-        return cls(task, x, targets, strengths, weights, each.clamp(min=1)[:, None, None], float(counts[-1]), scaled)
+        scaled = task.normalised(targets, x.dtype).T.contiguous() if few else None
+        return cls(task, x, targets, strengths, weights, counts, float(found[-1]), scaled)
 
     def to(self, dtype: torch.dtype) -> Problems:
         """Return the same problems in another precision."""
         if dtype == self.l2.dtype:
             return self
         weights = None if self.weights is None else self.weights.to(dtype)
-        scaled = None if self.scaled is None else self.task.normalised(self.targets.to(dtype)).T.contiguous()
+        scaled = None if self.scaled is None else self.task.normalised(self.targets, dtype).T.contiguous()
         x, l2, samples = self.x.to(dtype), self.l2.to(dtype), self.samples.to(dtype)
         return replace(self, x=x, l2=l2, weights=weights, samples=samples, scaled=scaled)
 
@@ -289,7 +291,7 @@ class Problems:
         some = max(_VALUES // max(self.targets.shape[1], 1), 1)
         for first in range(0, len(self.targets), some):
             place = slice(first, first + some)
-            y = self._scaled(place)
+            y = self._scaled(place).nan_to_num()
             sums += y.sum(dim=1) if self.weights is None else self.weights[:, place] @ y.T
         means = self.x.total(sums) / self.samples[:, :, 0]
         v = sums.new_zeros(1, *sums.shape, self.x.width)
@@ -311,8 +313,8 @@ class Problems:
         for x, place in self.x.chunks(most):
             expected = self.task.expectation((flat @ x.T).view(*v.shape[:3], -1))
             if is_curved:
-                curved.append(self.task.curvature(expected.movedim(-2, 0)) / self.samples[:, 0])
-            residual = expected.sub_(self._scaled(place))
+                curved.append(self.task.curvature(expected.movedim(-2, 0)) / self.samples.mean(dim=1))
+            residual = self.task.residual_(expected, self._scaled(place))
             if self.weights is not None:
                 residual.mul_(self.weights[:, None, place])
             sums.addmm_(residual.flatten(0, 2), x)
@@ -326,7 +328,7 @@ class Problems:
         """Return the scaled targets of some samples, ``(outputs, samples)``."""
         if self.scaled is not None:
             return self.scaled[:, place]
-        return self.task.normalised(self.targets[place].to(self.l2)).T
+        return self.task.normalised(self.targets[place], self.l2.dtype).T
 
     @cached_property
     def penalty(self) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_probes.probes.dataset import FOLDS
 from lightning_probes.probes.rows import Rows
 from lightning_probes.probes.solver import FEW, Problems, in_span, tally_of
-from lightning_probes.probes.tasks import Task
+from lightning_probes.tasks.task import Task
 
 _Item = TypeVar("_Item")
 

@@ -173,7 +173,7 @@ class RecordedBatches:
         if step is None or seen is None:
             return None
         raw = {INPUT: self._budget.copy(seen.features[INPUT])} if INPUT in seen.features else {}
-        opened = self._network.opened(len(seen.targets), self._budget.copy)
+        opened = self._network.opened(seen.samples, self._budget.copy)
         return RecordedBatch(step.calls, self._budget.copy(seen.targets), raw, opened)
 
     def run_again(
@@ -204,7 +204,8 @@ class RecordedBatches:
                         run = partial(replay.run, batch.calls, self._network.recorder.skip_to)
                         seen = self._network.observe(batch.opened, run)
                     raw = {layer: x.to(device) for layer, x in batch.raw.items()}
-                    yield LayerBatch(raw | seen.features, batch.targets.to(device), seen.faults)
+                    each = len(batch.targets) // batch.opened.samples
+                    yield LayerBatch(raw | seen.features, batch.targets.to(device), seen.faults, each=each)
         except Exception as error:
             raised = f"running them again raised {type(error).__name__}: {error}"
             raise CannotRunAgainError(raised) from error.with_traceback(None)

@@ -340,7 +340,7 @@ def pair(
     if reason := ranks.first(reason):
         network.pairing.give_up(reason)
         return seen
-    samples = len(seen.targets)
+    samples = seen.samples
     if (fewest := min(ranks.gather(samples))) < 2:
         network.pairing.try_again("a batch of one sample cannot tell")
         return seen

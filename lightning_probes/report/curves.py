@@ -16,10 +16,10 @@ from torchmetrics.utilities import rank_zero_warn
 from lightning_probes.distributed import Ranks
 from lightning_probes.network.extractor import LayerExtractor
 from lightning_probes.probes.remaining import REMAINING
-from lightning_probes.probes.tasks import Task
 from lightning_probes.report.label_counts import LabelCounts
 from lightning_probes.report.method import CROSS_FITTED
 from lightning_probes.report.report import ProbeReport, Row
+from lightning_probes.tasks.task import Task
 
 Curve = tuple[str, int]
 """Identify a curve by its stage and the index of its dataloader."""
@@ -129,7 +129,7 @@ class Scores:
     """Hold the scores of all layers at one point of a curve.
 
     Attributes:
-        tallies: column of each layer, as in the tally of a :class:`~lightning_probes.probes.tasks.Task`.
+        tallies: column of each layer, as in the tally of a :class:`~lightning_probes.tasks.task.Task`.
         target_sums: sums over the targets of the samples.
         online: columns of the online probes; ``None`` for a layer that was not scored on the same samples. The whole is
             ``None`` without online probes.
@@ -161,9 +161,10 @@ def rows_of(task: Task, about: Mapping[str, Row], scores: Scores, stage: str, **
             measures["lag"] = task.lag(online, tally)
         common = {"layer": layer, **known, "stage": stage, **point, "samples": tally[-1]}
         for metric, value in measures.items():
-            has_interval = metric == "error" and stage != "train"
-            low, high = task.interval(tally) if has_interval else (None, None)
-            rows.append({**common, "metric": metric, "value": value, "low": low, "high": high})
+            is_error = metric == "error"
+            low, high = task.interval(tally) if is_error and stage != "train" else (None, None)
+            each = task.each(tally) if is_error else {}
+            rows.append({**common, "metric": metric, "value": value, "low": low, "high": high, **each})
     return rows
 
 

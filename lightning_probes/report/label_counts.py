@@ -9,8 +9,8 @@ import torch
 
 from lightning_probes.distributed import Ranks
 from lightning_probes.network.batches import LabelReader
-from lightning_probes.probes.tasks import LabelCount
 from lightning_probes.report.report import ProbeReport
+from lightning_probes.tasks.task import LabelCount
 
 _TRAINING = ("train", 0)
 

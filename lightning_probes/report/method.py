@@ -35,6 +35,7 @@ _REDUCTIONS = {
     "mean": "mean{s} of tokens",
     "subset": "random subset{s}",
     "projection": "random projection{s}",
+    "position": "vector{s} at a position",
 }
 """Name the kinds of features by the first word of what rows say of them."""
 
@@ -144,16 +145,17 @@ def _warning(data: str, row: Mapping[str, Any], stage: str) -> str:
 
 def _sentence(data: str, rows: Sequence[Mapping[str, Any]], stage: str) -> str:
     """Say in one sentence how the probes of these rows were fitted, and on how many samples they were scored."""
+    what = "positions" if str(rows[0].get("reduction", "")).startswith("position") else "samples"
     scored = max(row["samples"] for row in rows)
     fitted = max((row.get("fitted_on") or {}).get("samples", 0) for row in rows)
     if data == ONLINE:
-        return f"Probes trained along with the network, not to their optimum; scored on {scored:,.0f} samples."
+        return f"Probes trained along with the network, not to their optimum; scored on {scored:,.0f} {what}."
     if data == CROSS_FITTED and stage == "val":
         folds = "in five folds, each scored by probes of the others"
-        return f"Probes cross-fitted on {scored:,.0f} samples of validation {folds}."
+        return f"Probes cross-fitted on {scored:,.0f} {what} of validation {folds}."
     if not data:
-        return f"Scored on {scored:,.0f} samples."
+        return f"Scored on {scored:,.0f} {what}."
     of = {CROSS_FITTED: "validation", LABELLED_SET: "a labelled set of their own"}.get(data, "training")
     is_same = stage == "train" and fitted == scored
     where = "the same" if is_same else f"{scored:,.0f} others" if stage != "train" else f"{scored:,.0f}"
-    return f"Probes fitted to their optimum on {fitted:,.0f} samples of {of}, scored on {where}."
+    return f"Probes fitted to their optimum on {fitted:,.0f} {what} of {of}, scored on {where}."

@@ -51,6 +51,7 @@ def error_by_depth(
     interval: tuple[Sequence[float], Sequence[float]] | None = None,
     references: Mapping[str, float] | None = None,
     title: str = "",
+    quantity: str = "error",
     warning: str = "",
     below: Sequence[str] = (),
     ax: Axes | None = None,
@@ -65,6 +66,7 @@ def error_by_depth(
         interval: lower and upper bound of each error of the last curve, fractions in [0, 1], drawn as a band.
         references: ``{label: error}``, fractions in [0, 1], drawn as horizontal lines.
         title: text above the axes.
+        quantity: what the vertical axis shows.
         warning: text below the title: why the errors are not those of fitted probes on new samples.
         below: sentences in small print under the axes; ignored if ``ax`` is given.
         ax: axes to draw into; by default those of a new figure.
@@ -102,7 +104,7 @@ def error_by_depth(
         style = _REFERENCE_STYLES[i % len(_REFERENCE_STYLES)]
         axes.axhline(100 * value, color="0.45", linestyle=style, linewidth=1.2, label=label, zorder=2)
     _name_layers(axes, [names[layer] for layer in layers], path)
-    axes.set_ylabel("probe error (%)")
+    axes.set_ylabel(f"probe {quantity} (%)")
     _scale(axes, [v for values in [*curves.values(), [*(references or {}).values()]] for v in values if v >= 0])
     # At 11 points about ten characters fit into an inch.
     around = max(20, int(10 * axes.bbox.width / axes.figure.dpi))
@@ -125,11 +127,11 @@ def _name_layers(axes: Axes, names: Sequence[str], path: str) -> None:
 
 
 def _scale(axes: Axes, drawn: list[float]) -> None:
-    """Scale the vertical axis for errors in [0, 1]: logarithmic if they differ by more than a factor of eight."""
+    """Scale the vertical axis: logarithmic if errors differ by more than a factor of eight."""
     if any(drawn) and max(drawn) > 8 * min(value for value in drawn if value):
         axes.set_yscale("symlog", linthresh=1, linscale=0.5)
         axes.set_yticks(_TICKS, [str(tick) for tick in _TICKS])
         axes.set_yticks([], minor=True)
-        axes.set_ylim(0 if min(drawn) < 0.01 else 1, 110)
+        axes.set_ylim(0 if min(drawn) < 0.01 else 1, 110 * max(1.0, *drawn))
     else:
         axes.set_ylim(bottom=0)

@@ -28,6 +28,7 @@ from lightning_probes.report.tables import (
     point_name,
     spread,
 )
+from lightning_probes.tasks.kinds import metrics_of, words_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,13 +36,6 @@ if TYPE_CHECKING:
     from lightning_probes.report.picture import Picture
 
 Row = dict[str, Any]
-
-METRICS = ("error", "cross_entropy", "lag")
-"""List the metrics of a probe.
-
-``error`` is the classification error, a fraction in [0, 1]; ``cross_entropy`` is in nats; ``lag`` is how much higher
-the error of the online probe is, which is only trained along with the network.
-"""
 
 VERSION = 1
 """Number the form in which reports are saved."""
@@ -60,16 +54,20 @@ class ProbeReport:
             - ``depth``: 0 for the input, then 1, 2, ... in the order in which the layers are called;
             - ``stage``: ``train``, ``val`` or ``test``, and ``dataloader``: index of the loader within the stage;
             - ``epoch``: epochs completed, 0 for the network as ``fit`` found it, and ``step``: its ``global_step``;
-            - ``metric``: ``error``, a fraction in [0, 1]; ``cross_entropy`` in nats; or ``lag``, the online probe's
-              error minus this probe's error on the same samples;
+            - ``metric``: ``error``, of classes and labels a fraction in [0, 1], of a regression 1 - R^2, at least 0;
+              ``cross_entropy`` in nats, ``balanced_error`` (multilabel) or ``rmse`` in the targets' units (regression);
+              or ``lag``, the online probe's error minus this probe's error on the same samples;
+            - ``error_by_label`` and ``balanced_error_by_label`` (multilabel), ``error_by_output`` and
+              ``rmse_by_output`` (regression): lists, in the rows of ``error`` only;
             - ``labels``: ``{"used", "left_out", "unusable"}``, how many labels of the stage's batches since the last
               point were used, left their sample out on purpose (-100), or left it out since they have no meaning;
               ``None`` where they were not counted;
             - ``value``: value of the metric; NaN for a layer that was set aside;
             - ``samples``: number of samples scored;
-            - ``low`` and ``high``: 95 % interval of an error (Wilson 1927), which covers the choice of the scored
-              samples, not the fit. ``None`` for other metrics, and for stage ``train``, whose errors are those on the
-              very samples that the probes were fitted on;
+            - ``low`` and ``high``: 95 % interval of an error (Wilson 1927; of other tasks than classification as
+              :mod:`lightning_probes.tasks` says), which covers the choice of the scored samples, not the fit. ``None``
+              for other metrics, and for stage ``train``, whose errors are those on the very samples that the probes
+              were fitted on;
             - ``logged_step``: the step under which Lightning's loggers show the value, one less than ``step`` if a
               training step has just ended; ``None`` if nothing was logged;
             - ``features`` and ``features_total``: number of features after and before reduction;
@@ -85,27 +83,28 @@ class ProbeReport:
               interval. ``None`` for an online or a cross-fitted probe;
             - ``network``, only from :func:`~lightning_probes.probe`: ``as given``, ``untrained``, or a checkpoint's
               path.
-        baseline: ``{stage: error}``, fractions in [0, 1]: the error of always answering the most frequent class among
-            the samples of the stage's first loader.
+        baseline: ``{stage: error}``: the error of the best constant answer to the samples of the stage's first loader:
+            the most frequent class, each label's commonest answer, or the mean of the targets, whose error is 1.
         notes: sentences on what a reader should know of the run.
         cost: cost of bringing the probes to their optimum, since the run began or was resumed: ``seconds``; ``share``,
             the fraction of the run's time; ``kept_bytes``, most bytes of kept batches or features at one time, those in
             files included; ``weights_bytes``, bytes of the copy of the first weights; ``sent_bytes``, bytes that this
             process gave to be summed over processes. Reports that differ only in their cost are equal.
+        task: what the probes were asked: ``classification``, ``multilabel`` or ``regression``.
     """
 
     rows: list[Row] = field(default_factory=list)
     baseline: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     cost: dict[str, float] = field(default_factory=dict, compare=False)
+    task: str = "classification"
 
     def enter(self, rows: list[Row], baseline: float | None = None) -> None:
         """Enter the rows of one point of the curves of a stage and dataloader; replace earlier rows of this point.
 
         Args:
             rows: rows as in :attr:`rows`, all of one stage, dataloader, epoch and step; or none.
-            baseline: error of always answering the most frequent class among the samples of the stage; ``None`` leaves
-                the known one.
+            baseline: error of the best constant answer to the samples of the stage; ``None`` leaves the known one.
         """
         if not rows:
             return
@@ -125,7 +124,7 @@ class ProbeReport:
 
         Args:
             stage: ``train``, ``val`` or ``test``; by default the first of ``val``, ``test``, ``train`` with rows.
-            metric: ``error``, ``cross_entropy`` or ``lag``.
+            metric: ``error``, ``lag`` or another of the task.
             dataloader: index of the loader within the stage; by default the first with rows.
 
         Returns:
@@ -135,7 +134,7 @@ class ProbeReport:
         Raises:
             ValueError: the name of the stage or metric is unknown; the message lists the known ones.
         """
-        one_of("metric", metric, METRICS)
+        one_of("metric", metric, list(dict.fromkeys([*metrics_of(self.task), *(row["metric"] for row in self.rows)])))
         stage, dataloader = self._resolve(stage, dataloader)
         curves: dict[tuple[int, int], dict[str, Row]] = {}
         rows = self.select(stage=stage, metric=metric, dataloader=dataloader)
@@ -151,7 +150,7 @@ class ProbeReport:
 
         Args:
             stage: ``train``, ``val`` or ``test``; the default is that of :meth:`curves`.
-            metric: ``error``, ``cross_entropy`` or ``lag``.
+            metric: ``error``, ``lag`` or another of the task.
             dataloader: index of the loader within the stage; the default is that of :meth:`curves`.
 
         Raises:
@@ -332,14 +331,16 @@ class ProbeReport:
 
         shown = spread(list(curves), 8)
         by_step = has_points_inside_epochs(curves)
-        baseline = {"majority class": self.baseline[stage]} if stage in self.baseline else {}
+        words = words_of(self.task)
+        baseline = {words.baseline: self.baseline[stage]} if stage in self.baseline else {}
         method = self._method(curves, stage)
         axes = error_by_depth(
             layers,
             {point_name(point, by_step, curves[point]): across(curves[point]) for point in shown},
             interval=(across(last, "low"), across(last, "high")) if stage != "train" else None,
             references={**baseline, **(references or {})},
-            title=f"What each layer knows: linear probes, {stage} error",
+            title=f"What each layer knows: linear probes, {stage} {words.error}",
+            quantity=words.error,
             warning=method.warning,
             below=[*method.sentences, *self.notes],
             ax=ax,
@@ -357,6 +358,7 @@ class ProbeReport:
         return error_table(
             curves,
             metric=metric,
+            task=self.task,
             where=f"{stage}, dataloader {dataloader}" if dataloader else stage,
             method=self._method(curves, stage),
             baseline=self.baseline.get(stage) if metric == "error" else None,

@@ -12,6 +12,7 @@ from typing import Any
 from lightning_probes.options import first_of
 from lightning_probes.report.method import Method
 from lightning_probes.report.names import shorten
+from lightning_probes.tasks.kinds import metrics_of, words_of
 
 Point = tuple[int, int]
 """Locate a point of a curve in training: ``(epochs completed, global_step)``."""
@@ -76,6 +77,7 @@ def error_table(
     curves: Mapping[Point, Mapping[str, Mapping[str, Any]]],
     *,
     metric: str,
+    task: str,
     where: str,
     method: Method,
     baseline: float | None = None,
@@ -91,9 +93,10 @@ def error_table(
             at least one point.
         metric: metric of the rows. Errors are shown in per cent, with the interval of the last point and the smallest
             difference that means something.
+        task: what the probes were asked.
         where: stage, and dataloader if it matters, for the title.
         method: how the errors were measured.
-        baseline: error of always answering the most frequent class, in [0, 1]; by default there is no such row.
+        baseline: error of the best constant answer; by default there is no such row.
         has_interval: whether the errors have confidence intervals.
         notes: the notes of the report.
     """
@@ -105,7 +108,8 @@ def error_table(
     times = {point: _time(point, by_step, curve) for point, curve in curves.items()}
     path, names = shorten(layers, _NAME_WIDTH)
     cells = [_cell(row, metric) for curve in curves.values() for row in curve.values()]
-    left = max(len("majority class"), *map(len, names.values()))
+    constant = words_of(task).baseline
+    left = max(len(constant), *map(len, names.values()))
     column = max(7, 1 + max(map(len, [*times.values(), *cells])))
     shown = spread(list(curves), (WIDTH - left - 10 - 12 * has_interval) // column)
     last_column = [12] * has_interval
@@ -116,14 +120,14 @@ def error_table(
         for layer in layers
     ]
     if baseline is not None:
-        rows.append(["majority class", *[""] * len(shown), _percent(baseline), *("" for _ in last_column)])
+        rows.append([constant, *[""] * len(shown), _percent(baseline), *("" for _ in last_column)])
     sentences = list(method.sentences)
     if has_interval:
         sentences += _caveat(ordered)
     if any(math.isnan(row["value"]) for row in ordered):
         reason = "a note says why" if notes else "its values were not finite"
         sentences.append(f"{_NO_VALUE} stands for a layer that was set aside; {reason}.")
-    unit = {"error": "error in %", "cross_entropy": "cross-entropy in nats"}.get(metric, metric)
+    unit = metrics_of(task).get(metric, metric) + " in %" * (metric == "error")
     when = f", after {'step' if by_step else 'epoch'}" * any(name.isdigit() for name in times.values())
     return Table(
         title=f"probe {unit}, {where}{when}",
@@ -194,21 +198,18 @@ def spread(points: list[Point], room: int) -> list[Point]:
 
 
 def _caveat(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say how far apart two errors must be to mean something; empty if no layer has an error.
+    """Say how far apart two errors must be to mean something; empty if no layer has an error with an interval.
 
-    The bound is the half-width of the 95 % interval, in the normal approximation, of the difference of two errors near
-    their median p, each measured on n samples of its own: 1.96 sqrt(2 p (1 - p) / n).
+    The bound is the half-width of the 95 % interval of the difference of two errors near their median, each measured
+    on samples of its own: that of the median's interval times the square root of 2.
     """
-    known = sorted(row["value"] for row in rows if not math.isnan(row["value"]))
+    known = sorted((row["value"], row["high"] - row["low"]) for row in rows if math.isfinite(row["high"] - row["low"]))
     if not known:
         return []
-    middle, samples = known[len(known) // 2], max(row["samples"] for row in rows)
-    # An observed error of 0 or 1 is subject to chance too, but the formula would give a bound of 0.
-    rate = min(max(middle, 1 / samples), 1 - 1 / samples) if samples > 1 else 0.5
-    half = 100 * 1.96 * math.sqrt(2 * rate * (1 - rate) / samples)
+    middle, width = known[len(known) // 2]
     return [
-        f"Between two errors near {_percent(middle)} %, do not make anything of less than {half:.1f} points (95 %, as "
-        "if each had samples of its own)."
+        f"Between two errors near {_percent(middle)} %, do not make anything of less than "
+        f"{100 * width / math.sqrt(2):.1f} points (95 %, as if each had samples of its own)."
     ]
 
 

@@ -29,7 +29,6 @@ from lightning_probes.options import first_of
 from lightning_probes.probes.dataset import FeatureDataset, LayerBatch, MemoryStore
 from lightning_probes.probes.fit import FittedProbes, fit_layers
 from lightning_probes.probes.heads import StackedProbes
-from lightning_probes.probes.tasks import accumulator
 from lightning_probes.progress import Progress, size
 from lightning_probes.replay.calls import CannotRunAgainError, RecordedStep
 from lightning_probes.replay.recorded_batches import Context, RecordedBatch, RecordedBatches, device_of
@@ -37,6 +36,7 @@ from lightning_probes.replay.replayer import copy_of_weights
 from lightning_probes.replay.reservoir import Budget, Reservoir
 from lightning_probes.report.curves import Curve, Curves, Kind
 from lightning_probes.report.method import CROSS_FITTED
+from lightning_probes.tasks.task import accumulator
 from lightning_probes.training.estimate import seconds_to_fit
 
 Faults = dict[str, Exception]
@@ -487,7 +487,8 @@ class Refit:
         if kept.wants():
             features = {layer: self.budget.copy(x) for layer, x in seen.features.items()}
             num_bytes = sum(x.numel() * x.element_size() for x in features.values())
-            kept.add(len(seen.targets), LayerBatch(features, self.budget.copy(seen.targets)), num_bytes)
+            targets = self.budget.copy(seen.targets)
+            kept.add(len(targets), LayerBatch(features, targets, each=seen.each), num_bytes)
 
     def _cross_fit(self, kept: defaultdict[int, Reservoir[LayerBatch]]) -> None:
         """Score each sample of validation by probes that were fitted on others, and fit probes on all of them."""

@@ -10,6 +10,7 @@ from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.options import first_of
 from lightning_probes.probes.online import OnlineProbes
+from lightning_probes.tasks.task import Task
 
 _NAMED = 8
 """Limit the layers that a message names."""
@@ -56,20 +57,26 @@ class Restored:
         return probes
 
 
-def differing(
-    saved: Mapping[str, Any], selected: Collection[str], num_classes: int, reduced: str, reduction: str
-) -> str:
-    """Say how probes of a checkpoint differ from those of this run in classes, reduction or layers; empty if in none.
+def task_in(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the state of a session says of its task; the first release knew one only."""
+    return dict(saved.get("task") or {"kind": "classification", "outputs": saved["num_classes"]})
+
+
+def differing(saved: Mapping[str, Any], selected: Collection[str], task: Task, reduced: str, reduction: str) -> str:
+    """Say how probes of a checkpoint differ from those of this run in task, reduction or layers; empty if in none.
 
     Args:
         saved: state of a session.
         selected: layers of this run as they were selected, before any was left out.
-        num_classes: number of classes in this run.
+        task: what the probes of this run are asked.
         reduced: how features were reduced in the run of the checkpoint.
         reduction: how features are reduced in this run.
     """
-    if saved["num_classes"] != num_classes:
-        return f"num_classes is {saved['num_classes']} in the checkpoint and {num_classes} here"
+    if (kind := task_in(saved)["kind"]) != task.kind:
+        return f"task is {kind!r} in the checkpoint and {task.kind!r} here"
+    if saved["num_classes"] != task.outputs:
+        what = "num_classes" if kind == "classification" else "the number of outputs"
+        return f"{what} is {saved['num_classes']} in the checkpoint and {task.outputs} here"
     if reduced != reduction:
         return f"reduction is {reduced!r} in the checkpoint and {reduction!r} here"
     here, there = set(selected), set(saved["selected"])

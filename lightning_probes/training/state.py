@@ -11,7 +11,7 @@ import torch
 from lightning_probes.checkpoints import STATE_VERSION
 from lightning_probes.network.pairing import Pairing
 from lightning_probes.report.report import ProbeReport
-from lightning_probes.training.resume import differing, refuse
+from lightning_probes.training.resume import differing, refuse, task_in
 from lightning_probes.training.session import ProbingSession
 
 
@@ -20,12 +20,12 @@ def state_of(session: ProbingSession, report: ProbeReport) -> dict[str, Any]:
 
     Beside the report there are, under ``probes``: the layers (``selected``, ``facts``: order, depth and size), how
     features are reduced (``reduction``) and which dimension holds them (``axes``), which row is of which sample
-    (``pairings``), the classes (``num_classes``), the probes trained along (``along``) and those at their optimum with
-    what is known of them (``optimum``), epoch and step of the last point and of the last step (``point``, ``now``),
-    layers set aside and the running tally of the probes trained along (``points``), the note on classes that never
-    occur (``missing``), whether training has no labels (``trains_without_labels``), and whether probes are on a
-    labelled set of their own (``own_data``). The keys are those of release 0.1.0, and new ones. No batch and no feature
-    is saved.
+    (``pairings``), the task and its number of outputs (``task``, ``num_classes``), the probes trained along (``along``)
+    and those at their optimum with what is known of them (``optimum``), epoch and step of the last point and of the
+    last step (``point``, ``now``), layers set aside and the running tally of the probes trained along (``points``), the
+    note on targets that are strange (``missing``), whether training has no labels (``trains_without_labels``), and
+    whether probes are on a labelled set of their own (``own_data``). The keys are those of release 0.1.0, and new ones.
+    No batch and no feature is saved.
     """
     network = session.network
     probes = {
@@ -34,6 +34,7 @@ def state_of(session: ProbingSession, report: ProbeReport) -> dict[str, Any]:
         "reduction": network.reducer.state_dict(),
         "trains_without_labels": network.labels.absent_in_training,
         "num_classes": network.task.outputs,
+        "task": network.task.state_dict(),
         "along": session.online.state_dict(),
         "optimum": session.refit.state_dict(),
         "point": list(session.point),
@@ -75,15 +76,16 @@ def restore(
     selected = network.selected if is_training else state["selected"]
     # In checkpoints without this entry features are means over space.
     reduction = state.get("reduction", {"kind": "pool", "draws": {}})
-    outputs = network.task.outputs
-    if difference := differing(state, selected, outputs, reduction["kind"], network.reducer.kind):
+    task = network.task
+    if difference := differing(state, selected, task, reduction["kind"], network.reducer.kind):
         refuse(difference, strict=strict)
     session.point = tuple(state["point"])
     session.now = tuple(state["now"])
     session.doubts = state.get("missing", "")
     network.labels.present_in_validation |= state["trains_without_labels"]
     network.labels.is_trusted = True
-    if state["num_classes"] != outputs or reduction["kind"] != network.reducer.kind:
+    is_same_task = state["num_classes"] == task.outputs and task_in(state)["kind"] == task.kind
+    if not is_same_task or reduction["kind"] != network.reducer.kind:
         return
     network.reducer.load_state_dict(reduction)
     layers = network.layers if difference else state["facts"]["layers"]

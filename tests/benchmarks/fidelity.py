@@ -41,7 +41,7 @@ from networks import Classifier, ViT, mlp
 from lightning_probes import LinearProbeCallback
 from lightning_probes.network.pooling import reduce
 from lightning_probes.probes.fit import fit_probe, score
-from lightning_probes.probes.tasks import Classification
+from lightning_probes.tasks.classification import Classification
 
 Split = tuple[Tensor, Tensor]
 WAYS = (("2048", 2048), ("4096", 4096), ("8192", 8192), ("16384", 16384))

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from networks import Classifier, ResNet, ViT, images
 
 from lightning_probes import LinearProbeCallback
-from lightning_probes.probes.tasks import Classification
+from lightning_probes.tasks.classification import Classification
 
 NETWORKS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "small": ("residual network of 16-32-64-128, 32x32x3", lambda: ResNet(width=16)),

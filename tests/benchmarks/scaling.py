@@ -30,7 +30,7 @@ from lightning_probes.probes.dataset import FeatureDataset, LayerBatch, MemorySt
 from lightning_probes.probes.fit import fit_layers
 from lightning_probes.probes.rows import Rows
 from lightning_probes.probes.solver import Problems
-from lightning_probes.probes.tasks import Classification
+from lightning_probes.tasks.classification import Classification
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lightning_probes.probes.solver import solve
 from lightning_probes.probes.standardise import moved_statistics, standardise_
-from lightning_probes.probes.tasks import Classification
+from lightning_probes.tasks.classification import Classification
 
 SAMPLES, WIDTH, L2 = 8192, 512, 1e-3
 TASK = Classification(10)

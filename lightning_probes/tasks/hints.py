@@ -35,11 +35,11 @@ def hint_of_shape(labels: Tensor) -> str:
         if is_zeros_and_ones(labels):
             return hint_of_rows(labels)
     if labels.is_floating_point() or labels.is_complex():
-        return "; several numbers for a sample are no classes, and regression is not offered yet"
+        return "; several numbers for a sample are no classes: task='regression'"
     each = {2: "token", 3: "pixel"}.get(labels.dim(), "part")
     return (
-        f"; a label for each {each} is not offered, one for each sample is: a function makes one of them, say the most "
-        "frequent, target=lambda batch: batch[1].flatten(1).mode(dim=1).values"
+        f"; labels of their own for each {each}: positions=16, so many of a sample; or a function makes one of them, "
+        "say the most frequent, target=lambda batch: batch[1].flatten(1).mode(dim=1).values"
     )
 
 
@@ -49,10 +49,7 @@ def hint_of_rows(labels: Tensor) -> str:
         return missing
     ones = labels.sum(dim=1)
     if is_zeros_and_ones(labels) and bool((ones > 1).any()):
-        return (
-            "; several classes in a row (multi-label) are not offered yet; one of them at a time is: "
-            "target=lambda batch: batch[1][:, 0].long() with num_classes=2"
-        )
+        return "; several classes in a row are labels of their own: task='multilabel'"
     if is_zeros_and_ones(labels):
         return (
             "; a row of zeros names no class; integers leave a sample out with -100: target=lambda batch: "
@@ -77,7 +74,7 @@ def hint_of_floats(labels: Tensor) -> str:
     if bool((labels.isfinite() & (labels == labels.round())).all()):
         return "; they are whole numbers, which .long() makes integers: target=lambda batch: batch[1].long()"
     return (
-        "; they are no whole numbers, and regression is not offered yet; intervals of them can be classes: "
+        "; they are no whole numbers: task='regression'; or intervals of them can be classes: "
         "target=lambda batch: torch.bucketize(batch[1], torch.tensor([...]))"
     )
 

@@ -1,0 +1,260 @@
+"""Define what is asked of a probe: how targets are read, what is minimised, what is counted, and what to compare with.
+
+The rest of the package knows a task only by the methods of :class:`Task`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""Label with this value a sample to leave out, as in :func:`torch.nn.functional.cross_entropy`."""
+
+MOST_OUTPUTS = 10_000
+"""Bound the scores that a probe may give to a sample where the width of the targets alone tells their number."""
+
+
+class UnknownOutputsError(ValueError):
+    """Signal that the number of scores of a probe is unknown, which is the number of classes in a classification."""
+
+
+class UnusableLabelsError(ValueError):
+    """Signal labels of the right shape and kind, some of which have values without a meaning."""
+
+
+class Words(NamedTuple):
+    """Name what a task's numbers are, for tables and figures."""
+
+    error: str
+    """Name the error, which is shown in per cent."""
+    baseline: str
+    """Name the best constant probe."""
+    metrics: Mapping[str, str]
+    """Give, for each metric of the task besides ``error``, its name and unit."""
+
+
+class LabelCount(NamedTuple):
+    """Count what became of the labels of some samples."""
+
+    samples: int
+    """Give the number of samples."""
+    used_and_left_out: Tensor
+    """Hold how many labels are used, and how many leave their sample out on purpose, ``(2,)``; the rest is unusable."""
+
+
+class Labels(NamedTuple):
+    """Hold the targets of a batch, and what is computed from them once for all layers."""
+
+    rows: Tensor
+    """Hold the targets as the loss takes them, ``(samples, outputs)``; 0 where an entry is missing."""
+    answers: Tensor
+    """Hold the likeliest class of each target, or what else :meth:`Task.prepare` puts here."""
+    counted: Tensor
+    """Mark with 1 a sample that counts and with 0 one that is left out, ``(samples,)``."""
+    total: Tensor
+    """Hold the number of samples that count, in a tensor without dimensions."""
+    each: int = 1
+    """Give how many rows in a row are of one sample, such as its tokens; intervals count samples."""
+
+
+class Task(ABC):
+    """Define what is asked of a probe.
+
+    A probe gives ``outputs`` scores to each sample, linear in its features. The loss has to be convex in the scores,
+    and its derivative has to be the expectation that they stand for minus the target, as for every generalised linear
+    model with its canonical link (McCullagh and Nelder 1989, section 2.2). Targets may lack entries, which are NaN:
+    each output is then fitted and counted on the samples that have it.
+
+    Scores are ``(..., outputs, samples)``. A *tally* is ``(statistics, layers)``: sums over samples in float64 (float32
+    where the device has no float64), which add up over batches and processes. Its last two rows are the loss and the
+    number of samples. A *column* is the tally of one layer.
+
+    Attributes:
+        kind: name of the task, as users write it.
+        words: what a reader is shown instead of ``error`` and of the baseline.
+        outputs: number of scores that a probe gives to a sample; 0 as long as it is unknown.
+        statistics: number of rows of a tally.
+        left_out: value that fills the targets of a sample to leave out.
+    """
+
+    kind: ClassVar[str]
+    words: ClassVar[Words]
+    outputs: int
+    statistics: int
+    left_out: float
+
+    # Reading targets
+
+    def grid_of(self, labels: Tensor) -> tuple[int, ...]:
+        """Return the size of the grid of positions in labels of their own for each position, ``(samples, ...)``."""
+        return tuple(labels.shape[1:])
+
+    @abstractmethod
+    def learn(self, labels: Tensor) -> tuple[Task, str]:
+        """Return this task with the number of outputs that ``labels`` show, and a note if the number was unknown.
+
+        Raises:
+            UnknownOutputsError: the labels do not show the number.
+            TypeError, ValueError: the labels are not of this kind.
+        """
+
+    @abstractmethod
+    def check(self, labels: Tensor) -> None:
+        """Check labels, values included; this waits for the device.
+
+        Raises:
+            TypeError: the labels are numbers of another kind.
+            ValueError: the labels have another shape.
+            UnusableLabelsError: the labels have values without a meaning.
+        """
+
+    @abstractmethod
+    def encode(self, labels: Tensor) -> Tensor:
+        """Return the targets ``(samples, outputs)`` of labels as floats, without waiting for the device.
+
+        Raises:
+            ValueError: the labels have a shape without a meaning. Values without a meaning do not raise, but leave
+                their samples out.
+        """
+
+    @abstractmethod
+    def is_counted(self, targets: Tensor) -> Tensor:
+        """Return which rows of ``targets`` are those of samples that count, ``(samples,)``."""
+
+    def is_left_out(self, labels: Tensor) -> Tensor:
+        """Return which of ``labels`` leave their sample out on purpose, ``(samples,)``; wait for no device."""
+        return labels.new_zeros(len(labels), dtype=torch.bool)
+
+    @property
+    def unusable(self) -> str:
+        """Say what is wrong with a label that is neither used nor leaves its sample out on purpose."""
+        return "they have no meaning"
+
+    @abstractmethod
+    def prepare(self, targets: Tensor, dtype: torch.dtype, each: int = 1) -> Labels:
+        """Compute once for all layers, in ``dtype``, what :meth:`tally` needs of targets ``(samples, outputs)``.
+
+        Of neighbouring rows ``each`` are of one sample.
+        """
+
+    # The convex problem
+
+    def normalised(self, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        """Scale the targets of samples that count to what the loss takes, without rounding or tolerance that is left.
+
+        Missing entries stay NaN.
+        """
+        return targets.to(dtype)
+
+    def present(self, targets: Tensor) -> Tensor | None:
+        """Return which entries of targets are not missing, shaped like them; ``None`` if this task misses none."""
+        return None
+
+    def residual_(self, expectation: Tensor, targets: Tensor) -> Tensor:
+        """Return the derivative of the loss by the scores, in the memory of ``expectation``; 0 for missing entries."""
+        return expectation.sub_(targets)
+
+    @abstractmethod
+    def constant(self, mean: Tensor) -> Tensor:
+        """Return the scores of the best constant probe, ``(outputs,)``, whose expectation is ``mean``."""
+
+    @abstractmethod
+    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss summed over samples; ``scores`` and ``targets`` are ``(outputs, samples)``."""
+
+    @abstractmethod
+    def expectation(self, scores: Tensor) -> Tensor:
+        """Return the targets expected at these scores; this minus the targets is the derivative of the loss."""
+
+    @abstractmethod
+    def curvature(self, expectation: Tensor) -> Tensor:
+        """Return the second derivative of each sample's loss by its scores, averaged over outputs, ``(samples,)``."""
+
+    # What the online heads need
+
+    @abstractmethod
+    def tally_and_residual(self, scores: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+        """Return :meth:`tally`, and the derivative of the mean loss by the scores, which is 0 for samples left out.
+
+        ``scores`` are ``(layers, outputs, samples)`` and may be written over.
+        """
+
+    # What is counted and said
+
+    @abstractmethod
+    def tally(self, scores: Tensor, labels: Labels) -> Tensor:
+        """Return the tally ``(statistics, layers)`` of scores ``(layers, outputs, samples)``."""
+
+    @abstractmethod
+    def measures(self, tally: list[float]) -> dict[str, float]:
+        """Return ``{metric: value}`` of a column, ``error`` first; values are NaN if no sample counts."""
+
+    def lag(self, online: list[float], published: list[float]) -> float:
+        """Return the error of the column ``online`` minus that of ``published``, which are of the same samples."""
+        return self.measures(online)["error"] - self.measures(published)["error"]
+
+    def each(self, tally: list[float]) -> dict[str, list[float]]:
+        """Return what is to be said of each output of a column, by name; empty where the error says it all."""
+        return {}
+
+    @abstractmethod
+    def interval(self, tally: list[float]) -> tuple[float, float]:
+        """Return the 95 % interval of the error of a column, which covers the choice of samples, not the fit."""
+
+    @abstractmethod
+    def target_sums(self, targets: Tensor) -> Tensor:
+        """Return a vector of sums over targets ``(samples, outputs)``, for :meth:`baseline` and other methods."""
+
+    @abstractmethod
+    def samples_in(self, target_sums: list[float]) -> float:
+        """Return the number of samples in a vector of :meth:`target_sums`."""
+
+    @abstractmethod
+    def baseline(self, target_sums: list[float]) -> float:
+        """Return the error of the best constant probe; NaN without samples."""
+
+    def doubts(self, target_sums: list[float]) -> str:
+        """Say what is strange about the targets that probes were fitted on; empty if nothing is."""
+        return ""
+
+    # How many samples it takes
+
+    @property
+    def enough_samples(self) -> int:
+        """Return the number of samples that a probe is fitted on unless the user gives another."""
+        return 14_000
+
+    def objection(self, samples: int) -> str:
+        """Say why this number of samples is too small to fit on; empty if it is not."""
+        return ""
+
+    # What a checkpoint says of it
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was learnt from the first labels, as plain types."""
+        return {"kind": self.kind, "outputs": self.outputs}
+
+    @abstractmethod
+    def restored(self, state: Mapping[str, Any]) -> Task:
+        """Return this task with what :meth:`state_dict` returned."""
+
+    # What works for every task
+
+    def no_tally(self, layers: int, device: torch.device | str) -> Tensor:
+        """Return the tally of no samples."""
+        return torch.zeros(self.statistics, layers, dtype=accumulator(device), device=device)
+
+
+def accumulator(device: torch.device | str) -> torch.dtype:
+    """Return the precision of sums over many samples: float64, or float32 on a device without it."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
+def by_sample(values: Tensor, each: int) -> Tensor:
+    """Return the sums over the rows of each sample: of ``(..., rows)``, of which ``each`` neighbours are of one."""
+    return values if each == 1 else values.view(*values.shape[:-1], -1, each).sum(dim=-1)

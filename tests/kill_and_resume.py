@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from asked import ASKED
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from networks import QUIET, Classifier, convnet, images, loader, mlp
@@ -114,6 +115,9 @@ CASES = {
     "no validation": Case(lambda: Seeded(mlp(depth=2, dropout=0.1)), validates=False),
     "validation twice an epoch": Case(lambda: Seeded(mlp(depth=2)), trainer={"val_check_interval": 0.5}),
     "every second epoch": Case(lambda: Seeded(mlp(depth=2)), {"fit_samples": 64}, {"check_val_every_n_epoch": 2}),
+    "several labels": Case(lambda: Seeded(convnet()), {"fit_samples": 64, **ASKED["multilabel"]}),
+    "numbers": Case(lambda: Seeded(convnet()), {"fit_samples": 64, **ASKED["regression"]}),
+    "pixels": Case(lambda: Seeded(convnet()), {"fit_samples": 192, **ASKED["pixels"]}),
     "online, inside an epoch": Case(lambda: Seeded(mlp(depth=14)), {"fit_samples": 0}, every_n_train_steps=7),
 }
 

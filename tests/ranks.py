@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from asked import ASKED
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -193,6 +194,20 @@ class Uneven(IterableDataset[Any]):
 
 def same() -> Found:
     return fit(network(), LinearProbeCallback(log_metrics=["cross_entropy"]))
+
+
+def asked(name: str) -> Callable[[], Found]:
+    """What one process finds, whatever the probes are asked."""
+
+    def case() -> Found:
+        seed_everything(3, verbose=False)
+        return fit(Classifier(nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), mlp(64, 1, 64))), probes())
+
+    def probes() -> LinearProbeCallback:
+        return LinearProbeCallback(["net.*", "net.2.*"] if name != "pixels" else "net.[01]", **ASKED[name])
+
+    case.__name__ = name
+    return case
 
 
 def harmless() -> Found:
@@ -415,6 +430,7 @@ CASES: dict[str, Callable[[], Found]] = {
         labelled_failing,
         labelled_sharded,
         labelled_writing,
+        *map(asked, ASKED),
     )
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from asked import ASKED
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -147,6 +148,19 @@ def test_training_is_bit_identical_with_and_without_the_callback(network: str, d
     assert differences(without, with_probes) == []
     check_that_probes_were_fitted(probes, {"train", "val"} if options["validates"] else {"train"})
     assert len(without["checkpoint names"]) == 2
+
+
+@pytest.mark.parametrize("asked", [name for name in ASKED if name != "classification"])
+def test_training_is_bit_identical_whatever_is_asked(asked: str, tmp_path: Path) -> None:
+    probes = LinearProbeCallback(**ASKED[asked])
+    without, with_probes = (train(convolutions, tmp_path / str(len(used)), *used) for used in ([], [probes]))
+    assert differences(without, with_probes) == []
+    assert all(math.isfinite(row["value"]) for row in probes.report.rows)
+    assert {(row["stage"], row["epoch"]) for row in probes.report.rows} >= {("val", 0), ("val", 2)}
+
+
+def convolutions() -> Classifier:
+    return Classifier(convnet())
 
 
 def test_what_is_compared_moves(tmp_path: Path) -> None:

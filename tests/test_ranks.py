@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from asked import ASKED
 from lightning.pytorch.strategies import FSDPStrategy
 from networks import Classifier, mlp
 
@@ -116,6 +117,18 @@ def test_several_processes_find_what_one_finds(
     ]
     held_out = len(ranks.labelled_set()[1].dataset) if case == "labelled" else ranks.HELD_OUT  # type: ignore[arg-type]
     assert {row["samples"] for row in several["rows"] if row["stage"] == "val"} == {held_out}
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_several_processes_find_what_one_finds_whatever_is_asked(case: str, two: dict[str, Found]) -> None:
+    one, several = ranks.CASES[case](), two[case][0]
+    assert several["baseline"] == pytest.approx(one["baseline"])
+    for row, other in zip(one["rows"], several["rows"], strict=True):
+        if row["metric"] == "error":
+            # A sample at the edge of a decision may be on its other side; numbers have no edge.
+            off = 2e-3 if case == "regression" else 1.01 / row["samples"]
+            assert other["value"] == pytest.approx(row["value"], abs=off), row
+            assert (other["samples"], other["labels"], other["l2"]) == (row["samples"], row["labels"], row["l2"])
 
 
 @pytest.mark.parametrize("case", ["harmless", "labelled_harmless"])

@@ -30,9 +30,6 @@ _SUMS = 4 + len(_PAIRS)
 _CONSTANT = 1e-12
 """Call targets constant whose variance is at most this share of their mean square."""
 
-_FAR = 1e4
-"""Tell of targets whose mean is more than this many deviations from 0: in float32 little of them is left."""
-
 
 @dataclass(frozen=True)
 class Regression(Task):
@@ -256,7 +253,7 @@ class Regression(Task):
         return 1.0 if self.samples_in(target_sums) else math.nan
 
     def doubts(self, target_sums: list[float]) -> str:
-        """Say which outputs are constant in the samples that probes were fitted on, and which lie far from 0."""
+        """Say which outputs are constant in the samples that probes were fitted on, and which are missing."""
         n = self.outputs
         told = []
         sums = list(zip(*(target_sums[i * n : (i + 1) * n] for i in range(3)), strict=True))
@@ -266,17 +263,6 @@ class Regression(Task):
             told.append(f"{len(constant)} of {n} outputs are constant (the first: {constant[0]}), and have no R2")
         if missing := [i for i, (entries, *_) in enumerate(sums) if not entries]:
             told.append(f"{len(missing)} of {n} outputs have no target (the first: {missing[0]})")
-        far = [
-            i
-            for i, (each, centre, scale) in enumerate(zip(sums, self.centre, self.scale, strict=True))
-            if i not in [*constant, *missing]
-            and abs(centre + scale * each[1] / each[0]) > _FAR * scale * math.sqrt(_variance(*each))
-        ]
-        if far:
-            told.append(
-                f"output {far[0]} lies more than {_FAR:,.0f} deviations from 0, where float32 tells little apart: "
-                "subtract an offset from such targets, or give them in float64"
-            )
         return f"of the targets that probes were fitted on, {'; '.join(told)}" if told else ""
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -23,10 +24,10 @@ from lightning_probes.progress import Progress
 from lightning_probes.replay.calling import Caller
 from lightning_probes.replay.reservoir import Budget
 from lightning_probes.report.report import ProbeReport
-from lightning_probes.tasks.kinds import metrics_of
+from lightning_probes.tasks.kinds import kinds_of, metrics_of
 from lightning_probes.training.labelled_session import LabelledSession
 from lightning_probes.training.labelled_set import LabelledSet
-from lightning_probes.training.resume import task_in
+from lightning_probes.training.resume import question_in
 from lightning_probes.training.schedule import Schedule
 from lightning_probes.training.session import ProbingSession
 from lightning_probes.training.state import restore, state_of
@@ -110,12 +111,13 @@ class LinearProbeCallback(Callback):
         self.selection: dict[str, Any] = {"layers": layers, "exclude": exclude, **reading}
         arguments = inspect.signature(LinearProbeCallback).parameters
         read = checked(reading, "LinearProbeCallback", arguments)
-        self._task_kind = read["task"]
-        self.report = ProbeReport(task=self._task_kind)
         self._network = LayerExtractor(layers, exclude, read)
+        self._kinds = kinds_of(self._network.question)
+        self.report = ProbeReport(tasks=self._kinds)
         self._data = None if data is None else LabelledSet(data)
         self._make_caller = partial(Caller, input=read["input"], target=read["target"])
-        self._logs = Logs(name, log_metrics, metrics_of(self._task_kind), has_own_loaders=data is not None)
+        known = dict.fromkeys(chain(*map(metrics_of, self._kinds.values())))
+        self._logs = Logs(name, log_metrics, known, has_own_loaders=data is not None)
         self._state_key = self._generate_state_key(name=name)
         self._learning_rate = positive_float("learning_rate", learning_rate)
         self._fit_samples = None if fit_samples is None else whole("fit_samples", fit_samples, least=0)
@@ -166,7 +168,7 @@ class LinearProbeCallback(Callback):
         self._ranks.meet(trainer)
         self._progress.meet(trainer)
         self._session = self._new_session()
-        self.report = ProbeReport(task=self._task_kind)
+        self.report = ProbeReport(tasks=self._kinds)
         self._is_fitting = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -199,7 +201,7 @@ class LinearProbeCallback(Callback):
         self._session.refit.renew(trainer.current_epoch, trainer.num_training_batches)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        is_unknown = not self._network.task.outputs
+        is_unknown = not self._network.question.outputs
         self._session.open(batch)
         if is_unknown:  # The labels of the batch have shown the number of outputs by now.
             self._session.refit.budget.samples = self._samples()
@@ -333,14 +335,14 @@ class LinearProbeCallback(Callback):
 
     def _samples(self) -> int:
         """Return how many samples each process keeps."""
-        samples = self._network.task.enough_samples if self._fit_samples is None else self._fit_samples
+        samples = self._network.question.enough_samples if self._fit_samples is None else self._fit_samples
         return math.ceil(samples / self._ranks.number)
 
     def _restore_probes(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._restored is not None
         saved = self._restored["probes"]
         self._restored = None
-        self._network.learn_task(task_in(saved))
+        self._network.learn_question(question_in(saved))
         self._session = self._new_session()
         restore(self._session, saved, pl_module.device, strict=self._is_strict, is_training=trainer.state.fn == "fit")
 

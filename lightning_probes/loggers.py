@@ -133,7 +133,9 @@ class Logs:
         for row in rows:
             if row["metric"] in self.metrics:
                 loader = f"/dataloader_idx_{row['dataloader']}" if row["stage"] in several else ""
-                values[f"{self.prefix}probe_{row['metric']}_{row['stage']}/{row['layer']}{loader}"] = row["value"]
+                target = f"{row['target']}/" if "target" in row else ""
+                name = f"{self.prefix}probe_{row['metric']}_{row['stage']}/{target}{row['layer']}{loader}"
+                values[name] = row["value"]
         return values
 
     def _write_layout(self, loggers: Iterable[Any]) -> None:

@@ -178,6 +178,33 @@ def _choice(kind: Any) -> Callable[[str, Any], Any]:
     return check
 
 
+def _each(check: Callable[[str, Any], T]) -> Callable[[str, Any], T | dict[str, T]]:
+    """Make a check that gives a value, or each value of a mapping by target, to ``check``."""
+
+    def checked(argument: str, value: Any) -> T | dict[str, T]:
+        if not isinstance(value, Mapping):
+            return check(argument, value)
+        return {name: check(f"{argument}[{name!r}]", one) for name, one in value.items()}
+
+    return checked
+
+
+def _targets(argument: str, value: Any) -> Where | dict[str, Where]:
+    """Return ``value`` if it is an index, a key, a function or a mapping of names to these.
+
+    Raises:
+        TypeError, ValueError: ``value`` is something else; the message names the argument and what was given.
+    """
+    if not isinstance(value, Mapping):
+        return where(argument, value, " or {name: one of these}")
+    for name in value:
+        if not isinstance(name, str) or not name or "/" in name:
+            raise ValueError(f"{argument}: expected names without '/' as keys, found {name!r}")
+    if not value:
+        raise ValueError(f"{argument}: an empty mapping names no target")
+    return {name: where(f"{argument}[{name!r}]", place) for name, place in value.items()}
+
+
 def _unless_none(check: Callable[[str, Any], T]) -> Callable[[str, Any], T | None]:
     """Make a check that lets ``None`` pass and gives other values to ``check``."""
     return lambda argument, value: None if value is None else check(argument, value)
@@ -196,12 +223,12 @@ class Reading(TypedDict, total=False):
     """List the options on how a network and its batches are read, which callback and ``probe()`` share."""
 
     num_classes: Annotated[
-        int | None,
+        int | dict[str, int] | None,
         Option(
             None,
-            _unless_none(whole),
-            "number of classes of the labels. Not given: the ``num_classes`` of the datamodule or module, its "
-            "``config.num_labels``, or the width of one-hot or soft labels.",
+            _unless_none(_each(whole)),
+            "number of classes of the labels, or {target: its number}. Not given: the ``num_classes`` of the "
+            "datamodule or module, its ``config.num_labels``, or the width of one-hot or soft labels.",
         ),
     ]
     # The types are in this order because jsonargparse tries one after the other.
@@ -214,17 +241,23 @@ class Reading(TypedDict, total=False):
         ),
     ]
     target: Annotated[
-        int | Callable[[Any], Any] | str,
-        Option(1, where, "where in the batch the labels are: index, key or function."),
+        int | Callable[[Any], Any] | dict[str, int | Callable[[Any], Any] | str] | str,
+        Option(
+            1,
+            _targets,
+            "where in the batch the labels are: index, key or function; or {name: one of these}, several targets of "
+            "the same features, each with its curves.",
+        ),
     ]
     task: Annotated[
-        TaskKind,
+        TaskKind | dict[str, TaskKind],
         Option(
             "classification",
-            _choice(TaskKind),
+            _each(_choice(TaskKind)),
             "what probes are asked: ``classification``, by softmax regression; ``multilabel``, by a logistic "
             "regression for each label, of rows of 0 and 1 (NaN or -100 leaves an entry out); or ``regression``, by "
-            "ridge regression, of floats (batch,) or (batch, outputs) (NaN leaves an entry out); its error is 1 - R^2.",
+            "ridge regression, of floats (batch,) or (batch, outputs) (NaN leaves an entry out), its error is 1 - R^2. "
+            "Or {target: one of these}.",
         ),
     ]
     positions: Annotated[

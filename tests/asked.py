@@ -34,6 +34,10 @@ ASKED: dict[str, dict[str, Any]] = {
     "classification": {},
     "multilabel": {"task": "multilabel", "target": answers},
     "regression": {"task": "regression", "target": numbers},
+    "several": {
+        "target": {"digit": 1, "answers": answers, "numbers": numbers},
+        "task": {"answers": "multilabel", "numbers": "regression"},
+    },
     "pixels": {"num_classes": 2, "positions": 3, "target": bright},
 }
 """Arguments of callback and ``probe()``."""

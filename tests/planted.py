@@ -14,9 +14,10 @@ from lightning_probes.tasks.classification import Classification
 def enter(report: ProbeReport, about: Mapping[str, Row], scores: Scores, stage: str, **point: Any) -> list[Row]:
     """Enter what was scored at a point, among as many classes as there are sums of targets."""
     task = Classification(len(scores.target_sums))
-    rows = rows_of(task, about, scores, stage, **{"logged_step": None, **point})
+    labels = {"": known} if (known := point.pop("labels", None)) else {}
+    rows = rows_of(task, about, scores, stage, labels, **{"logged_step": None, **point})
     has_baseline = sum(scores.target_sums) and not point["dataloader"]
-    report.enter(rows, task.baseline(scores.target_sums) if has_baseline else None)
+    report.enter(rows, {"": task.baseline(scores.target_sums)} if has_baseline else {})
     return rows
 
 

@@ -155,8 +155,8 @@ def test_every_argument_can_be_written_in_yaml() -> None:
     assert network._exclude == written["exclude"]
     assert network._reading["num_classes"] == 7
     assert network._reading["input"] == "pixels"
-    assert network.labels._target == "labels"
-    assert (network.task, network.labels._most_positions) == (Classification(), 8)
+    assert network.labels._places == {"": "labels"}
+    assert (network.question, network.labels._most_positions) == (Classification(), 8)
     assert (network.reducer.kind, network.reducer.max_features) == ("subset", 256)
     assert probes.state_key == LinearProbeCallback(name="digit").state_key
     assert network._reading["layout"] == written["layout"]
@@ -185,12 +185,12 @@ def of_network(probes: LinearProbeCallback, attribute: str) -> Any:
         ("exclude: Dropout", "_exclude", ["Dropout"]),
         ("input: null", "_reading.input", None),
         ("input: 2", "_reading.input", 2),
-        ("target: 2", "labels._target", 2),
-        ("target: -1", "labels._target", -1),
-        ("target: operator.length_hint", "labels._target", __import__("operator").length_hint),
+        ("target: 2", "labels._places", {"": 2}),
+        ("target: -1", "labels._places", {"": -1}),
+        ("target: operator.length_hint", "labels._places", {"": __import__("operator").length_hint}),
         ("num_classes: null", "_reading.num_classes", None),
-        ("task: regression", "task", Regression()),
-        ("task: multilabel", "task", Multilabel()),
+        ("task: regression", "question", Regression()),
+        ("task: multilabel", "question", Multilabel()),
         ("positions: null", "labels._most_positions", None),
         ("{}", "mask_reader._token_mask", "attention_mask"),
         ("token_mask: null", "mask_reader._token_mask", None),

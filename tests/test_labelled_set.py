@@ -475,7 +475,7 @@ def test_a_foreign_datamodule_is_set_up_once_and_left_as_it_was(tmp_path: Path) 
     assert differences(without, with_probes) == []
     assert datamodule.steps == {"prepare_data": 1, "setup": 1, "teardown": 0}
     assert datamodule.trainer is None
-    assert probes._network.task.outputs == 12
+    assert probes._network.question.outputs == 12
     check_points(probes)
 
 

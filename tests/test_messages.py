@@ -22,7 +22,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_probes import LinearProbeCallback, probe
 from lightning_probes.cli import ProbeCLI
-from lightning_probes.network.batches import as_tensor, find_num_classes, pick
+from lightning_probes.network.batches import as_tensor, pick
+from lightning_probes.network.labels import find_num_classes
 from lightning_probes.tasks.classification import Classification
 
 ROOT = Path(__file__).parent.parent

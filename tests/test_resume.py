@@ -99,7 +99,7 @@ def test_the_checkpoint_holds_probes_and_report_and_no_batches(tmp_path: Path) -
     assert {type(value) for value in plain(saved)} <= {int, float, str, bool, type(None), Tensor}
     assert saved["report"]["rows"] == probes.report.rows
     sums, held_out = (saved["probes"]["optimum"].pop(name) for name in ("tally", "held_out"))
-    statistics, layers = probes._network.task.statistics, saved["probes"]["facts"]["layers"]
+    statistics, layers = probes._network.question.statistics, saved["probes"]["facts"]["layers"]
     assert sums.shape == (statistics, len(layers))
     assert {layer: found.shape for layer, found in held_out.items()} == dict.fromkeys(layers, (statistics,))
     # Ten numbers for each of the features of a layer are the most that is held: none has the samples of a batch.

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lightning_probes.network.batches import as_tensor, find_num_classes, pick
+from lightning_probes.network.batches import as_tensor, pick
+from lightning_probes.network.labels import find_num_classes
 from lightning_probes.options import Where
 from lightning_probes.probes.dataset import LayerBatch
 from lightning_probes.tasks.classification import Classification

@@ -227,7 +227,7 @@ def test_callback_publishes_the_errors_of_its_probes(kind: str, fit_samples: int
     ask = answers if kind == "multilabel" else numbers
     y, truth = ask((None, labels)), ask((None, truth))
     assert probes._session.online.probes is not None
-    online, task = heads_of(probes._session.online.probes), probes._network.task
+    online, task = heads_of(probes._session.online.probes), probes._network.question.parts[""]
     for layer in ("input", "net.1", "net.3"):
         if fit_samples is None:
             exact = fit_probe(task, features[layer], y, tolerance=1e-7)

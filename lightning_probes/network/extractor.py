@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lightning_probes.network.arrangement import Arrangement, by_layout
 from lightning_probes.network.axes import FeatureAxes
-from lightning_probes.network.batches import LabelReader, find_task, pick, pick_index
+from lightning_probes.network.batches import pick, pick_index
 from lightning_probes.network.hooks import ActivationRecorder, Recording
+from lightning_probes.network.labels import LabelReader, find_question
 from lightning_probes.network.layers import Selection, match_layers, select_layers
 from lightning_probes.network.masks import MaskReader, Masks
 from lightning_probes.network.pairing import TRAINING, Outcome, Pairing, choose, may_fit_batch
@@ -23,8 +24,7 @@ from lightning_probes.network.provenance import Provenance
 from lightning_probes.network.torch_internals import compiled_parts
 from lightning_probes.options import Axes, Reading, RowLayout, first_of, patterns
 from lightning_probes.probes.dataset import LayerBatch
-from lightning_probes.tasks.kinds import new_task
-from lightning_probes.tasks.task import Task
+from lightning_probes.tasks.task import Question
 
 INPUT = "input"
 """Name the raw input among the layers; its probe is at depth 0."""
@@ -82,16 +82,11 @@ class LayerExtractor:
     """
 
     def __init__(self, layers: Any, exclude: Any, reading: Reading) -> None:
-        if reading["task"] != "classification" and reading["num_classes"] is not None:
-            raise ValueError(
-                f"num_classes: it has no effect with task={reading['task']!r}, whose targets tell by their width how "
-                "many outputs there are; leave one of the two out"
-            )
         self.layers: list[str] = []
         self.selected: list[str] = []
         self.modules: dict[str, nn.Module] = {}
         self.notes: list[str] = []
-        self.labels = LabelReader(reading["target"], new_task(reading["task"]), reading["positions"])
+        self.labels = LabelReader(reading["target"], find_question(reading), reading["positions"])
         self.mask_reader = MaskReader(reading["token_mask"])
         self.reducer = Reducer(reading["reduction"], reading["max_features"])
         self.axes = FeatureAxes(nn.Module(), {})
@@ -115,19 +110,19 @@ class LayerExtractor:
         self._counting = 0
 
     @property
-    def task(self) -> Task:
+    def question(self) -> Question:
         """Return what the probes are asked; its number of outputs is 0 before the first batch if only labels tell."""
-        return self.labels.task
+        return self.labels.question
 
     @property
     def left_out(self) -> dict[str, str]:
         """Return ``{layer: reason}`` of the layers that the first batch does not fit, so that they are not probed."""
         return dict(self._unfit)
 
-    def learn_task(self, state: Mapping[str, Any]) -> None:
-        """Take from a checkpoint what the labels of its run had shown of the task, if it is the same task."""
-        if state["kind"] == self.task.kind and state["outputs"]:
-            self.labels.task = self.task.restored(state)
+    def learn_question(self, state: Mapping[str, Any]) -> None:
+        """Take from a checkpoint what the labels of its run had shown of the question, if it is the same one."""
+        if state["outputs"]:
+            self.labels.question = self.question.restored(state)
 
     def attach(self, model: nn.Module, *owners: Any, order: Sequence[str] | None = None) -> None:
         """Select the layers of ``model`` and hook them.
@@ -142,11 +137,8 @@ class LayerExtractor:
             ValueError: the patterns cannot be resolved.
         """
         # For layers that were probed before, labels or a checkpoint may have told what else there is to know.
-        is_known = order is not None and self.task.outputs
-        reading = self._reading
-        given = reading["task"], reading["num_classes"]
-        is_clustered = reading["positions"] is not None
-        task = self.task if is_known else find_task(*given, *owners, model, is_clustered=is_clustered)
+        is_known = order is not None and self.question.outputs
+        question = self.question if is_known else find_question(self._reading, *owners, model)
         self._selection = select_layers(model, self._patterns, self._exclude)
         modules = self._selection.layers
         self.notes = [self._selection.note] if self._selection.note else []
@@ -158,7 +150,7 @@ class LayerExtractor:
         self.layers = [INPUT] * self.has_input + list(modules)
         self.selected = [INPUT] * self.has_input + self._selection.settled()
         axes = self._read_layout(model, is_checked=order is not None)
-        self.labels.begin(task, is_checked=order is not None)
+        self.labels.begin(question, is_checked=order is not None)
         self.is_ordered = False
         self._unfit = {}
         self.modules = modules
@@ -276,7 +268,7 @@ class LayerExtractor:
         if samples is not None and self._targets is not None:
             self._counting = min(samples * self._each, len(self._targets))
             self._targets = self._targets.clone()
-            self._targets[self._counting :] = self.task.left_out
+            self.question.leave_out_(self._targets[self._counting :])
 
     def opened(self, samples: int, copy: Callable[[Tensor], Tensor]) -> OpenedBatch:
         """Return what has to be known of the last opened batch, with copies of its tensors made by ``copy``."""
@@ -594,8 +586,8 @@ class LayerExtractor:
         """
         if self.is_ordered:
             return
-        known = gather((self.labels.is_checked, self.layers, self.task, self.recorder.widths))
-        self.labels.task = max((task for *_, task, _ in known), key=lambda task: task.outputs)
+        known = gather((self.labels.is_checked, self.layers, self.question, self.recorder.widths))
+        self.labels.question = max((asked for *_, asked, _ in known), key=lambda asked: asked.outputs)
         if found := [layers for is_settled, layers, *_ in known if is_settled]:
             self.labels.is_checked = True
             layers = list(dict.fromkeys(chain(*found)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,14 +23,6 @@ _MOST_REGISTERS = 16
 
 class NoPositionsError(ValueError):
     """Signal that a layer has no features at the positions of the labels; the message has its shape."""
-
-
-class Drawn(NamedTuple):
-    """Hold labels that were drawn, and where they are."""
-
-    labels: Tensor
-    """Hold the labels of the positions, ``(samples * each, ...)``, those of one sample after one another."""
-    positions: Positions
 
 
 @dataclass(frozen=True)
@@ -54,6 +45,12 @@ class Positions:
     def copied(self, copy: Callable[[Tensor], Tensor]) -> Positions:
         """Return these positions with a copy of their tensor."""
         return replace(self, places=copy(self.places))
+
+    def take(self, labels: Tensor) -> Tensor:
+        """Return, of labels of all positions ``(samples, positions, ...)``, those here, ``(samples * each, ...)``."""
+        places = self.places
+        chosen = places.reshape(*places.shape, *[1] * (labels.dim() - 2)).expand(*places.shape, *labels.shape[2:])
+        return labels.gather(1, chosen).flatten(0, 1)
 
     def features(self, activation: Tensor, axes: Axes) -> Tensor:
         """Return the features of a layer at each position, ``(rows * each, width)``.
@@ -93,7 +90,7 @@ class Positions:
         )
 
 
-def draw(labels: Tensor, is_left_out: Tensor, grid: tuple[int, ...], most: int) -> Drawn:
+def draw(labels: Tensor, is_left_out: Tensor, grid: tuple[int, ...], most: int) -> Positions:
     """Draw at most ``most`` labelled positions of each sample, without waiting for the device.
 
     What is drawn depends on the labels of the sample alone: the same sample has the same positions in every epoch and
@@ -114,9 +111,7 @@ def draw(labels: Tensor, is_left_out: Tensor, grid: tuple[int, ...], most: int) 
     keys = _scattered(_scattered(each.sum(dim=1, keepdim=True)) + count * _GOLDEN) & (_LABELLED - 1)
     # A position without a label comes after all others.
     keys = torch.where(is_left_out, keys, keys + _LABELLED)
-    places = keys.topk(min(most, number), dim=1).indices.sort(dim=1).values
-    chosen = places.reshape(*places.shape, *[1] * (labels.dim() - 2)).expand(*places.shape, *labels.shape[2:])
-    return Drawn(labels.gather(1, chosen).flatten(0, 1), Positions(places, grid))
+    return Positions(keys.topk(min(most, number), dim=1).indices.sort(dim=1).values, grid)
 
 
 def meeting(space: tuple[int, ...], grid: tuple[int, ...], *, is_map: bool) -> tuple[tuple[int, ...], int]:

@@ -65,7 +65,7 @@ class Pass(LightningModule):
         model: nn.Module,
         network: LayerExtractor,
         input: Where | None,
-        target: Where,
+        target: Where | Mapping[str, Where],
         loaders: Mapping[str, Any],
         datamodule: LightningDataModule | None,
         *,

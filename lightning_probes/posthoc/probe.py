@@ -29,6 +29,7 @@ from lightning_probes.probes.fit import FittedProbes, fit_layers
 from lightning_probes.report.curves import Curves, Kind, LayerFacts
 from lightning_probes.report.label_counts import LabelCounts
 from lightning_probes.report.report import ProbeReport
+from lightning_probes.tasks.kinds import kinds_of
 from lightning_probes.training.two_passes import TwoPasses
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class _Posthoc:
 
     def __init__(self, network: LayerExtractor, runner: Runner, max_bytes: int) -> None:
         cost = {"seconds": 0.0, "share": 0.0, "kept_bytes": 0, "weights_bytes": 0}
-        self.report = ProbeReport(cost=cost, task=network.task.kind)
+        self.report = ProbeReport(cost=cost, tasks=kinds_of(network.question))
         self._network = network
         self._facts = LayerFacts(network)
         self._runner = runner
@@ -217,7 +218,7 @@ class _Posthoc:
         finally:
             store.close()
         assert found.target_sums is not None
-        task, ranks = self._network.task, self._runner.ranks
+        task, ranks = self._network.question, self._runner.ranks
         curves = Curves(self._network, ranks, labels)
         curves.add(Kind.PUBLISHED, ("train", 0), found.share_of(ranks), found.target_sums)
         self._runner.run(model, "val", partial(passes.score, probes=found.probes, curves=curves))
@@ -263,7 +264,7 @@ class _Posthoc:
         progress = self._runner.progress
         with progress.during("Fitting probes"):
             found = fit_layers(
-                self._network.task,
+                self._network.question,
                 dataset,
                 layers,
                 "train",
@@ -285,7 +286,7 @@ class _Posthoc:
     def _check(self, samples: int, silent: list[str]) -> None:
         if not samples:
             raise ValueError("train_dataloaders: no batch with labels came out of it; there is nothing to fit on")
-        if objection := self._network.task.objection(samples):
+        if objection := self._network.question.objection(samples):
             raise ValueError(f"train_dataloaders: {objection}")
         if not self._network.layers:
             told = "; ".join(f"{layer}: {reason}" for layer, reason in self._network.left_out.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_probes.distributed import Ranks, Total
 from lightning_probes.probes.rows import Parts
-from lightning_probes.tasks.task import LabelCount, Task
+from lightning_probes.tasks.task import LabelCount, Question
 
 FOLDS = 5
 """Set into how many parts samples are cut: some are held out to choose a strength, each in turn to cross-fit."""
@@ -35,17 +35,18 @@ class LayerBatch:
     Attributes:
         features: ``{layer: (rows, features)}``. A layer has one row for each sample, or several views of the whole
             batch, one after the other: rows ``i``, ``i + batch``, ``i + 2 batch`` ... are of sample ``i``.
-        targets: ``(batch, outputs)``, as the task encodes them; of labels of their own for each position ``(batch *
+        targets: ``(batch, outputs)``, as the tasks encode them; of labels of their own for each position ``(batch *
             each, outputs)``, and the features likewise.
         faults: ``{layer: exception}`` of the layers whose features could not be taken.
-        labels: what became of the labels; ``None`` for a batch that is run again, whose labels were counted before.
+        labels: what became of the labels of each task, by name; ``None`` for a batch that is run again, whose labels
+            were counted before.
         each: how many neighbouring targets are of one sample.
     """
 
     features: dict[str, Tensor]
     targets: Tensor
     faults: dict[str, Exception] = field(default_factory=dict)
-    labels: LabelCount | None = None
+    labels: Mapping[str, LabelCount] | None = None
     each: int = 1
 
     @property
@@ -124,7 +125,7 @@ class FeatureDataset:
     The *place* of a sample is its number among the samples, which decides its fold.
 
     Args:
-        task: knows which targets count.
+        question: knows which targets count.
         store: keeps the features.
         numbers_left_out: whether samples that are left out have a place too. They have one in a whole pass over a
             dataset, and none in training, where a sampler may have added them.
@@ -135,10 +136,10 @@ class FeatureDataset:
         layers: layers that have been seen, in the order in which they came.
     """
 
-    def __init__(self, task: Task, store: Store, *, numbers_left_out: bool = False) -> None:
+    def __init__(self, question: Question, store: Store, *, numbers_left_out: bool = False) -> None:
         self.samples = 0
         self.labelled = 0
-        self._task = task
+        self._question = question
         self._store = store
         self._numbers_left_out = numbers_left_out
         self._targets: list[Tensor] = []
@@ -153,10 +154,10 @@ class FeatureDataset:
 
     @property
     def target_sums(self) -> Tensor:
-        """Return the task's sums over the targets of this process, on the host."""
-        sums = self._task.target_sums(torch.zeros(0, self._task.outputs))
+        """Return the sums over the targets of this process, on the host."""
+        sums = self._question.target_sums(torch.zeros(0, self._question.outputs))
         for targets in self._targets:
-            sums = sums + self._task.target_sums(targets if targets.is_floating_point() else targets.float())
+            sums = sums + self._question.target_sums(targets if targets.is_floating_point() else targets.float())
         return sums
 
     def add(self, batch: LayerBatch) -> None:
@@ -166,7 +167,7 @@ class FeatureDataset:
             OSError: a store on disk has no space left.
         """
         targets = batch.targets
-        counted = self._task.is_counted(targets).cpu().view(-1, batch.each).any(dim=1)
+        counted = self._question.is_counted(targets).cpu().view(-1, batch.each).any(dim=1)
         if self._numbers_left_out:
             places = self.samples + torch.arange(len(counted))
         else:
@@ -205,7 +206,7 @@ class FeatureDataset:
             if self._shapes.get(layer) != shapes[layer]:
                 width, dtype = shapes[layer]
                 nothing = torch.zeros(0, width, dtype=dtype, device=device)
-                targets = torch.zeros(0, self._task.outputs, device=device)
+                targets = torch.zeros(0, self._question.outputs, device=device)
                 return LayerSamples(layer, nothing, targets, folds[:0].to(device))
             batches = self._batches[layer]
             each = [LayerBatch({}, self._targets[i]).targets_of(rows) for i, rows in batches]

@@ -14,12 +14,15 @@ from torch import Tensor
 from lightning_probes.distributed import Ranks, Total, alone
 from lightning_probes.probes.dataset import FeatureDataset, LayerSamples, draw_folds
 from lightning_probes.probes.heads import StackedProbes, side_by_side
-from lightning_probes.probes.remaining import remaining
+from lightning_probes.probes.remaining import REMAINING, remaining
 from lightning_probes.probes.rows import Parts, Rows, statistics
-from lightning_probes.probes.solver import TOLERANCE, Solution, in_full_precision, solve, tally_on
+from lightning_probes.probes.solver import TOLERANCE, Solution, Strength, in_full_precision, solve, tally_on
 from lightning_probes.probes.standardise import standardise_
 from lightning_probes.probes.strength import Folds
-from lightning_probes.tasks.task import Task, accumulator
+from lightning_probes.tasks.task import Question, Task, accumulator
+
+BY_TARGET = "by_target"
+"""Name what is known of each of several tasks, among what is known of a layer's probe."""
 
 _SMALLEST = 1e-30
 """Bound the variances of a layer in float32 from below: if all are smaller, they are computed in float64."""
@@ -63,18 +66,28 @@ class FittedProbes:
 
     def _solution(self, layer: str) -> Solution:
         assert self.tally is not None
-        known, tally = self.known[layer], self.tally[:, self.probes.layers.index(layer)]
-        l2 = math.nan if known["l2"] is None else known["l2"]
-        return Solution(
-            **self.probes.tensors(layer),
-            l2=l2,
-            converged=known["converged"],
-            iterations=0,
-            gradient_norm=math.nan,
-            tally=tally,
-            samples=known["fitted_on"]["samples"],
-            held_out=self.held_out.get(layer),
-        )
+        question, tensors, held_out = self.probes.question, self.probes.tensors(layer), self.held_out.get(layer)
+        tallies = question.split(self.tally[:, self.probes.layers.index(layer)])
+        held = {} if held_out is None else question.split(held_out)
+        parts, first = {}, 0
+        for name, task in question.parts.items():
+            known = self.known[layer].get(BY_TARGET, {"": self.known[layer]})[name]
+            place = slice(first, first + task.outputs)
+            first += task.outputs
+            parts[name] = Solution(
+                weight=tensors["weight"][place],
+                bias=tensors["bias"][place],
+                mean=tensors["mean"],
+                variance=tensors["variance"],
+                l2=math.nan if known["l2"] is None else known["l2"],
+                converged=known["converged"],
+                iterations=0,
+                gradient_norm=math.nan,
+                tally=tallies[name],
+                samples=known["fitted_on"]["samples"],
+                held_out=held.get(name),
+            )
+        return Solution.of(question, parts)
 
     def with_others(self, others: FittedProbes) -> FittedProbes:
         """Return these probes and, for the layers that have none, those of ``others``; targets stay those of these."""
@@ -94,7 +107,7 @@ class Track(Protocol):
 
 
 def fit_layers(
-    task: Task,
+    question: Question,
     dataset: FeatureDataset,
     layers: Sequence[str],
     data: str,
@@ -102,7 +115,7 @@ def fit_layers(
     ranks: Ranks,
     device: torch.device,
     track: Track,
-    near: Mapping[str, float] = MappingProxyType({}),
+    near: Mapping[str, Strength] = MappingProxyType({}),
     before: FittedProbes | None = None,
     share: float | None = None,
     is_crossed: bool = False,
@@ -117,7 +130,7 @@ def fit_layers(
     the others wait for a sum.
 
     Args:
-        task: what the probes are asked.
+        question: what the probes are asked.
         dataset: the samples of this process.
         layers: order of the layers.
         data: name of the data that probes are fitted on, for the rows of a report.
@@ -144,7 +157,7 @@ def fit_layers(
     done = {} if is_crossed or before is None else before.by_fingerprint()
     everywhere = set(done).intersection(*ranks.gather(list(done)))  # All fit a layer or none does.
     fitted = {mark: found for mark, found in done.items() if mark in everywhere}
-    last: float | None = None
+    last: Strength | None = None
     read = dataset.reader(ranks, device)
     for layer in track("layer", layers, len(layers)):
         if (samples := read(layer)) is None:
@@ -153,9 +166,9 @@ def fit_layers(
             mark = samples.fingerprint(ranks.total)
             if mark not in fitted:
                 # A layer's best strength is near that of the layer before it.
-                fitted[mark] = fit_samples(task, samples, ranks.total, near.get(layer, last), is_crossed)
+                fitted[mark] = fit_samples(question, samples, ranks.total, near.get(layer, last), is_crossed)
             solutions[layer], fingerprints[layer] = fitted[mark], mark
-            last = solutions[layer].l2
+            last = solutions[layer].strength
         except Exception as error:
             if is_strict or ranks.number > 1:
                 raise
@@ -165,53 +178,72 @@ def fit_layers(
         raise next(iter(faults.values()))
     if not solutions:
         return None
-    known = {
-        layer: {
-            "fitted_on": {"data": data, "samples": found.samples},
-            "converged": found.converged,
-            "l2": found.l2 if math.isfinite(found.l2) else None,
-            **remaining(task, found.tally, found.held_out, share),
-        }
-        for layer, found in solutions.items()
-    }
-    tally = side_by_side(task, layers, {layer: found.tally for layer, found in solutions.items()}, device)
+    known = {layer: _known(question, found, data, share) for layer, found in solutions.items()}
+    tally = side_by_side(question, layers, {layer: found.tally for layer, found in solutions.items()}, device)
     crossed = {layer: found.crossed_tally for layer, found in solutions.items() if found.crossed_tally is not None}
-    crossed_tally = side_by_side(task, layers, crossed, device) if is_crossed else None
+    crossed_tally = side_by_side(question, layers, crossed, device) if is_crossed else None
     sums = dataset.target_sums.to(device, accumulator(device))
-    probes = StackedProbes.of(layers, task, solutions)
+    probes = StackedProbes.of(layers, question, solutions)
     held_out = {layer: found.held_out for layer, found in solutions.items() if found.held_out is not None}
     return FittedProbes(probes, known, tally, crossed_tally, sums, faults, fingerprints, held_out)
 
 
+def _known(question: Question, found: Solution, data: str, share: float | None) -> dict[str, Any]:
+    """Return what rows say of a layer's probe, under :data:`BY_TARGET` of that of each of several tasks."""
+    each = found.parts or {"": found}
+    rows = {
+        name: {
+            "fitted_on": {"data": data, "samples": part.samples},
+            "converged": part.converged,
+            "l2": part.l2 if math.isfinite(part.l2) else None,
+            **remaining(question.parts[name], part.tally, part.held_out, share),
+        }
+        for name, part in each.items()
+    }
+    if not found.parts:
+        return rows[""]
+    all_of_them = {"fitted_on": {"data": data, "samples": found.samples}, "converged": found.converged, "l2": None}
+    return {**all_of_them, **dict.fromkeys(REMAINING), BY_TARGET: rows}
+
+
+def strength_of(known: Mapping[str, Any]) -> Strength | None:
+    """Return the strength of a probe, or those of several tasks, from what is known of it; ``None`` if it has none."""
+    if BY_TARGET not in known:
+        return known.get("l2")
+    found = {name: row["l2"] for name, row in known[BY_TARGET].items() if row["l2"] is not None}
+    return found or None
+
+
 def fit_samples(
-    task: Task, samples: LayerSamples, total: Total, near: float | None = None, is_crossed: bool = False
+    question: Question, samples: LayerSamples, total: Total, near: Strength | None = None, is_crossed: bool = False
 ) -> Solution:
     """Fit the probe of a layer on its samples, as :func:`fit_probe` does."""
     _, x, y, folds = samples
-    return fit_probe(task, x, y, folds=folds, total=total, near=near, is_crossed=is_crossed)
+    return fit_probe(question, x, y, folds=folds, total=total, near=near, is_crossed=is_crossed)
 
 
 @torch.no_grad()
 def fit_probe(
-    task: Task,
+    question: Question,
     features: Tensor | Parts,
     targets: Tensor,
     *,
     folds: Tensor | None = None,
     total: Total = alone,
     l2: float | None = None,
-    near: float | None = None,
+    near: Strength | None = None,
     is_crossed: bool = False,
     tolerance: float = TOLERANCE,
     max_iterations: int = 500,
 ) -> Solution:
     """Fit the probe of a layer on all samples, at the strength of L2 whose loss on held-out samples is lowest.
 
-    Features are standardised by the statistics of all samples given, in a copy. How a strength is chosen:
-    :class:`~lightning_probes.probes.strength.Folds`.
+    Each of several tasks has a strength of its own, and is fitted on the samples that count for it. Features are read,
+    standardised, in a copy, by the statistics of all samples given, and multiplied with one another once for all. How a
+    strength is chosen: :class:`~lightning_probes.probes.strength.Folds`.
 
     Args:
-        task: defines the loss.
+        question: defines the loss.
         features: ``(samples, features)``; parts are read again for each product, and never all in memory at once. A
             value or variance that is not finite makes the probe NaN.
         targets: ``(samples, outputs)``; rows that do not count are left out.
@@ -219,7 +251,7 @@ def fit_probe(
             at random.
         total: sums a tensor over the processes that share the samples; each calls this function with its own samples.
         l2: strength of the penalty, at least 0; ``None`` chooses it.
-        near: strength where the search for one begins; ``None`` if nothing is known.
+        near: strength, or that of each task, where the search for one begins; ``None`` if nothing is known.
         is_crossed: whether each fold is also scored by a probe that was fitted on the others; not at a given strength.
         tolerance: bound on the gradient, see :func:`~lightning_probes.probes.solver.solve`.
         max_iterations: bound on the iterations of each fit.
@@ -233,7 +265,7 @@ def fit_probe(
     if sum(parts.lengths) != len(targets):
         raise ValueError(f"{sum(parts.lengths)} samples, {len(targets)} targets")
     with in_full_precision(targets.device):
-        counted = task.is_counted(targets)
+        counted = question.is_counted(targets)
         y = targets[counted]
         parts = parts if counted.all() else parts.where(counted)
         mean, variance = statistics(parts, total)
@@ -242,22 +274,47 @@ def fit_probe(
             wide = _in_double(parts)
             exact = statistics(wide, total)
             if not _are_finite(*exact):
-                nothing = _nothing(task, mean, y)
-                return replace(nothing, crossed_tally=nothing.tally) if is_crossed else nothing
+                return _nothing(question, mean, y, is_crossed=is_crossed)
             if bool((exact[1] > 0).any()):
                 parts, (mean, variance) = wide, exact
         rows = Rows.standardised(parts, mean, variance, total)
         rows = rows if isinstance(features, Parts) else rows.kept()
         part = (draw_folds(len(y)) if folds is None else folds[counted.to(folds.device)]).to(y.device)
-        gram, start, held_out, crossed = _mean_gram(rows), None, None, None
+        gram, solutions, first = _mean_gram(rows), dict[str, Solution](), 0
         bounds: dict[str, Any] = {"tolerance": tolerance, "max_iterations": max_iterations}
-        if l2 is None:
-            search = Folds(task, rows, y, part, gram=gram, near=near, **bounds)
-            l2, start, held_out = search.choose()
-            crossed = search.cross_scored() if is_crossed else None
-            del search  # It holds samples.
-        best = solve(task, rows, y, l2, start=start, gram=gram, **bounds)
-        return replace(best, mean=mean, variance=variance, crossed_tally=crossed, held_out=held_out)
+        for name, task in question.parts.items():
+            own = y[:, first : first + task.outputs]
+            first += task.outputs
+            has = task.is_counted(own)
+            # The Gram matrix of more samples of the same kind serves as well.
+            samples = (rows, own, part) if has.all() else (rows.where(has), own[has], part[has])
+            begin = near.get(name) if isinstance(near, Mapping) else near
+            found = _fit_task(task, *samples, gram, l2, begin, is_crossed=is_crossed, **bounds)
+            solutions[name] = replace(found, mean=mean, variance=variance)
+        return Solution.of(question, solutions)
+
+
+def _fit_task(
+    task: Task,
+    rows: Rows,
+    y: Tensor,
+    part: Tensor,
+    gram: Tensor | None,
+    l2: float | None,
+    near: float | None,
+    *,
+    is_crossed: bool,
+    **bounds: Any,
+) -> Solution:
+    """Fit one task on standardised rows; the arguments are those of :func:`fit_probe`."""
+    start, held_out, crossed = None, None, None
+    if l2 is None:
+        search = Folds(task, rows, y, part, gram=gram, near=near, **bounds)
+        l2, start, held_out = search.choose()
+        crossed = search.cross_scored() if is_crossed else None
+        del search  # It holds samples.
+    best = solve(task, rows, y, l2, start=start, gram=gram, **bounds)
+    return replace(best, crossed_tally=crossed, held_out=held_out)
 
 
 def score(task: Task, solution: Solution, features: Tensor, targets: Tensor) -> Tensor:
@@ -291,9 +348,24 @@ def _in_double(parts: Parts) -> Parts:
     return Parts(parts.lengths, lambda i: parts[i].to(accumulator(parts[i].device)))
 
 
-def _nothing(task: Task, mean: Tensor, targets: Tensor) -> Solution:
+def _nothing(question: Question, mean: Tensor, targets: Tensor, *, is_crossed: bool) -> Solution:
     """Return a probe of NaN, for features that are not finite."""
     width = torch.full_like(mean, float("nan"))
-    weight = width.expand(targets.shape[1], -1).clone()
-    tally = torch.full_like(task.no_tally(1, mean.device)[:, 0], float("nan"))
-    return Solution(weight, weight[:, 0].clone(), width, width, math.nan, False, 0, float("nan"), tally, 0)
+    parts = {}
+    for name, task in question.parts.items():
+        weight = width.expand(task.outputs, -1).clone()
+        tally = torch.full_like(task.no_tally(1, mean.device)[:, 0], float("nan"))
+        parts[name] = Solution(
+            weight,
+            weight[:, 0].clone(),
+            width,
+            width,
+            math.nan,
+            False,
+            0,
+            float("nan"),
+            tally,
+            0,
+            tally if is_crossed else None,
+        )
+    return Solution.of(question, parts)

@@ -14,7 +14,7 @@ from lightning_probes.distributed import Total
 from lightning_probes.probes.dataset import LayerBatch
 from lightning_probes.probes.solver import Solution
 from lightning_probes.probes.standardise import merged_statistics, standardise_
-from lightning_probes.tasks.task import Labels, Task
+from lightning_probes.tasks.task import Labels, Question
 
 _CHUNKS = 4
 """Set into how many runs layers are cut on the CPU: copies stay in the cache, and small beside the features."""
@@ -102,15 +102,15 @@ class Run:
 class BatchLabels:
     """Compute the labels of a batch once for each number of rows of a layer and each precision."""
 
-    def __init__(self, task: Task, batch: LayerBatch) -> None:
-        self._task = task
+    def __init__(self, question: Question, batch: LayerBatch) -> None:
+        self._question = question
         self._batch = batch
         self._known: dict[tuple[int, torch.dtype], Labels] = {}
 
     def of(self, rows: int, dtype: torch.dtype) -> Labels:
         """Return the labels for a layer with this number of rows."""
         if (rows, dtype) not in self._known:
-            self._known[rows, dtype] = self._task.prepare(self._batch.targets_of(rows), dtype, self._batch.each)
+            self._known[rows, dtype] = self._question.prepare(self._batch.targets_of(rows), dtype, self._batch.each)
         return self._known[rows, dtype]
 
 
@@ -119,19 +119,19 @@ class StackedProbes:
 
     Args:
         layers: names of all layers, in the order of every vector over layers.
-        task: what the probes are asked.
+        question: what the probes are asked.
     """
 
-    def __init__(self, layers: Sequence[str], task: Task) -> None:
+    def __init__(self, layers: Sequence[str], question: Question) -> None:
         self.layers = list(layers)
-        self.task = task
+        self.question = question
         self._stacks: dict[int, Stack] = {}
         self._width: dict[str, int] = {}
 
     @classmethod
-    def of(cls, layers: Sequence[str], task: Task, solutions: Mapping[str, Solution]) -> StackedProbes:
+    def of(cls, layers: Sequence[str], question: Question, solutions: Mapping[str, Solution]) -> StackedProbes:
         """Stack the probes that a solver found for all or some of the layers."""
-        probes = cls(layers, task)
+        probes = cls(layers, question)
         widths: dict[int, list[str]] = {}
         for layer, found in solutions.items():
             widths.setdefault(len(found.mean), []).append(layer)
@@ -148,7 +148,7 @@ class StackedProbes:
 
     def joined(self, others: StackedProbes, layers: Sequence[str]) -> StackedProbes:
         """Return new probes: these, and those of ``layers`` in ``others``."""
-        probes = StackedProbes(self.layers, self.task)
+        probes = StackedProbes(self.layers, self.question)
         probes.load_state_dict(self.state_dict())
         for width, saved in others.state_dict().items():
             stack = Stack(saved["layers"], saved["updates"], saved["tensors"])
@@ -182,12 +182,12 @@ class StackedProbes:
     def score(self, batch: LayerBatch) -> Tensor:
         """Return the tally ``(statistics, layers)`` of a batch; update nothing."""
         tallies: dict[str, Tensor] = {}
-        labels = BatchLabels(self.task, batch)
+        labels = BatchLabels(self.question, batch)
         for run in self._runs(self._of_known_width(batch.features)):
             x = torch.stack(run.features).to(run["weight"].dtype)
             x = standardise_(x, run["mean"], run["variance"])
-            tallies |= run.by_layer(self.task.tally(run.scores(x), labels.of(x.shape[1], x.dtype)))
-        return side_by_side(self.task, self.layers, tallies, batch.targets.device)
+            tallies |= run.by_layer(self.question.tally(run.scores(x), labels.of(x.shape[1], x.dtype)))
+        return side_by_side(self.question, self.layers, tallies, batch.targets.device)
 
     def finite(self) -> dict[str, bool]:
         """Return for each layer whether all features that its probe has seen were finite; wait for the device."""
@@ -244,12 +244,14 @@ class StackedProbes:
                 start = max(stop, start + 1)
 
 
-def side_by_side(task: Task, layers: Sequence[str], tallies: Mapping[str, Tensor], device: torch.device) -> Tensor:
+def side_by_side(
+    question: Question, layers: Sequence[str], tallies: Mapping[str, Tensor], device: torch.device
+) -> Tensor:
     """Join tallies ``(statistics,)`` into that of all layers, ``(statistics, layers)``: 0 for layers without one.
 
     The columns are put together as they are, since making a tensor of their places would wait for the device.
     """
     if not layers:
-        return task.no_tally(0, device)
-    none = task.no_tally(1, device)[:, 0]
+        return question.no_tally(0, device)
+    none = question.no_tally(1, device)[:, 0]
     return torch.stack([tallies[layer].to(device) if layer in tallies else none for layer in layers], dim=1)

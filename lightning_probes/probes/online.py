@@ -13,7 +13,7 @@ from lightning_probes.distributed import Ranks
 from lightning_probes.probes.dataset import LayerBatch
 from lightning_probes.probes.heads import BatchLabels, Run, Stack, StackedProbes, side_by_side
 from lightning_probes.probes.standardise import moved_statistics, standardise_, without_rounding
-from lightning_probes.tasks.task import Task
+from lightning_probes.tasks.task import Question
 
 _LEAST_WEIGHT = 0.01
 """Weigh a batch by this in the running mean and variance, after the first hundred, which are averaged evenly."""
@@ -27,12 +27,12 @@ class OnlineProbes(StackedProbes):
 
     Args:
         layers: names of all layers, in the order of every vector over layers.
-        task: what the probes are asked.
+        question: what the probes are asked.
         learning_rate: step size of Adam (Kingma and Ba 2015), whose moments are the usual .9 and .999.
     """
 
-    def __init__(self, layers: Sequence[str], task: Task, learning_rate: float = 3e-3) -> None:
-        super().__init__(layers, task)
+    def __init__(self, layers: Sequence[str], question: Question, learning_rate: float = 3e-3) -> None:
+        super().__init__(layers, question)
         self.learning_rate = learning_rate
 
     @torch.no_grad()
@@ -49,19 +49,19 @@ class OnlineProbes(StackedProbes):
             The tally ``(statistics, layers)`` *before* the step.
         """
         tallies: dict[str, Tensor] = {}
-        labels = BatchLabels(self.task, batch)
+        labels = BatchLabels(self.question, batch)
         self._admit(batch.features)
         for run in self._runs(self._of_known_width(batch.features)):
             x = _track(run, _features_to_consume(run))
             own = labels.of(len(run.features[0]), run["weight"].dtype)
-            tally, residual = self.task.tally_and_residual(run.scores(x), own)
+            tally, residual = self.question.tally_and_residual(run.scores(x), own)
             tallies |= run.by_layer(tally)
             gradients = [torch.bmm(residual, x), residual.sum(dim=2, keepdim=True)]
             # Adam moves by its momentum even at zero gradient, so the first moments of layers set aside are zeroed.
             for moment in ("weight_mean_gradient", "bias_mean_gradient"):
                 run[moment].mul_(run["alive"])
             _adam_step(run, [torch.where(run["alive"], g, 0.0) for g in gradients], self.learning_rate)
-        return side_by_side(self.task, self.layers, tallies, batch.targets.device)
+        return side_by_side(self.question, self.layers, tallies, batch.targets.device)
 
     def lend(self, samples: int) -> dict[str, Tensor]:
         """Return memory ``{layer: (samples, width)}`` in which :meth:`update` finds features side by side.
@@ -119,8 +119,8 @@ class OnlineProbes(StackedProbes):
             self._stacks[width].add(layers)
 
     def _new_stack(self, width: int, like: Tensor) -> Stack:
-        weight = like.new_zeros(0, self.task.outputs, width)
-        bias = like.new_zeros(0, self.task.outputs, 1)
+        weight = like.new_zeros(0, self.question.outputs, width)
+        bias = like.new_zeros(0, self.question.outputs, 1)
         tensors = {"weight": weight, "bias": bias}
         tensors["mean"] = tensors["variance"] = like.new_zeros(0, 1, width)
         tensors["alive"] = torch.ones(0, 1, 1, dtype=torch.bool, device=like.device)

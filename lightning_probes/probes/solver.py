@@ -7,16 +7,20 @@ it is the exact Hessian but for a mixing of the classes. Nothing is drawn, and a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lightning_probes.probes.rows import Rows, floating
-from lightning_probes.tasks.task import Task
+from lightning_probes.tasks.task import Question, Task
+
+Strength = float | Mapping[str, float]
+"""Give the strength of a probe's penalty, or those of several tasks by the names of their targets."""
 
 TOLERANCE = 1e-3
 """Bound the gradient. At this, held-out errors over 80 layers of two networks on images, 10 000 samples each,
@@ -65,6 +69,8 @@ class Solution:
             features standardised by all; ``None`` without cross-fitting.
         held_out: tally ``(statistics,)`` of held-out samples of all processes, at this strength, of the probes that
             chose it, each of which lacked one fold of them; ``None`` if it was not chosen.
+        parts: the probe of each of several tasks, by the names of their targets, of which this one has the outputs one
+            after another; empty for one task.
     """
 
     weight: Tensor
@@ -79,6 +85,36 @@ class Solution:
     samples: int
     crossed_tally: Tensor | None = None
     held_out: Tensor | None = None
+    parts: Mapping[str, Solution] = field(default_factory=dict)
+
+    @property
+    def strength(self) -> Strength:
+        """Return the strength of the penalty, or those of several tasks."""
+        return {name: part.l2 for name, part in self.parts.items()} if self.parts else self.l2
+
+    @classmethod
+    def of(cls, question: Question, parts: Mapping[str, Solution]) -> Solution:
+        """Return the probe of a question whose tasks have these probes, all of the same features."""
+        if len(parts) == 1 and "" in parts:
+            return parts[""]
+        each = list(parts.values())
+        held = {name: part.held_out for name, part in parts.items() if part.held_out is not None}
+        crossed = {name: part.crossed_tally for name, part in parts.items() if part.crossed_tally is not None}
+        return cls(
+            weight=torch.cat([part.weight for part in each]),
+            bias=torch.cat([part.bias for part in each]),
+            mean=each[0].mean,
+            variance=each[0].variance,
+            l2=math.nan,
+            converged=all(part.converged for part in each),
+            iterations=max(part.iterations for part in each),
+            gradient_norm=max(part.gradient_norm for part in each),
+            tally=question.joined({name: part.tally for name, part in parts.items()}),
+            samples=max(part.samples for part in each),
+            crossed_tally=question.joined(crossed) if len(crossed) == len(each) else None,
+            held_out=question.joined(held) if len(held) == len(each) else None,
+            parts=parts,
+        )
 
 
 @torch.no_grad()

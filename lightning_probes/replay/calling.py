@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,17 +23,17 @@ class Caller:
     Args:
         model: the module.
         input: where in a batch the module's input is; ``None`` if it is nowhere.
-        target: where in a batch the targets are.
+        target: where in a batch the targets are, or those of each of several tasks by name.
 
     Attributes:
         given: names of the parts of batches that came with the input, in the order of the batch.
     """
 
-    def __init__(self, model: nn.Module, input: Where | None, target: Where) -> None:
+    def __init__(self, model: nn.Module, input: Where | None, target: Where | Mapping[str, Where]) -> None:
         self.given: dict[str, None] = {}
         self._model = model
         self._input = input
-        self._target = target
+        self._places = list(target.values()) if isinstance(target, Mapping) else [target]
         self._names, self._takes_any = _parameters(model)
 
     @property
@@ -72,11 +73,14 @@ class Caller:
         # Without a parameter of its name the input is the first argument.
         args = () if name is not None else (value,)
         taken = {name, *self._names[: len(args)]}
-        target = self._target_of(batch)
+        targets = self._targets_of(batch)
         further = {
             key: part
             for key, part in beside.items()
-            if key in self._names and key not in taken and key != self._target and not _shares(part, target)
+            if key in self._names
+            and key not in taken
+            and key not in self._places
+            and not any(_shares(part, x) for x in targets)
         }
         self.given |= dict.fromkeys(further)
         return args, {**further, **({} if name is None else {name: value})}
@@ -89,11 +93,12 @@ class Caller:
                 return named
         return {}
 
-    def _target_of(self, batch: Any) -> Any:
-        try:
-            return pick(batch, self._target, "target")
-        except Exception:  # The reader of labels tells of it, if it is a mistake.
-            return None
+    def _targets_of(self, batch: Any) -> list[Any]:
+        found = []
+        for where in self._places:
+            with suppress(Exception):  # The reader of labels tells of it, if it is a mistake.
+                found.append(pick(batch, where, "target"))
+        return found
 
 
 def objection(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

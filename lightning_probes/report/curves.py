@@ -15,11 +15,12 @@ from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.distributed import Ranks
 from lightning_probes.network.extractor import LayerExtractor
+from lightning_probes.probes.fit import BY_TARGET
 from lightning_probes.probes.remaining import REMAINING
 from lightning_probes.report.label_counts import LabelCounts
 from lightning_probes.report.method import CROSS_FITTED
 from lightning_probes.report.report import ProbeReport, Row
-from lightning_probes.tasks.task import Task
+from lightning_probes.tasks.task import Question
 
 Curve = tuple[str, int]
 """Identify a curve by its stage and the index of its dataloader."""
@@ -129,7 +130,7 @@ class Scores:
     """Hold the scores of all layers at one point of a curve.
 
     Attributes:
-        tallies: column of each layer, as in the tally of a :class:`~lightning_probes.tasks.task.Task`.
+        tallies: column of each layer, as in the tally of a :class:`~lightning_probes.tasks.task.Question`.
         target_sums: sums over the targets of the samples.
         online: columns of the online probes; ``None`` for a layer that was not scored on the same samples. The whole is
             ``None`` without online probes.
@@ -140,31 +141,47 @@ class Scores:
     online: list[list[float] | None] | None = None
 
 
-def rows_of(task: Task, about: Mapping[str, Row], scores: Scores, stage: str, **point: Any) -> list[Row]:
-    """Return the rows of a point: one for each layer and metric, none for a layer without samples.
+def rows_of(
+    question: Question,
+    about: Mapping[str, Row],
+    scores: Scores,
+    stage: str,
+    labels: Mapping[str, Mapping[str, int]],
+    **point: Any,
+) -> list[Row]:
+    """Return the rows of a point: one for each target, layer and metric, none for a layer without samples.
 
     Args:
-        task: what the probes are asked.
+        question: what the probes are asked.
         about: ``{layer: entries of its rows}``, in the order of ``scores``.
         scores: scores of all layers.
         stage: ``train``, ``val`` or ``test``.
-        point: entries of all rows: ``dataloader``, ``epoch``, ``step``, ``logged_step``, ``labels``.
+        labels: ``{target: what became of its labels}``.
+        point: entries of all rows: ``dataloader``, ``epoch``, ``step``, ``logged_step``.
     """
     rows: list[Row] = []
     for i, (layer, known) in enumerate(about.items()):
         tally = scores.tallies[i]
         if tally[-1] == 0 and not math.isnan(tally[-2]):
             continue
-        measures = task.measures(tally)
         online = scores.online[i] if scores.online is not None else None
-        if online is not None:
-            measures["lag"] = task.lag(online, tally)
-        common = {"layer": layer, **known, "stage": stage, **point, "samples": tally[-1]}
-        for metric, value in measures.items():
-            is_error = metric == "error"
-            low, high = task.interval(tally) if is_error and stage != "train" else (None, None)
-            each = task.each(tally) if is_error else {}
-            rows.append({**common, "metric": metric, "value": value, "low": low, "high": high, **each})
+        lagging = question.split(online) if online is not None else {}
+        shared = {key: value for key, value in known.items() if key != BY_TARGET}
+        for target, own in question.split(tally).items():
+            task, samples = question.parts[target], tally[-1] if math.isnan(own[-1]) else own[-1]
+            if not samples:
+                continue
+            measures = task.measures(own)
+            if target in lagging:
+                measures["lag"] = task.lag(lagging[target], own)
+            named = {"target": target} if target else {}
+            common = {"layer": layer, **named, **shared, **known.get(BY_TARGET, {}).get(target, {}), "stage": stage}
+            common |= {**point, "labels": labels.get(target), "samples": samples}
+            for metric, value in measures.items():
+                is_error = metric == "error"
+                low, high = task.interval(own) if is_error and stage != "train" else (None, None)
+                each = task.each(own) if is_error else {}
+                rows.append({**common, "metric": metric, "value": value, "low": low, "high": high, **each})
     return rows
 
 
@@ -200,7 +217,7 @@ class Curves:
     @property
     def doubts(self) -> str:
         """Say what is strange about the targets that probes were fitted on; empty if nothing is."""
-        return self._network.task.doubts(self.target_sums) if self.target_sums else ""
+        return self._network.question.doubts(self.target_sums) if self.target_sums else ""
 
     def add(self, kind: Kind, curve: Curve, tally: Tensor, target_sums: Tensor) -> None:
         """Add the tally ``(statistics, layers)`` of some samples, and the sums over their targets, to a curve."""
@@ -211,9 +228,9 @@ class Curves:
 
     def touch(self, kind: Kind, curve: Curve, layers: int) -> None:
         """Give a curve a point with zero samples, so that it is published."""
-        task, device = self._network.task, self._ranks.device
-        none = task.target_sums(torch.zeros(0, task.outputs, device=device))
-        self.add(kind, curve, task.no_tally(layers, device), none)
+        question, device = self._network.question, self._ranks.device
+        none = question.target_sums(torch.zeros(0, question.outputs, device=device))
+        self.add(kind, curve, question.no_tally(layers, device), none)
 
     def fail(self, layers: Iterable[str], doing: str, error: Exception, now: tuple[int, int]) -> None:
         """Set layers aside because the probes' own code raised ``error``, and warn once."""
@@ -307,13 +324,13 @@ class Curves:
         """
         rows: list[Row] = []
         epoch, step = point
-        task = self._network.task
+        question = self._network.question
         # The online probes scored on the same samples show how far they lag behind those that are published.
         beside = self._sums.get(Kind.ONLINE, {}) if kind is Kind.PUBLISHED else {}
         for (stage, dataloader), sums in sorted(self._sums.get(kind, {}).items()):
             scores = self._total(sums, about, point)
             online = self._total(beside[stage, dataloader], about, point) if (stage, dataloader) in beside else None
-            labelled = task.samples_in(scores.target_sums)
+            labelled = question.samples_in(scores.target_sums)
             if stage == "train" and labelled:
                 both = zip_longest(self.target_sums, scores.target_sums, fillvalue=0.0)
                 self.target_sums = [max(pair) for pair in both]
@@ -335,8 +352,12 @@ class Curves:
             # Of cross-fitted probes the stage "train" is the validation that they were fitted on.
             read = ("val", 0) if stage == "train" and is_crossed else (stage, dataloader)
             place = {"dataloader": dataloader, "epoch": epoch, "step": step, "logged_step": logged_step}
-            new = rows_of(task, about, scores, stage, **place, labels=self.labels.of(read))
-            report.enter(new, baseline=task.baseline(scores.target_sums) if labelled and not dataloader else None)
+            new = rows_of(question, about, scores, stage, self.labels.of(read), **place)
+            baselines = {}
+            if labelled and not dataloader:
+                each = question.split_sums(scores.target_sums)
+                baselines = {target: task.baseline(each[target]) for target, task in question.parts.items()}
+            report.enter(new, baselines)
             rows += new
         return rows
 
@@ -346,7 +367,7 @@ class Curves:
             return self._summed(sums)
         except Exception as error:
             self.fail(about, "summing up their scores", error, now)
-            return Scores([[0.0] * self._network.task.statistics for _ in about], [])
+            return Scores([[0.0] * self._network.question.statistics for _ in about], [])
 
     def _summed(self, sums: tuple[Tensor, Tensor]) -> Scores:
         tally, target_sums = (self._ranks.total(part) for part in sums)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lightning_probes.distributed import Ranks
-from lightning_probes.network.batches import LabelReader
+from lightning_probes.network.labels import LabelReader
 from lightning_probes.report.report import ProbeReport
 from lightning_probes.tasks.task import LabelCount
 
@@ -26,19 +26,18 @@ class LabelCounts:
 
     def __init__(self, labels: LabelReader) -> None:
         self._labels = labels
-        self._counts: dict[tuple[str, int], LabelCount] = {}
-        self._agreed: dict[tuple[str, int], dict[str, int]] = {}
+        self._counts: dict[tuple[str, int, str], LabelCount] = {}
+        self._agreed: dict[tuple[str, int, str], dict[str, int]] = {}
         self._told: dict[str, str] = {}
         self._shown: list[str] = []
         self._batches = 0
 
-    def add(self, curve: tuple[str, int], count: LabelCount | None) -> None:
-        """Add the labels of a batch to a curve; a batch that is run again has none to add."""
-        if count is not None:
-            samples, sums = count
-            if (before := self._counts.get(curve)) is not None:
+    def add(self, curve: tuple[str, int], counts: Mapping[str, LabelCount] | None) -> None:
+        """Add the labels of each target of a batch to a curve; a batch that is run again has none to add."""
+        for target, (samples, sums) in (counts or {}).items():
+            if (before := self._counts.get((*curve, target))) is not None:
                 samples, sums = before.samples + samples, before.used_and_left_out.to(sums.device) + sums
-            self._counts[curve] = LabelCount(samples, sums)
+            self._counts[(*curve, target)] = LabelCount(samples, sums)
 
     def agree(self, ranks: Ranks) -> None:
         """Sum the counts over all processes; every one of them calls this before a publication."""
@@ -52,11 +51,12 @@ class LabelCounts:
             unusable = samples - used - left_out
             self._agreed[curve] = {"used": used, "left_out": left_out, "unusable": unusable}
             if unusable:
-                stage, dataloader = curve
+                stage, dataloader, target = curve
                 name = f"{stage}, dataloader {dataloader}" if dataloader else stage
+                name += f", target {target!r}" if target else ""
                 self._told[name] = (
                     f"{name}: {unusable:,} of {samples:,} samples are left out, since their labels are not usable: "
-                    f"{self._labels.task.unusable}"
+                    f"{self._labels.question.parts[target].unusable}"
                 )
         if new := sum(number for _, number, _ in found):
             self._batches += new
@@ -64,9 +64,9 @@ class LabelCounts:
             why = f"batches whose labels cannot be used are passed over (the first: {first})"
             self._told["batches"] = f"{why}: {self._batches:,} so far"
 
-    def of(self, curve: tuple[str, int]) -> dict[str, int] | None:
-        """Return the entry ``labels`` of a curve's rows: how many were used, left out on purpose, and unusable."""
-        return self._agreed.get(curve)
+    def of(self, curve: tuple[str, int]) -> dict[str, dict[str, int]]:
+        """Return the entry ``labels`` of a curve's rows by target: how many used, left out on purpose, and unusable."""
+        return {target: found for (*known, target), found in self._agreed.items() if tuple(known) == curve}
 
     def tell(self, report: ProbeReport) -> None:
         """Note in a report which labels nobody asked to leave out, in the place of what was noted before."""
@@ -76,13 +76,15 @@ class LabelCounts:
 
     def clear(self, *, keeps_training: bool = False) -> None:
         """Discard the counts, or those of evaluation only."""
-        kept = self._counts.get(_TRAINING) if keeps_training else None
-        self._counts = {} if kept is None else {_TRAINING: kept}
+        self._counts = self._of_training() if keeps_training else {}
+
+    def _of_training(self) -> dict[tuple[str, int, str], LabelCount]:
+        return {curve: count for curve, count in self._counts.items() if curve[:2] == _TRAINING}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the notes, and the counts of training, as plain types."""
-        count = self._counts.get(_TRAINING)
-        sums = [] if count is None else [count.samples, *count.used_and_left_out.tolist()]
+        known = self._of_training().items()
+        sums = {target: [count.samples, *count.used_and_left_out.tolist()] for (*_, target), count in known}
         return {"training": sums, "told": dict(self._told), "batches": self._batches}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str, *, has_counts: bool) -> None:
@@ -90,6 +92,10 @@ class LabelCounts:
         self._batches = state["batches"]
         self._told = dict(state["told"])
         self._shown = list(self._told.values())
-        if has_counts and state["training"]:
-            samples, *sums = state["training"]
-            self.add(_TRAINING, LabelCount(samples, torch.tensor(sums, device=device)))
+        if not has_counts:
+            return
+        found = state["training"]
+        # Earlier releases knew one target only.
+        found = found if isinstance(found, Mapping) else {"": found} if found else {}
+        counts = {x: LabelCount(samples, torch.tensor(sums, device=device)) for x, (samples, *sums) in found.items()}
+        self.add(_TRAINING, counts)

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
 
 from lightning_probes.checkpoints import STATE_VERSION, CheckpointError, check_version, read_checkpoint
@@ -50,7 +51,8 @@ class ProbeReport:
     Attributes:
         rows: one dict per number, with the keys
 
-            - ``layer``: path of the layer in ``named_modules()``, or ``input``;
+            - ``layer``: path of the layer in ``named_modules()``, or ``input``; ``target``: name of the target, if it
+              has one;
             - ``depth``: 0 for the input, then 1, 2, ... in the order in which the layers are called;
             - ``stage``: ``train``, ``val`` or ``test``, and ``dataloader``: index of the loader within the stage;
             - ``epoch``: epochs completed, 0 for the network as ``fit`` found it, and ``step``: its ``global_step``;
@@ -83,66 +85,84 @@ class ProbeReport:
               interval. ``None`` for an online or a cross-fitted probe;
             - ``network``, only from :func:`~lightning_probes.probe`: ``as given``, ``untrained``, or a checkpoint's
               path.
-        baseline: ``{stage: error}``: the error of the best constant answer to the samples of the stage's first loader:
+        baseline: ``{stage: error}``, of several targets ``{stage/target: error}``: the error of the best constant answer to the samples of the stage's first loader:
             the most frequent class, each label's commonest answer, or the mean of the targets, whose error is 1.
         notes: sentences on what a reader should know of the run.
         cost: cost of bringing the probes to their optimum, since the run began or was resumed: ``seconds``; ``share``,
             the fraction of the run's time; ``kept_bytes``, most bytes of kept batches or features at one time, those in
             files included; ``weights_bytes``, bytes of the copy of the first weights; ``sent_bytes``, bytes that this
             process gave to be summed over processes. Reports that differ only in their cost are equal.
-        task: what the probes were asked: ``classification``, ``multilabel`` or ``regression``.
+        tasks: ``{target: what the probes were asked}``: ``classification``, ``multilabel`` or ``regression``; one
+            target without a name is the empty one.
     """
 
     rows: list[Row] = field(default_factory=list)
     baseline: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     cost: dict[str, float] = field(default_factory=dict, compare=False)
-    task: str = "classification"
+    tasks: dict[str, str] = field(default_factory=lambda: {"": "classification"})
 
-    def enter(self, rows: list[Row], baseline: float | None = None) -> None:
+    def enter(self, rows: list[Row], baselines: Mapping[str, float] = MappingProxyType({})) -> None:
         """Enter the rows of one point of the curves of a stage and dataloader; replace earlier rows of this point.
 
         Args:
             rows: rows as in :attr:`rows`, all of one stage, dataloader, epoch and step; or none.
-            baseline: error of the best constant answer to the samples of the stage; ``None`` leaves the known one.
+            baselines: ``{target: error of the best constant answer to the samples of the stage}``; a target that is
+                missing keeps the known one.
         """
         if not rows:
             return
         point = [(key, rows[0][key]) for key in ("stage", "dataloader", "epoch", "step")]
         self.rows = [row for row in self.rows if any(row[key] != value for key, value in point)] + rows
-        if baseline is not None:
-            self.baseline[rows[0]["stage"]] = baseline
+        for target, error in baselines.items():
+            self.baseline[_of_target(rows[0]["stage"], target)] = error
 
     def select(self, **conditions: Any) -> list[Row]:
         """Return the rows with all of these values, for example ``select(stage="val", metric="error", epoch=3)``."""
         return [row for row in self.rows if all(row.get(key) == value for key, value in conditions.items())]
 
     def curves(
-        self, stage: str | None = None, metric: str = "error", dataloader: int | None = None
+        self,
+        stage: str | None = None,
+        metric: str = "error",
+        dataloader: int | None = None,
+        target: str | None = None,
     ) -> dict[tuple[int, int], dict[str, Row]]:
-        """Return the rows of one stage and metric by point and layer.
+        """Return the rows of one target, stage and metric by point and layer.
 
         Args:
             stage: ``train``, ``val`` or ``test``; by default the first of ``val``, ``test``, ``train`` with rows.
             metric: ``error``, ``lag`` or another of the task.
             dataloader: index of the loader within the stage; by default the first with rows.
+            target: name of the target; by default the first.
 
         Returns:
             ``{(epoch, step): {layer: row}}``, points in order of time, layers in order of depth. It is empty if the
             report has no such rows.
 
         Raises:
-            ValueError: the name of the stage or metric is unknown; the message lists the known ones.
+            ValueError: the name of the stage, metric or target is unknown; the message lists the known ones.
         """
-        one_of("metric", metric, list(dict.fromkeys([*metrics_of(self.task), *(row["metric"] for row in self.rows)])))
+        target = self._target(target)
+        one_of(
+            "metric",
+            metric,
+            list(dict.fromkeys([*metrics_of(self.tasks[target]), *(row["metric"] for row in self.rows)])),
+        )
         stage, dataloader = self._resolve(stage, dataloader)
         curves: dict[tuple[int, int], dict[str, Row]] = {}
-        rows = self.select(stage=stage, metric=metric, dataloader=dataloader)
+        rows = self.select(stage=stage, metric=metric, dataloader=dataloader, target=target or None)
         for row in sorted(rows, key=lambda row: (row["step"], row["epoch"], row["depth"])):
             curves.setdefault((row["epoch"], row["step"]), {})[row["layer"]] = row
         return curves
 
-    def table(self, stage: str | None = None, metric: str = "error", dataloader: int | None = None) -> str:
+    def table(
+        self,
+        stage: str | None = None,
+        metric: str = "error",
+        dataloader: int | None = None,
+        target: str | None = None,
+    ) -> str:
         """Return a table of at most 80 columns, with a row per layer and a column per point in training.
 
         If not all points fit, the first, the last and evenly spaced ones between are shown. Below the table stand how
@@ -152,6 +172,7 @@ class ProbeReport:
             stage: ``train``, ``val`` or ``test``; the default is that of :meth:`curves`.
             metric: ``error``, ``lag`` or another of the task.
             dataloader: index of the loader within the stage; the default is that of :meth:`curves`.
+            target: name of the target; the default is that of :meth:`curves`.
 
         Raises:
             ValueError: the report has rows, but none of this stage, metric and dataloader; the message names those that
@@ -159,10 +180,11 @@ class ProbeReport:
         """
         if not self.rows:
             return "\n".join(["ProbeReport: no rows yet", *notes_as_text(self.notes)])
-        return self._table(stage, metric, dataloader).text()
+        return self._table(stage, metric, dataloader, target).text()
 
     def __str__(self) -> str:
-        return self.table()
+        """Return the tables of all targets."""
+        return "\n\n".join(self.table(target=target) for target in self.tasks) if self.rows else self.table()
 
     def __repr__(self) -> str:
         """Return one line: the numbers of layers, points and notes, and the lowest error of the last point."""
@@ -187,7 +209,8 @@ class ProbeReport:
             drawn = f'<img alt="probe error against depth" src="data:image/png;base64,{picture}">'
         except Exception as error:  # An error of drawing must not keep the table from being shown.
             drawn = f"<p>No figure: {html.escape(str(error))}</p>"
-        return f"<div>{self._table(None, 'error', None).html()}{drawn}</div>"
+        tables = "".join(self._table(None, "error", None, target).html() for target in self.tasks)
+        return f"<div>{tables}{drawn}</div>"
 
     def save(self, path: str | Path) -> None:
         """Save the report as JSON, in which NaN and infinity are null. The file is replaced only when all is written.
@@ -282,6 +305,8 @@ class ProbeReport:
         dataloader: int | None = None,
         references: Mapping[str, float] | None = None,
         ax: None = None,
+        *,
+        target: str | None = None,
     ) -> Picture: ...
 
     @overload
@@ -292,6 +317,7 @@ class ProbeReport:
         references: Mapping[str, float] | None = None,
         *,
         ax: Axes,
+        target: str | None = None,
     ) -> Axes: ...
 
     def plot(
@@ -300,6 +326,8 @@ class ProbeReport:
         dataloader: int | None = None,
         references: Mapping[str, float] | None = None,
         ax: Axes | None = None,
+        *,
+        target: str | None = None,
     ) -> Picture | Axes:
         """Draw error against depth, with one line per published point, at most eight, and the last point's interval.
 
@@ -309,6 +337,7 @@ class ProbeReport:
             references: further horizontal lines, ``{label: error}`` in [0, 1], for example the network's own error.
             ax: matplotlib axes to draw into. By default a new figure is made, which also has, under its axes, how the
                 probes were fitted and scored, and the notes.
+            target: name of the target; the default is that of :meth:`curves`.
 
         Returns:
             ``ax`` if it is given, else the new matplotlib figure, which a notebook shows.
@@ -319,7 +348,8 @@ class ProbeReport:
             ModuleNotFoundError: matplotlib is not installed.
         """
         stage, dataloader = self._resolve(stage, dataloader)
-        curves = self.curves(stage, "error", dataloader)
+        target = self._target(target)
+        curves = self.curves(stage, "error", dataloader, target)
         if not curves:
             raise ValueError(f"the report has no {stage} errors to draw yet")
         depths = {layer: row["depth"] for curve in curves.values() for layer, row in curve.items()}
@@ -331,15 +361,15 @@ class ProbeReport:
 
         shown = spread(list(curves), 8)
         by_step = has_points_inside_epochs(curves)
-        words = words_of(self.task)
-        baseline = {words.baseline: self.baseline[stage]} if stage in self.baseline else {}
+        words, constant = words_of(self.tasks[target]), self.baseline.get(_of_target(stage, target))
+        baseline = {} if constant is None else {words.baseline: constant}
         method = self._method(curves, stage)
         axes = error_by_depth(
             layers,
             {point_name(point, by_step, curves[point]): across(curves[point]) for point in shown},
             interval=(across(last, "low"), across(last, "high")) if stage != "train" else None,
             references={**baseline, **(references or {})},
-            title=f"What each layer knows: linear probes, {stage} {words.error}",
+            title=f"What each layer knows: linear probes, {_of_target(stage, target)} {words.error}",
             quantity=words.error,
             warning=method.warning,
             below=[*method.sentences, *self.notes],
@@ -347,9 +377,10 @@ class ProbeReport:
         )
         return axes if ax is not None else axes.figure  # type: ignore[return-value]
 
-    def _table(self, stage: str | None, metric: str, dataloader: int | None) -> Table:
+    def _table(self, stage: str | None, metric: str, dataloader: int | None, target: str | None) -> Table:
         stage, dataloader = self._resolve(stage, dataloader)
-        curves = self.curves(stage, metric, dataloader)
+        target = self._target(target)
+        curves = self.curves(stage, metric, dataloader, target)
         if not curves:
             keys = ("stage", "metric", "dataloader")
             found = sorted({tuple(row[key] for key in keys) for row in self.rows})
@@ -358,10 +389,10 @@ class ProbeReport:
         return error_table(
             curves,
             metric=metric,
-            task=self.task,
-            where=f"{stage}, dataloader {dataloader}" if dataloader else stage,
+            task=self.tasks[target],
+            where=f"{target}, " * bool(target) + (f"{stage}, dataloader {dataloader}" if dataloader else stage),
             method=self._method(curves, stage),
-            baseline=self.baseline.get(stage) if metric == "error" else None,
+            baseline=self.baseline.get(_of_target(stage, target)) if metric == "error" else None,
             has_interval=stage != "train",
             notes=self.notes,
         )
@@ -378,9 +409,17 @@ class ProbeReport:
             dataloader = min((row["dataloader"] for row in self.rows if row["stage"] == stage), default=0)
         return stage, dataloader
 
+    def _target(self, target: str | None) -> str:
+        """Return the name of a target; in the place of ``None`` the first."""
+        return next(iter(self.tasks)) if target is None else one_of("target", target, list(self.tasks))
+
     def _stage(self) -> str:
         found = {row["stage"] for row in self.rows}
         return next((stage for stage in _STAGES if stage in found), "val")
+
+
+def _of_target(stage: str, target: str) -> str:
+    return f"{stage}/{target}" if target else stage
 
 
 def _is_number(row: Mapping[str, Any], key: str) -> bool:

@@ -229,7 +229,8 @@ class Classification(Task):
         return 1 - max(target_sums) / samples if samples else math.nan
 
     def restored(self, state: Mapping[str, Any]) -> Classification:
-        return self if self.outputs else replace(self, outputs=state["outputs"])
+        is_same = state["kind"] == self.kind and not self.outputs
+        return replace(self, outputs=state["outputs"]) if is_same else self
 
     def doubts(self, target_sums: list[float]) -> str:
         """Say which of the highest classes never occur, unless that may well be chance.

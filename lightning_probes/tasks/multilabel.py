@@ -227,7 +227,8 @@ class Multilabel(Task):
         return f"of {self.outputs} labels, in the samples that probes were fitted on, {', '.join(told)}"
 
     def restored(self, state: Mapping[str, Any]) -> Multilabel:
-        return self if self.outputs else replace(self, outputs=state["outputs"])
+        is_same = state["kind"] == self.kind and not self.outputs
+        return replace(self, outputs=state["outputs"]) if is_same else self
 
 
 def _is_answer(labels: Tensor) -> Tensor:

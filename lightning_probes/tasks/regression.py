@@ -269,6 +269,8 @@ class Regression(Task):
         return {**super().state_dict(), "centre": list(self.centre), "scale": list(self.scale)}
 
     def restored(self, state: Mapping[str, Any]) -> Regression:
+        if state["kind"] != self.kind:
+            return self
         return replace(self, outputs=state["outputs"], centre=tuple(state["centre"]), scale=tuple(state["scale"]))
 
 

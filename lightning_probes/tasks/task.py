@@ -1,13 +1,14 @@
 """Define what is asked of a probe: how targets are read, what is minimised, what is counted, and what to compare with.
 
-The rest of the package knows a task only by the methods of :class:`Task`.
+The rest of the package knows what is asked only by the methods of :class:`Question`, which may be several tasks, and
+how each of them is solved and told of by those of :class:`Task`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ IGNORED = -100
 
 MOST_OUTPUTS = 10_000
 """Bound the scores that a probe may give to a sample where the width of the targets alone tells their number."""
+
+
+Column = TypeVar("Column", list[float], Tensor)
+"""Stand for the tally of one layer, as numbers or as a tensor ``(statistics,)``."""
 
 
 class UnknownOutputsError(ValueError):
@@ -60,33 +65,141 @@ class Labels(NamedTuple):
     """Hold the number of samples that count, in a tensor without dimensions."""
     each: int = 1
     """Give how many rows in a row are of one sample, such as its tokens; intervals count samples."""
+    parts: tuple[Any, ...] = ()
+    """Hold the labels of each of several tasks."""
 
 
-class Task(ABC):
-    """Define what is asked of a probe.
+class Question(ABC):
+    """Define what is asked of the probes of a run: a task, or several of them beside one another.
 
-    A probe gives ``outputs`` scores to each sample, linear in its features. The loss has to be convex in the scores,
-    and its derivative has to be the expectation that they stand for minus the target, as for every generalised linear
-    model with its canonical link (McCullagh and Nelder 1989, section 2.2). Targets may lack entries, which are NaN:
-    each output is then fitted and counted on the samples that have it.
-
+    A probe gives ``outputs`` scores to each sample, linear in its features; those of several tasks follow one another.
     Scores are ``(..., outputs, samples)``. A *tally* is ``(statistics, layers)``: sums over samples in float64 (float32
     where the device has no float64), which add up over batches and processes. Its last two rows are the loss and the
     number of samples. A *column* is the tally of one layer.
 
     Attributes:
-        kind: name of the task, as users write it.
-        words: what a reader is shown instead of ``error`` and of the baseline.
         outputs: number of scores that a probe gives to a sample; 0 as long as it is unknown.
         statistics: number of rows of a tally.
+    """
+
+    outputs: int
+    statistics: int
+
+    @property
+    @abstractmethod
+    def parts(self) -> dict[str, Task]:
+        """Return the tasks by the names of their targets; one without a name has an empty one."""
+
+    @abstractmethod
+    def leave_out_(self, targets: Tensor) -> None:
+        """Write over ``targets``, ``(samples, outputs)``, so that their samples are left out."""
+
+    @abstractmethod
+    def is_counted(self, targets: Tensor) -> Tensor:
+        """Return which rows of ``targets`` are those of samples that count, ``(samples,)``."""
+
+    @abstractmethod
+    def prepare(self, targets: Tensor, dtype: torch.dtype, each: int = 1) -> Labels:
+        """Compute once for all layers, in ``dtype``, what :meth:`tally` needs of targets ``(samples, outputs)``.
+
+        Of neighbouring rows ``each`` are of one sample.
+        """
+
+    @abstractmethod
+    def tally(self, scores: Tensor, labels: Labels) -> Tensor:
+        """Return the tally ``(statistics, layers)`` of scores ``(layers, outputs, samples)``."""
+
+    @abstractmethod
+    def tally_and_residual(self, scores: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+        """Return :meth:`tally`, and the derivative of the mean loss by the scores, which is 0 for samples left out.
+
+        ``scores`` are ``(layers, outputs, samples)`` and may be written over.
+        """
+
+    @abstractmethod
+    def target_sums(self, targets: Tensor) -> Tensor:
+        """Return a vector of sums over targets ``(samples, outputs)``, for baselines and other numbers of each task."""
+
+    @abstractmethod
+    def samples_in(self, target_sums: list[float]) -> float:
+        """Return the number of samples in a vector of :meth:`target_sums`."""
+
+    @abstractmethod
+    def split(self, column: Column) -> dict[str, Column]:
+        """Return the column of each task, by the names of :attr:`parts`."""
+
+    @abstractmethod
+    def joined(self, tallies: Mapping[str, Tensor]) -> Tensor:
+        """Return the tally, of any trailing dimensions, whose tasks have these."""
+
+    @abstractmethod
+    def split_sums(self, target_sums: list[float]) -> dict[str, list[float]]:
+        """Return the sums over the targets of each task, by the names of :attr:`parts`."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was learnt from the first labels, as plain types."""
+
+    @abstractmethod
+    def restored(self, state: Mapping[str, Any]) -> Question:
+        """Return this question with what :meth:`state_dict` returned; itself if that is of another one."""
+
+    @abstractmethod
+    def differs(self, state: Mapping[str, Any]) -> str:
+        """Say in what the question of :meth:`state_dict` is another; empty if probes of one can answer the other."""
+
+    @property
+    def enough_samples(self) -> int:
+        """Return the number of samples that a probe is fitted on unless the user gives another."""
+        return max(task.enough_samples for task in self.parts.values())
+
+    def objection(self, samples: int) -> str:
+        """Say why this number of samples is too small to fit on; empty if it is not."""
+        return next(filter(None, (task.objection(samples) for task in self.parts.values())), "")
+
+    def doubts(self, target_sums: list[float]) -> str:
+        """Say what is strange about the targets that probes were fitted on; empty if nothing is."""
+        sums = self.split_sums(target_sums)
+        found = {name: task.doubts(sums[name]) for name, task in self.parts.items()}
+        return "; ".join(f"{name}: {told}" if name else told for name, told in found.items() if told)
+
+    def no_tally(self, layers: int, device: torch.device | str) -> Tensor:
+        """Return the tally of no samples."""
+        return torch.zeros(self.statistics, layers, dtype=accumulator(device), device=device)
+
+
+class Task(Question):
+    """Define one task: how targets are read, what is minimised, what is counted, and what to compare with.
+
+    The loss has to be convex in the scores, and its derivative has to be the expectation that they stand for minus the
+    target, as for every generalised linear model with its canonical link (McCullagh and Nelder 1989, section 2.2).
+    Targets may lack entries, which are NaN: each output is then fitted and counted on the samples that have it.
+
+    Attributes:
+        kind: name of the task, as users write it.
+        words: what a reader is shown instead of ``error`` and of the baseline.
         left_out: value that fills the targets of a sample to leave out.
     """
 
     kind: ClassVar[str]
     words: ClassVar[Words]
-    outputs: int
-    statistics: int
     left_out: float
+
+    @property
+    def parts(self) -> dict[str, Task]:
+        return {"": self}
+
+    def leave_out_(self, targets: Tensor) -> None:
+        targets.fill_(self.left_out)
+
+    def split(self, column: Column) -> dict[str, Column]:
+        return {"": column}
+
+    def joined(self, tallies: Mapping[str, Tensor]) -> Tensor:
+        return tallies[""]
+
+    def split_sums(self, target_sums: list[float]) -> dict[str, list[float]]:
+        return {"": target_sums}
 
     # Reading targets
 
@@ -122,10 +235,6 @@ class Task(ABC):
                 their samples out.
         """
 
-    @abstractmethod
-    def is_counted(self, targets: Tensor) -> Tensor:
-        """Return which rows of ``targets`` are those of samples that count, ``(samples,)``."""
-
     def is_left_out(self, labels: Tensor) -> Tensor:
         """Return which of ``labels`` leave their sample out on purpose, ``(samples,)``; wait for no device."""
         return labels.new_zeros(len(labels), dtype=torch.bool)
@@ -134,13 +243,6 @@ class Task(ABC):
     def unusable(self) -> str:
         """Say what is wrong with a label that is neither used nor leaves its sample out on purpose."""
         return "they have no meaning"
-
-    @abstractmethod
-    def prepare(self, targets: Tensor, dtype: torch.dtype, each: int = 1) -> Labels:
-        """Compute once for all layers, in ``dtype``, what :meth:`tally` needs of targets ``(samples, outputs)``.
-
-        Of neighbouring rows ``each`` are of one sample.
-        """
 
     # The convex problem
 
@@ -175,20 +277,7 @@ class Task(ABC):
     def curvature(self, expectation: Tensor) -> Tensor:
         """Return the second derivative of each sample's loss by its scores, averaged over outputs, ``(samples,)``."""
 
-    # What the online heads need
-
-    @abstractmethod
-    def tally_and_residual(self, scores: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
-        """Return :meth:`tally`, and the derivative of the mean loss by the scores, which is 0 for samples left out.
-
-        ``scores`` are ``(layers, outputs, samples)`` and may be written over.
-        """
-
     # What is counted and said
-
-    @abstractmethod
-    def tally(self, scores: Tensor, labels: Labels) -> Tensor:
-        """Return the tally ``(statistics, layers)`` of scores ``(layers, outputs, samples)``."""
 
     @abstractmethod
     def measures(self, tally: list[float]) -> dict[str, float]:
@@ -205,14 +294,6 @@ class Task(ABC):
     @abstractmethod
     def interval(self, tally: list[float]) -> tuple[float, float]:
         """Return the 95 % interval of the error of a column, which covers the choice of samples, not the fit."""
-
-    @abstractmethod
-    def target_sums(self, targets: Tensor) -> Tensor:
-        """Return a vector of sums over targets ``(samples, outputs)``, for :meth:`baseline` and other methods."""
-
-    @abstractmethod
-    def samples_in(self, target_sums: list[float]) -> float:
-        """Return the number of samples in a vector of :meth:`target_sums`."""
 
     @abstractmethod
     def baseline(self, target_sums: list[float]) -> float:
@@ -236,18 +317,19 @@ class Task(ABC):
     # What a checkpoint says of it
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was learnt from the first labels, as plain types."""
         return {"kind": self.kind, "outputs": self.outputs}
 
     @abstractmethod
     def restored(self, state: Mapping[str, Any]) -> Task:
-        """Return this task with what :meth:`state_dict` returned."""
+        """Return this task with what :meth:`state_dict` returned; itself if that is of another one."""
 
-    # What works for every task
-
-    def no_tally(self, layers: int, device: torch.device | str) -> Tensor:
-        """Return the tally of no samples."""
-        return torch.zeros(self.statistics, layers, dtype=accumulator(device), device=device)
+    def differs(self, state: Mapping[str, Any]) -> str:
+        if state["kind"] != self.kind:
+            return f"task is {state['kind']!r} in the checkpoint and {self.kind!r} here"
+        if state["outputs"] != self.outputs:
+            what = "num_classes" if self.kind == "classification" else "the number of outputs"
+            return f"{what} is {state['outputs']} in the checkpoint and {self.outputs} here"
+        return ""
 
 
 def accumulator(device: torch.device | str) -> torch.dtype:

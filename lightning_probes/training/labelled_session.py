@@ -186,7 +186,7 @@ class LabelledSession(ProbingSession):
         samples = sum(self.ranks.gather(labelled))
         if not samples:
             raise ValueError(f"data: no batch with labels came out of its {stage} loader")
-        if stage == "train" and (told := self.network.task.objection(samples)):
+        if stage == "train" and (told := self.network.question.objection(samples)):
             raise ValueError(f"data: its train loader: {told}")
 
     def _cheaper(self, samples: int) -> str:

@@ -129,7 +129,7 @@ class OnlineTraining:
         self._steps += 1
 
     def _new_probes(self) -> OnlineProbes:
-        new = OnlineProbes(self._network.layers, self._network.task, self._learning_rate)
+        new = OnlineProbes(self._network.layers, self._network.question, self._learning_rate)
         return self._restored.go_on(new)
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class OnlineTraining:
             is_training: whether the run trains.
             goes_on: whether ``layers`` are those of the checkpoint, in the same order; else the first batch shows them.
         """
-        probes = OnlineProbes(layers, self._network.task, self._learning_rate)
+        probes = OnlineProbes(layers, self._network.question, self._learning_rate)
         probes.load_state_dict(only(state["bank"] or {}, layers), device)
         self._restored = Restored(probes if is_training else None, strict=strict)
         self.samples = state["samples"]

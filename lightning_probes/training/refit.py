@@ -27,8 +27,9 @@ from lightning_probes.network.provenance import Provenance
 from lightning_probes.network.torch_internals import compiled_parts, is_shared_out
 from lightning_probes.options import first_of
 from lightning_probes.probes.dataset import FeatureDataset, LayerBatch, MemoryStore
-from lightning_probes.probes.fit import FittedProbes, fit_layers
+from lightning_probes.probes.fit import FittedProbes, fit_layers, strength_of
 from lightning_probes.probes.heads import StackedProbes
+from lightning_probes.probes.solver import Strength
 from lightning_probes.progress import Progress, size
 from lightning_probes.replay.calls import CannotRunAgainError, RecordedStep
 from lightning_probes.replay.recorded_batches import Context, RecordedBatch, RecordedBatches, device_of
@@ -86,7 +87,7 @@ class Refit:
         self._is_shared_out = False
         self._online: Tensor | None = None
         self._faults: Faults = {}
-        self._strengths: dict[str, float] = {}
+        self._strengths: dict[str, Strength] = {}
         self._has_failed = False
 
     @property
@@ -206,7 +207,7 @@ class Refit:
         if self._batches.refusal is not None or not count:
             return ""
         samples = count * kept.samples // len(kept.items())
-        seconds = seconds_to_fit(network.recorder.widths.values(), network.task.outputs, samples, device)
+        seconds = seconds_to_fit(network.recorder.widths.values(), network.question.outputs, samples, device)
         return f"fits will take about {seconds:,.0f} s at each point" if seconds >= _PAUSE else ""
 
     def prepare(
@@ -301,7 +302,7 @@ class Refit:
         if seen is None:
             return
         watched = self._batches.taken(step, seen) if self._start.fitted is not None else None
-        target_sums = self._network.task.target_sums(seen.targets)
+        target_sums = self._network.question.target_sums(seen.targets)
         if self._validation is None and curve[0] == "val" and (crossed := self._cross_fitted()):
             # In a further validation the probes that were fitted on all of its samples must not score them.
             self._validation, self._crossed = self._no_batches(), crossed
@@ -363,7 +364,7 @@ class Refit:
         self._batches.load_state_dict(state["fitter"])
         self.note = self.note or state["note"]
         if "bank" in state:
-            probes = StackedProbes(layers, self._network.task)
+            probes = StackedProbes(layers, self._network.question)
             probes.load_state_dict(state["bank"], device)
             # Checkpoints of earlier versions have no fingerprints.
             marks, tally = state.get("fingerprints", {}), state.get("tally")
@@ -389,8 +390,7 @@ class Refit:
         Raises:
             CannotRunAgainError: the batches of at least one process cannot be run again.
         """
-        task = self._network.task
-        dataset = FeatureDataset(task, MemoryStore(self.budget.copy))
+        dataset = FeatureDataset(self._network.question, MemoryStore(self.budget.copy))
         # All processes go on or none does, here and below, since modules and the fit may wait for other processes.
         self._agree_on(self._batches.refusal)
         refusal: CannotRunAgainError | None = None
@@ -451,7 +451,7 @@ class Refit:
         is_crossed: bool = False,
     ) -> FittedProbes | None:
         found = fit_layers(
-            self._network.task,
+            self._network.question,
             dataset,
             self._network.layers,
             data,
@@ -467,10 +467,11 @@ class Refit:
         return found
 
     @property
-    def _strengths_now(self) -> dict[str, float]:
+    def _strengths_now(self) -> dict[str, Strength]:
         """Return the strength of L2 of each layer's last probe, where the search for the next begins."""
         known = self.fitted.known if self.fitted is not None else {}
-        return self._strengths | {layer: row["l2"] for layer, row in known.items() if row.get("l2") is not None}
+        now = {layer: found for layer, row in known.items() if (found := strength_of(row)) is not None}
+        return self._strengths | now
 
     def _agree_on(self, refusal: CannotRunAgainError | None) -> None:
         """Raise in all processes if one of them cannot run its batches again."""
@@ -497,7 +498,7 @@ class Refit:
         for dataloader in sorted(set(chain(*self._ranks.gather(list(kept))))):
             # The curve gets a point even if the fit raises.
             self._curves.touch(Kind.PUBLISHED, ("val", dataloader), len(self._network.layers))
-            dataset = FeatureDataset(self._network.task, MemoryStore())
+            dataset = FeatureDataset(self._network.question, MemoryStore())
             for batch in kept[dataloader].items():
                 dataset.add(batch)
             kept[dataloader].clear()
@@ -535,7 +536,7 @@ class Refit:
         try:
             for seen in self._batches.run_again([batch], model, context, start.weights):
                 self._faults |= seen.faults
-                target_sums = self._network.task.target_sums(seen.targets)
+                target_sums = self._network.question.target_sums(seen.targets)
                 self._curves.add(Kind.START, curve, start.fitted.probes.score(seen), target_sums)
         except Exception as error:  # Whatever a module raises must not end a training run.
             reason = str(error) if isinstance(error, CannotRunAgainError) else f"{type(error).__name__}: {error}"

@@ -10,7 +10,7 @@ from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.options import first_of
 from lightning_probes.probes.online import OnlineProbes
-from lightning_probes.tasks.task import Task
+from lightning_probes.tasks.task import Question
 
 _NAMED = 8
 """Limit the layers that a message names."""
@@ -57,26 +57,25 @@ class Restored:
         return probes
 
 
-def task_in(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the state of a session says of its task; the first release knew one only."""
-    return dict(saved.get("task") or {"kind": "classification", "outputs": saved["num_classes"]})
+def question_in(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the state of a session says was asked; the first release knew one task only."""
+    return dict(saved.get("question") or {"kind": "classification", "outputs": saved["num_classes"]})
 
 
-def differing(saved: Mapping[str, Any], selected: Collection[str], task: Task, reduced: str, reduction: str) -> str:
+def differing(
+    saved: Mapping[str, Any], selected: Collection[str], question: Question, reduced: str, reduction: str
+) -> str:
     """Say how probes of a checkpoint differ from those of this run in task, reduction or layers; empty if in none.
 
     Args:
         saved: state of a session.
         selected: layers of this run as they were selected, before any was left out.
-        task: what the probes of this run are asked.
+        question: what the probes of this run are asked.
         reduced: how features were reduced in the run of the checkpoint.
         reduction: how features are reduced in this run.
     """
-    if (kind := task_in(saved)["kind"]) != task.kind:
-        return f"task is {kind!r} in the checkpoint and {task.kind!r} here"
-    if saved["num_classes"] != task.outputs:
-        what = "num_classes" if kind == "classification" else "the number of outputs"
-        return f"{what} is {saved['num_classes']} in the checkpoint and {task.outputs} here"
+    if told := question.differs(question_in(saved)):
+        return told
     if reduced != reduction:
         return f"reduction is {reduced!r} in the checkpoint and {reduction!r} here"
     here, there = set(selected), set(saved["selected"])

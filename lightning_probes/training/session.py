@@ -211,7 +211,7 @@ class ProbingSession:
             return
         with self._around("updating their probes", Kind.TRAINED_ALONG, ("train", 0)):
             tally = self.online.update(seen)
-            self.curves.add(Kind.TRAINED_ALONG, ("train", 0), tally, self.network.task.target_sums(seen.targets))
+            self.curves.add(Kind.TRAINED_ALONG, ("train", 0), tally, self.network.question.target_sums(seen.targets))
         self._greet()
 
     def _drop_contradicted(self) -> None:

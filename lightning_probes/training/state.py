@@ -11,7 +11,7 @@ import torch
 from lightning_probes.checkpoints import STATE_VERSION
 from lightning_probes.network.pairing import Pairing
 from lightning_probes.report.report import ProbeReport
-from lightning_probes.training.resume import differing, refuse, task_in
+from lightning_probes.training.resume import differing, question_in, refuse
 from lightning_probes.training.session import ProbingSession
 
 
@@ -20,7 +20,7 @@ def state_of(session: ProbingSession, report: ProbeReport) -> dict[str, Any]:
 
     Beside the report there are, under ``probes``: the layers (``selected``, ``facts``: order, depth and size), how
     features are reduced (``reduction``) and which dimension holds them (``axes``), which row is of which sample
-    (``pairings``), the task and its number of outputs (``task``, ``num_classes``), the probes trained along (``along``)
+    (``pairings``), what is asked and the number of outputs (``question``, ``num_classes``), the probes trained along (``along``)
     and those at their optimum with what is known of them (``optimum``), epoch and step of the last point and of the
     last step (``point``, ``now``), layers set aside and the running tally of the probes trained along (``points``), the
     note on targets that are strange (``missing``), whether training has no labels (``trains_without_labels``), and
@@ -33,8 +33,8 @@ def state_of(session: ProbingSession, report: ProbeReport) -> dict[str, Any]:
         "selected": list(network.selected),
         "reduction": network.reducer.state_dict(),
         "trains_without_labels": network.labels.absent_in_training,
-        "num_classes": network.task.outputs,
-        "task": network.task.state_dict(),
+        "num_classes": network.question.outputs,
+        "question": network.question.state_dict(),
         "along": session.online.state_dict(),
         "optimum": session.refit.state_dict(),
         "point": list(session.point),
@@ -76,16 +76,14 @@ def restore(
     selected = network.selected if is_training else state["selected"]
     # In checkpoints without this entry features are means over space.
     reduction = state.get("reduction", {"kind": "pool", "draws": {}})
-    task = network.task
-    if difference := differing(state, selected, task, reduction["kind"], network.reducer.kind):
+    if difference := differing(state, selected, network.question, reduction["kind"], network.reducer.kind):
         refuse(difference, strict=strict)
     session.point = tuple(state["point"])
     session.now = tuple(state["now"])
     session.doubts = state.get("missing", "")
     network.labels.present_in_validation |= state["trains_without_labels"]
     network.labels.is_trusted = True
-    is_same_task = state["num_classes"] == task.outputs and task_in(state)["kind"] == task.kind
-    if not is_same_task or reduction["kind"] != network.reducer.kind:
+    if network.question.differs(question_in(state)) or reduction["kind"] != network.reducer.kind:
         return
     network.reducer.load_state_dict(reduction)
     layers = network.layers if difference else state["facts"]["layers"]

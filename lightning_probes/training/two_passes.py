@@ -35,7 +35,7 @@ class TwoPasses:
     def dataset(self) -> FeatureDataset:
         """Return what was kept so far; the first labels may have shown the number of outputs that it has."""
         if self._dataset is None:
-            self._dataset = FeatureDataset(self._network.task, self.store, numbers_left_out=True)
+            self._dataset = FeatureDataset(self._network.question, self.store, numbers_left_out=True)
         return self._dataset
 
     def keep(self, dataloader: int, batch: LayerBatch) -> None:
@@ -49,7 +49,7 @@ class TwoPasses:
 
     def score(self, dataloader: int, batch: LayerBatch, probes: StackedProbes, curves: Curves) -> None:
         """Score ``probes`` on a batch of the second pass, and add that to the curve of its loader."""
-        curve, task = ("val", dataloader), self._network.task
+        curve, task = ("val", dataloader), self._network.question
         self.scored += int(task.is_counted(batch.targets).sum())
         self._labels.add(curve, batch.labels)
         curves.add(Kind.PUBLISHED, curve, probes.score(batch), task.target_sums(batch.targets))

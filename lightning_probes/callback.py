@@ -41,12 +41,15 @@ class LinearProbeCallback(Callback):
     """Fit a linear classifier on every layer of the network that is being trained; the network never notices.
 
     These names are logged at each validation, or at the end of an epoch without one. ``{layer}`` is a
-    ``named_modules()`` path or ``input``; ``/dataloader_idx_N`` is appended where a stage has several loaders:
+    ``named_modules()`` path or ``input``, of several targets ``{target}/{layer}``; ``/dataloader_idx_N`` is appended
+    where a stage has several loaders:
 
     - ``probe_error_{stage}/{layer}``, for the stages ``train``, ``val`` and ``test``: the error of the probe, a
       fraction in [0, 1]; of a regression 1 - R^2. ``train`` is its error on the samples that it was fitted on;
     - ``probe_cross_entropy_{stage}/{layer}``: its cross-entropy in nats, if ``log_metrics`` asks for it; of other tasks
       ``balanced_error`` or ``rmse``;
+    - ``probe_{metric}_{stage}/{layer}``, for the stages ``val`` and ``test``: each of ``metrics``, by the name that was
+      given or the object's class (``-2`` at the second of a name); metrics of several numbers have a suffix for each;
     - ``probe_lag_{stage}/{layer}``: how much higher the error of the probe is that was only trained along with the
       network, if ``log_metrics`` asks for it. If not, only one layer a step is trained along, and further behind.
 

@@ -42,6 +42,7 @@ class ProbeTrainer(Trainer):
         untrained: bool = False,
         layers: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
+        metrics: list[str] | None = None,
         weights_only: bool | None = None,
         output: str | None = None,
     ) -> ProbeReport:
@@ -60,6 +61,7 @@ class ProbeTrainer(Trainer):
             layers: layers to probe instead of those of the callback in the configuration: globs over named_modules()
                 paths, or class names.
             exclude: layers to leave out, instead of those that the callback leaves out: globs or class names.
+            metrics: names of torchmetrics metrics that score the probes too, instead of those of the callback.
             weights_only: whether to load only checkpoints that hold nothing but tensors and plain types, the default.
                 false loads others too. Those can run any code, so use it only if you trust them.
             output: JSON file for the report. The figure is saved beside it, with the suffix .png.
@@ -79,7 +81,7 @@ class ProbeTrainer(Trainer):
             file.parent.mkdir(parents=True, exist_ok=True)
             if self.is_global_zero:
                 _warn_unless_it_can_draw()
-        given = {"layers": layers, "exclude": exclude}
+        given = {"layers": layers, "exclude": exclude, "metrics": metrics}
         report = probe(
             model,
             datamodule=datamodule,

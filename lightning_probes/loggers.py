@@ -39,9 +39,10 @@ class Logs:
     ) -> None:
         if name is not None and (not isinstance(name, str) or not name):
             raise TypeError(f"name: expected a non-empty string, found {name!r}")
-        asked, known = [] if metrics is None else metrics, list(known)
-        if not is_list(asked) or any(metric not in known for metric in asked):
-            raise ValueError(f"log_metrics: expected a list of some of {known}, found {metrics!r}")
+        asked = [] if metrics is None else metrics
+        self._known = list(known)
+        if not is_list(asked) or any(metric not in self._known for metric in asked):
+            raise ValueError(f"log_metrics: expected a list of some of {self._known}, found {metrics!r}")
         self.prefix = f"{name}_" if name else ""
         self.metrics = list(dict.fromkeys(["error", *asked]))
         self._has_own_loaders = has_own_loaders
@@ -99,7 +100,8 @@ class Logs:
             for logger in trainer.loggers:
                 logger.log_metrics({**found, "epoch": 0}, step=0)
         if trainer.is_global_zero and not self._has_layout:
-            self._write_layout(trainer.loggers)
+            asked = dict.fromkeys(row["metric"] for row in rows if row["metric"] not in self._known)
+            self._write_layout(trainer.loggers, asked)
             self._has_layout = True
 
     def keep(self, report: ProbeReport, trainer: Any) -> Path | None:
@@ -128,17 +130,20 @@ class Logs:
             return None
 
     def _values(self, rows: Iterable[Row], several: Container[str]) -> dict[str, float]:
-        """Return ``{logged name: value}`` of the metrics to log; ``several`` are the stages with several loaders."""
+        """Return ``{logged name: value}`` of the metrics to log; ``several`` are the stages with several loaders.
+
+        Metrics of torchmetrics are in the report only if they were asked for.
+        """
         values = {}
         for row in rows:
-            if row["metric"] in self.metrics:
+            if row["metric"] in self.metrics or row["metric"] not in self._known:
                 loader = f"/dataloader_idx_{row['dataloader']}" if row["stage"] in several else ""
                 target = f"{row['target']}/" if "target" in row else ""
                 name = f"{self.prefix}probe_{row['metric']}_{row['stage']}/{target}{row['layer']}{loader}"
                 values[name] = row["value"]
         return values
 
-    def _write_layout(self, loggers: Iterable[Any]) -> None:
+    def _write_layout(self, loggers: Iterable[Any], asked: Iterable[str]) -> None:
         """Lay out TensorBoard's Custom Scalars page: one chart per metric and stage, with one line per layer.
 
         TensorBoard uses only the last layout of a run. This one goes to a sub-run of its own, so that the user's own
@@ -150,8 +155,9 @@ class Logs:
             return
         charts = {
             f"{metric}, {stage}": ["Multiline", [rf"^{re.escape(f'{self.prefix}probe_{metric}_{stage}')}/.*"]]
-            for metric in self.metrics
+            for metric in [*self.metrics, *asked]
             for stage in ("train", "val")
+            if stage == "val" or metric in self._known
         }
         for experiment in experiments:
             if isinstance(experiment, tensorboard.SummaryWriter):

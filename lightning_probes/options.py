@@ -8,7 +8,11 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_args, get_type_hints
+
+import torchmetrics
+from torchmetrics import Metric
 
 T = TypeVar("T")
 
@@ -152,6 +156,48 @@ def mask_places(argument: str, value: Any) -> Where | dict[str, Where]:
         if not isinstance(pattern, str):
             raise TypeError(f"{argument}: expected layer patterns as keys, found {pattern!r}")
     return {pattern: where(f"{argument}[{pattern!r}]", place) for pattern, place in value.items()}
+
+
+def metrics_by_name(argument: str, value: Any) -> dict[str, Metric | type[Metric]]:
+    """Return ``{name: metric}`` of a list of names of torchmetrics metrics, which become classes, and of objects.
+
+    An object has the name of its class; of several with one name the second gets ``-2``, the third ``-3``. For ``None``
+    the result is empty.
+
+    Raises:
+        TypeError, ValueError: ``value`` is something else, or torchmetrics has no such metric; the message names the
+            argument, what was given and the nearest right thing.
+    """
+    if not is_list([] if value is None else value):
+        hint = f"; write [{value!r}]" if isinstance(value, (str, Metric)) else ""
+        hint = "; write list(collection.values())" if isinstance(value, torchmetrics.MetricCollection) else hint
+        raise TypeError(
+            f"{argument}: expected a list of names or objects of torchmetrics metrics, found {value!r}{hint}"
+        )
+    known = _torchmetrics()
+    found: dict[str, Metric | type[Metric]] = {}
+    for metric in value or ():
+        if isinstance(metric, str) and metric not in known:
+            near = difflib.get_close_matches(metric.rpartition(".")[2], known, 3, 0.5)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            raise ValueError(f"{argument}: torchmetrics has no metric {metric!r}{hint}")
+        if not isinstance(metric, (str, Metric)):
+            hint = f"; give an instance of it: {metric.__name__}(...)" if isinstance(metric, type) else ""
+            raise TypeError(f"{argument}: expected names or objects of torchmetrics metrics, found {metric!r}{hint}")
+        name = metric if isinstance(metric, str) else type(metric).__name__
+        number = 1 + sum(other.split("-")[0] == name for other in found)
+        found[f"{name}-{number}" if number > 1 else name] = known[metric] if isinstance(metric, str) else metric
+    return found
+
+
+@cache
+def _torchmetrics() -> dict[str, type[Metric]]:
+    """Return ``{name: class}`` of the metrics that torchmetrics has at its top, for classification and regression."""
+    rooms = torchmetrics.regression, torchmetrics.classification, torchmetrics
+    kinds = {name: kind for room in rooms for name, kind in vars(room).items() if isinstance(kind, type)}
+    # In torchmetrics 1.0 a class that makes the metric of a task, such as Accuracy, is no metric itself.
+    is_metric = {name: issubclass(kind, Metric) or "__new__" in vars(kind) for name, kind in kinds.items()}
+    return {name: kind for name, kind in kinds.items() if is_metric[name] and kind is not Metric}
 
 
 def first_of(keys: Sequence[str], most: int = 3) -> str:
@@ -315,6 +361,17 @@ class Reading(TypedDict, total=False):
             _unless_none(mask_places),
             "where in the batch the mask of tokens is, which leaves those where it is 0 out of means; or {layer "
             "pattern: where}, masks that belong to some of the layers each; null: none.",
+        ),
+    ]
+    metrics: Annotated[
+        list[str | Metric] | None,
+        Option(
+            None,
+            metrics_by_name,
+            "metrics of torchmetrics that score the probes too, on evaluation only: names, made for the task with "
+            "torchmetrics' defaults (``F1Score`` averages over samples, ``MulticlassF1Score`` over classes), or "
+            "objects, of which copies are fed. Each layer has copies: one that keeps all predictions, as ``AUROC`` "
+            "does without ``thresholds``, takes samples x classes x 4 bytes for each of them.",
         ),
     ]
 

@@ -25,6 +25,7 @@ from torch.distributed import destroy_process_group
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torchmetrics.classification import MulticlassF1Score
 
 import lightning_probes.distributed
 from lightning_probes import LinearProbeCallback
@@ -208,6 +209,18 @@ def asked(name: str) -> Callable[[], Found]:
 
     case.__name__ = name
     return case
+
+
+def metrics() -> Found:
+    """A layer and a loader that only the last and the first process have."""
+    seed_everything(3, verbose=False)
+    model = OneSided(mlp(inputs=16, width=12, depth=1))
+    several: Found = {"strategy": DDPStrategy(find_unused_parameters=True)} if NUMBER > 1 else {}
+    macro = MulticlassF1Score(10, average=None)
+    probes = LinearProbeCallback(metrics=["Accuracy", "AUROC", "CalibrationError", "MatthewsCorrCoef", macro])
+    train, held_out = loaders()
+    of_one = DataLoader(Uneven(3 if RANK == 0 else 0, 20), batch_size=None)
+    return fit(model, probes, train, [held_out, of_one], **several)
 
 
 def harmless() -> Found:
@@ -410,6 +423,7 @@ CASES: dict[str, Callable[[], Found]] = {
     case.__name__: case
     for case in (
         same,
+        metrics,
         harmless,
         cross_fitted,
         online,

@@ -137,6 +137,14 @@ def test_everything_else_that_says_how_to_probe_is_the_callback_s_too(folder: Pa
         run("probe", *PROBES, "--trainer.callbacks.target=labels")
 
 
+def test_metrics_are_the_callback_s_unless_the_command_line_names_others(folder: Path) -> None:
+    callback = [*PROBES, "--trainer.callbacks.metrics=[AUROC]", "--layers=net.1", "--output=report.json"]
+    for arguments, metric in ([], "AUROC"), (["--metrics=[Accuracy]"], "Accuracy"):
+        run("probe", *callback, *arguments)
+        found = {row["metric"] for row in ProbeReport.load("report.json").select(stage="val")}
+        assert found == {"error", "cross_entropy", metric}
+
+
 def test_file_that_fit_saved_is_a_configuration_for_probe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(*PROBES, "--trainer.callbacks.layers=Linear", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=.")
     capsys.readouterr()

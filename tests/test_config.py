@@ -134,6 +134,7 @@ layout:
   input: tokens
 calls: mean
 token_mask: {"encoder.*": mask, input: 2}
+metrics: [Accuracy, MulticlassF1Score]
 data: null
 name: digit
 learning_rate: 1.0e-2
@@ -162,6 +163,7 @@ def test_every_argument_can_be_written_in_yaml() -> None:
     assert network._reading["layout"] == written["layout"]
     assert network.recorder._calls == "mean"
     assert network.mask_reader._token_mask == {"encoder.*": "mask", "input": 2}
+    assert list(network.metrics) == written["metrics"]
     assert probes._new_session().refit.budget == Budget(1000, 2_000_000, on_device=True)
     assert (probes._learning_rate, probes._schedule._every_n_epochs) == (0.01, 3)
     assert from_yaml({"every_n_epochs": "auto"})._schedule._every_n_epochs is None
@@ -217,13 +219,15 @@ def test_argument_in_yaml_means_what_it_means_in_python(init_args: str, attribut
         ("reduction: mean", "reduction"),
         ("token_mask: 2.5", "token_mask"),
         ("token_mask: {net: 2.5}", "token_mask"),
+        ("metrics: Accuracy", "metrics"),
+        ("metrics: [Acuracy]", "metrics"),
         ("log_metrics: cross_entropy", "log_metrics"),
         ("layer: net.0", "layer"),
     ],
 )
 def test_mistake_in_yaml_is_refused_by_name(init_args: str, argument: str) -> None:
     # The message ends with all that was given: it names the argument somewhere, whatever was wrong.
-    named = rf'Parser key "{argument}"|Option .{argument}. is not accepted|{argument}: expected'
+    named = rf'Parser key "{argument}"|Option .{argument}. is not accepted|{argument}: (expected|torchmetrics has no)'
     with pytest.raises((ArgumentError, ValueError), match=named):
         from_yaml(yaml.safe_load(init_args))
 
@@ -258,7 +262,7 @@ def test_an_entry_of_the_options_reaches_callback_probe_and_command_line(
 ) -> None:
     shared = list(Reading.__annotations__)
     assert shared[0] == "num_classes"
-    assert shared[-1] == "token_mask"
+    assert shared[-1] == "metrics"
     callback, function = options_of(LinearProbeCallback), options_of(probe)
     for name in shared:
         assert callback[name] == function[name]

@@ -85,6 +85,17 @@ def test_training_is_bit_identical_with_a_labelled_set_of_its_own(
     assert all(math.isfinite(row["value"]) for row in rows)
 
 
+def test_metrics_of_torchmetrics_are_harmless_and_those_of_the_scored_samples(tmp_path: Path) -> None:
+    probes = LinearProbeCallback(metrics=["Accuracy", "AUROC"])
+    assert_same(train(dropping, tmp_path, probes), train(dropping, tmp_path))
+    check_that_all_was_probed(probes, starts=True)
+    rows = probes.report.select(metric="Accuracy")
+    assert {row["epoch"] for row in rows} == {0, 1, 2}
+    for row in rows:
+        (error,) = probes.report.select(metric="error", **{key: row[key] for key in ("layer", "stage", "epoch")})
+        assert row["value"] == pytest.approx(1 - error["value"], abs=1e-6)
+
+
 def check_that_all_was_probed(probes: LinearProbeCallback, *, starts: bool) -> None:
     rows = probes.report.rows
     assert {row["epoch"] for row in rows} == ({0, 1, 2} if starts else {1, 2})

@@ -131,6 +131,29 @@ def test_several_processes_find_what_one_finds_whatever_is_asked(case: str, two:
             assert (other["samples"], other["labels"], other["l2"]) == (row["samples"], row["labels"], row["l2"])
 
 
+def test_metrics_are_those_of_the_samples_of_all_processes(two: dict[str, Found]) -> None:
+    one, several = ranks.metrics(), two["metrics"][0]
+    names = {row["metric"] for row in one["rows"]} - {"error", "cross_entropy", "lag"}
+    assert len(names) == 4 + 10
+    for name in names:
+        for dataloader, samples in ((0, ranks.HELD_OUT), (1, 24)):
+            found, expected = (
+                {
+                    (row["epoch"], row["layer"], row["samples"]): row["value"]
+                    for row in run["rows"]
+                    if row["metric"] == name and row["dataloader"] == dataloader and row["layer"] != "side"
+                }
+                for run in (several, one)
+            )
+            assert {key[2] for key in expected} == {samples}
+            # Probabilities differ in their last places, and so do the bins of the calibration error.
+            off = 5e-3 if name == "CalibrationError" else 1e-6
+            assert found == pytest.approx(expected, abs=off, nan_ok=True)
+    of_side = [row for row in several["rows"] if row["layer"] == "side" and row["metric"] in names]
+    assert {row["samples"] for row in of_side} == {ranks.HELD_OUT // 2}
+    assert all(math.isfinite(row["value"]) for row in of_side)
+
+
 @pytest.mark.parametrize("case", ["harmless", "labelled_harmless"])
 def test_training_together_is_bit_identical_with_and_without_the_callback(case: str, two: dict[str, Found]) -> None:
     for found in two[case]:

@@ -70,6 +70,7 @@ class LayerExtractor:
         recorder: holds the hooks.
         reducer: reduces activations to features.
         axes: knows which dimension of each layer's activation holds features.
+        metrics: metrics of torchmetrics that the user asked for, by name.
         row_layout: what the user said of the rows of layers: ``time_first``, ``parts`` or ``views``.
         absent: layers that were waited for in vain; see :meth:`leave_absent`.
         has_input: whether the raw input is one of the layers.
@@ -90,6 +91,7 @@ class LayerExtractor:
         self.mask_reader = MaskReader(reading["token_mask"])
         self.reducer = Reducer(reading["reduction"], reading["max_features"])
         self.axes = FeatureAxes(nn.Module(), {})
+        self.metrics: Mapping[str, Any] = reading["metrics"]  # type: ignore[assignment]  # It is checked by now.
         self.row_layout: dict[str, str] = {}
         self.absent: list[str] = []
         self.recorder = ActivationRecorder(self.reducer, reading["calls"])

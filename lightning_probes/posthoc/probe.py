@@ -25,9 +25,11 @@ from lightning_probes.options import Reading, checked, first_of, takes_reading, 
 from lightning_probes.posthoc.networks import Network, copied, networks_to_probe
 from lightning_probes.posthoc.passes import Pass, needs_building
 from lightning_probes.posthoc.runner import Runner
+from lightning_probes.probes.dataset import LayerBatch
 from lightning_probes.probes.fit import FittedProbes, fit_layers
 from lightning_probes.report.curves import Curves, Kind, LayerFacts
 from lightning_probes.report.label_counts import LabelCounts
+from lightning_probes.report.layer_metrics import LayerMetrics
 from lightning_probes.report.report import ProbeReport
 from lightning_probes.tasks.kinds import kinds_of
 from lightning_probes.training.two_passes import TwoPasses
@@ -87,7 +89,7 @@ def probe(
     Raises:
         FileNotFoundError: there is no such checkpoint.
         ValueError: there is nothing to fit or score on, fewer samples than classes, a layer that was named never runs,
-            or no checkpoint can be probed.
+            a metric does not score the probes, or no checkpoint can be probed.
         TypeError: the model cannot be called, or an argument has a wrong type; the message says which.
         LookupError: the batches have no labels where ``target`` says.
         OSError: there is no space for features.
@@ -210,16 +212,16 @@ class _Posthoc:
             raise ValueError("model: it has parameters without a shape; run a batch through it first")
         if one.point in self._done:
             raise CheckpointError(f"{one.name} is of the same epoch and step as {self._done[one.point]}: left out")
-        labels = LabelCounts(self._network.labels)
+        labels, metrics = LabelCounts(self._network.labels), LayerMetrics(self._network.metrics)
         passes = TwoPasses(self._network, labels, self._max_bytes)
         store = passes.store
         try:
-            found = self._fit(model, passes)
+            found = self._fit(model, passes, metrics)
         finally:
             store.close()
         assert found.target_sums is not None
-        task, ranks = self._network.question, self._runner.ranks
-        curves = Curves(self._network, ranks, labels)
+        question, ranks = self._network.question, self._runner.ranks
+        curves = Curves(self._network, ranks, labels, metrics)
         curves.add(Kind.PUBLISHED, ("train", 0), found.share_of(ranks), found.target_sums)
         self._runner.run(model, "val", partial(passes.score, probes=found.probes, curves=curves))
         if not ranks.total(passes.scored):
@@ -240,15 +242,20 @@ class _Posthoc:
             *notes_of(self._network.pairings),
             *self._network.labels.notes,
             *self._network.mask_reader.notes,
-            task.doubts(found.target_sums.tolist()),
+            question.doubts(found.target_sums.tolist()),
+            *curves.notes,
             where,
         ]
         self.report.notes = list(dict.fromkeys(filter(None, [*self.report.notes, *notes])))
         labels.tell(self.report)
         self._done[one.point] = one.name
 
-    def _fit(self, model: Pass, passes: TwoPasses) -> FittedProbes:
-        self._runner.run(model, "train", passes.keep)
+    def _fit(self, model: Pass, passes: TwoPasses, metrics: LayerMetrics) -> FittedProbes:
+        def keep(dataloader: int, batch: LayerBatch) -> None:
+            metrics.try_out(self._network.question)  # A mistake should be known before hours of work.
+            passes.keep(dataloader, batch)
+
+        self._runner.run(model, "train", keep)
         ranks, begun = self._runner.ranks, time.perf_counter()
         self._network.agree(ranks.gather)
         dataset, store = passes.dataset, passes.store

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ _CHUNKS = 4
 """Set into how many runs layers are cut on the CPU: copies stay in the cache, and small beside the features."""
 
 _STATISTICS = ("mean", "variance", "alive")
+
+Hand = Callable[[str, Tensor, Labels], None]
+"""Take a layer, the scores ``(outputs, rows)`` of its probe on a batch, and the labels of these rows."""
 
 
 class Stack:
@@ -179,14 +182,21 @@ class StackedProbes:
         return sum(t.numel() * t.element_size() for s in self._stacks.values() for t in s.tensors.values())
 
     @torch.no_grad()
-    def score(self, batch: LayerBatch) -> Tensor:
-        """Return the tally ``(statistics, layers)`` of a batch; update nothing."""
+    def score(self, batch: LayerBatch, hand: Hand | None = None) -> Tensor:
+        """Return the tally ``(statistics, layers)`` of a batch, and give each layer's scores to ``hand``.
+
+        Nothing is updated.
+        """
         tallies: dict[str, Tensor] = {}
         labels = BatchLabels(self.question, batch)
         for run in self._runs(self._of_known_width(batch.features)):
             x = torch.stack(run.features).to(run["weight"].dtype)
             x = standardise_(x, run["mean"], run["variance"])
-            tallies |= run.by_layer(self.question.tally(run.scores(x), labels.of(x.shape[1], x.dtype)))
+            scores, known = run.scores(x), labels.of(x.shape[1], x.dtype)
+            if hand is not None:
+                for layer, own in zip(run.layers, scores, strict=True):
+                    hand(layer, own, known)
+            tallies |= run.by_layer(self.question.tally(scores, known))
         return side_by_side(self.question, self.layers, tallies, batch.targets.device)
 
     def finite(self) -> dict[str, bool]:

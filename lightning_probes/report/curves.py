@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from itertools import chain, zip_longest
 from typing import Any
@@ -15,9 +15,13 @@ from torchmetrics.utilities import rank_zero_warn
 
 from lightning_probes.distributed import Ranks
 from lightning_probes.network.extractor import LayerExtractor
+from lightning_probes.options import first_of
+from lightning_probes.probes.dataset import LayerBatch
 from lightning_probes.probes.fit import BY_TARGET
+from lightning_probes.probes.heads import StackedProbes
 from lightning_probes.probes.remaining import REMAINING
 from lightning_probes.report.label_counts import LabelCounts
+from lightning_probes.report.layer_metrics import LayerMetrics
 from lightning_probes.report.method import CROSS_FITTED
 from lightning_probes.report.report import ProbeReport, Row
 from lightning_probes.tasks.task import Question
@@ -134,11 +138,13 @@ class Scores:
         target_sums: sums over the targets of the samples.
         online: columns of the online probes; ``None`` for a layer that was not scored on the same samples. The whole is
             ``None`` without online probes.
+        metrics: ``{layer: {target: {metric: value}}}`` of the metrics that were asked for; layers may be missing.
     """
 
     tallies: list[list[float]]
     target_sums: list[float]
     online: list[list[float] | None] | None = None
+    metrics: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
 
 def rows_of(
@@ -174,6 +180,8 @@ def rows_of(
             measures = task.measures(own)
             if target in lagging:
                 measures["lag"] = task.lag(lagging[target], own)
+            further = scores.metrics.get(layer, {}).get(target, {})
+            measures |= dict.fromkeys(further, math.nan) if math.isnan(measures["error"]) else further
             named = {"target": target} if target else {}
             common = {"layer": layer, **named, **shared, **known.get(BY_TARGET, {}).get(target, {}), "stage": stage}
             common |= {**point, "labels": labels.get(target), "samples": samples}
@@ -185,6 +193,10 @@ def rows_of(
     return rows
 
 
+def _is_cross_fitted(row: Row) -> bool:
+    return (row.get("fitted_on") or {}).get("data") == CROSS_FITTED
+
+
 class Curves:
     """Add up the tallies of each curve since the last publication, by kind of probes.
 
@@ -194,6 +206,7 @@ class Curves:
         network: extractor of the layers whose probes are scored.
         ranks: the processes that score together.
         labels: counts the labels of each curve; ``None`` for a new one.
+        metrics: the metrics of torchmetrics that were asked for; ``None`` for new ones.
 
     Attributes:
         target_sums: sums over the targets that probes were fitted on, for each entry the highest of all points.
@@ -201,9 +214,17 @@ class Curves:
             then on.
         notes: warnings about layers, for the report.
         labels: as given.
+        metrics: as given.
     """
 
-    def __init__(self, network: LayerExtractor, ranks: Ranks, labels: LabelCounts | None = None) -> None:
+    def __init__(
+        self,
+        network: LayerExtractor,
+        ranks: Ranks,
+        labels: LabelCounts | None = None,
+        metrics: LayerMetrics | None = None,
+    ) -> None:
+        self.metrics = metrics or LayerMetrics(network.metrics)
         self.labels = labels or LabelCounts(network.labels)
         self.target_sums: list[float] = []
         self.set_aside: set[str] = set()
@@ -225,6 +246,11 @@ class Curves:
         if (before := curves.get(curve)) is not None:
             tally, target_sums = before[0] + tally, before[1] + target_sums
         curves[curve] = tally, target_sums
+
+    def score(self, kind: Kind, curve: Curve, probes: StackedProbes, batch: LayerBatch) -> None:
+        """Score probes that are published on a batch of evaluation, and add that to a curve."""
+        tally = self.metrics.score((kind, curve), probes, batch)
+        self.add(kind, curve, tally, self._network.question.target_sums(batch.targets))
 
     def touch(self, kind: Kind, curve: Curve, layers: int) -> None:
         """Give a curve a point with zero samples, so that it is published."""
@@ -291,6 +317,7 @@ class Curves:
 
     def clear(self, *kinds: Kind) -> None:
         """Discard the tallies of some kinds of probes, or of all; labels of training belong to those trained along."""
+        self.metrics.clear(*kinds)
         self.labels.clear(keeps_training=bool(kinds) and Kind.TRAINED_ALONG not in kinds)
         for kind in kinds or list(self._sums):
             self._sums.pop(kind, None)
@@ -348,7 +375,10 @@ class Curves:
             if online is not None:
                 pairs = zip(online.tallies, scores.tallies, strict=True)
                 scores.online = [own if own[-1] == tally[-1] else None for own, tally in pairs]
-            is_crossed = any((row.get("fitted_on") or {}).get("data") == CROSS_FITTED for row in about.values())
+            if stage != "train" and (nothing := self.metrics.nothing):
+                found = self._computed((kind, (stage, dataloader)), about, point)
+                scores.metrics = {layer: found.get(layer, nothing) for layer in about}
+            is_crossed = any(map(_is_cross_fitted, about.values()))
             # Of cross-fitted probes the stage "train" is the validation that they were fitted on.
             read = ("val", 0) if stage == "train" and is_crossed else (stage, dataloader)
             place = {"dataloader": dataloader, "epoch": epoch, "step": step, "logged_step": logged_step}
@@ -360,6 +390,24 @@ class Curves:
             report.enter(new, baselines)
             rows += new
         return rows
+
+    def _computed(self, key: tuple[Kind, Curve], about: Mapping[str, Row], now: tuple[int, int]) -> Mapping[str, Any]:
+        """Compute the metrics that were asked for, over all processes; if that fails, set all layers aside."""
+        try:
+            found = self.metrics.compute(key, about, self._ranks)
+        except Exception as error:
+            self.fail(about, "computing metrics", error, now)
+            return {}
+        notes = self.metrics.pop_notes()
+        if crossed := [layer for layer, row in about.items() if _is_cross_fitted(row) and layer not in found]:
+            notes.append(
+                "metrics are not computed on samples that probes were cross-fitted on, each of which is scored by the "
+                f"probe of one fold: NaN for {first_of(crossed)}"
+            )
+        for note in notes:
+            if note not in self.notes:
+                self._tell(note)
+        return found
 
     def _total(self, sums: tuple[Tensor, Tensor], about: Mapping[str, Row], now: tuple[int, int]) -> Scores:
         """Sum the tallies over processes; if that fails, set all layers aside."""

@@ -52,13 +52,14 @@ def error_by_depth(
     references: Mapping[str, float] | None = None,
     title: str = "",
     quantity: str = "error",
+    is_share: bool = True,
     warning: str = "",
     below: Sequence[str] = (),
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw probe error against depth, one line per curve.
+    """Draw probe error, or another metric, against depth, one line per curve.
 
-    The vertical axis is logarithmic (linear below 1 %) if the errors differ by more than a factor of eight.
+    The vertical axis of shares is logarithmic (linear below 1 %) if they differ by more than a factor of eight.
 
     Args:
         layers: names along the horizontal axis, in order of depth; at least one.
@@ -67,6 +68,7 @@ def error_by_depth(
         references: ``{label: error}``, fractions in [0, 1], drawn as horizontal lines.
         title: text above the axes.
         quantity: what the vertical axis shows.
+        is_share: whether values are shares, drawn in per cent; others are drawn as they are.
         warning: text below the title: why the errors are not those of fitted probes on new samples.
         below: sentences in small print under the axes; ignored if ``ax`` is given.
         ax: axes to draw into; by default those of a new figure.
@@ -91,21 +93,23 @@ def error_by_depth(
     depths = range(len(layers))
     colours = matplotlib.colormaps["viridis_r"]
     marker = "o" if len(layers) <= 45 else None
+    scale = 100 if is_share else 1
     for i, (label, values) in enumerate(curves.items()):
         is_last = i == len(curves) - 1
         colour = colours(0.15 + 0.85 * i / max(len(curves) - 1, 1))
         width = 2.2 if is_last else 1.4
-        percent = [100 * value for value in values]
-        axes.plot(depths, percent, marker=marker, markersize=4, color=colour, linewidth=width, label=label, zorder=3)
+        shown = [scale * value for value in values]
+        axes.plot(depths, shown, marker=marker, markersize=4, color=colour, linewidth=width, label=label, zorder=3)
         if is_last and interval is not None:
-            low, high = ([100 * value for value in bound] for bound in interval)
+            low, high = ([scale * value for value in bound] for bound in interval)
             axes.fill_between(depths, low, high, color=colour, alpha=0.2, linewidth=0, label="95 % interval")
     for i, (label, value) in enumerate((references or {}).items()):
         style = _REFERENCE_STYLES[i % len(_REFERENCE_STYLES)]
-        axes.axhline(100 * value, color="0.45", linestyle=style, linewidth=1.2, label=label, zorder=2)
+        axes.axhline(scale * value, color="0.45", linestyle=style, linewidth=1.2, label=label, zorder=2)
     _name_layers(axes, [names[layer] for layer in layers], path)
-    axes.set_ylabel(f"probe {quantity} (%)")
-    _scale(axes, [v for values in [*curves.values(), [*(references or {}).values()]] for v in values if v >= 0])
+    axes.set_ylabel(f"probe {quantity}" + " (%)" * is_share)
+    if is_share:
+        _scale(axes, [v for values in [*curves.values(), [*(references or {}).values()]] for v in values if v >= 0])
     # At 11 points about ten characters fit into an inch.
     around = max(20, int(10 * axes.bbox.width / axes.figure.dpi))
     axes.set_title("\n".join([title, *wrap(warning, around)]), fontsize=11, parse_math=False)

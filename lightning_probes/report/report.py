@@ -58,7 +58,8 @@ class ProbeReport:
             - ``epoch``: epochs completed, 0 for the network as ``fit`` found it, and ``step``: its ``global_step``;
             - ``metric``: ``error``, of classes and labels a fraction in [0, 1], of a regression 1 - R^2, at least 0;
               ``cross_entropy`` in nats, ``balanced_error`` (multilabel) or ``rmse`` in the targets' units (regression);
-              or ``lag``, the online probe's error minus this probe's error on the same samples;
+              ``lag``, the online probe's error minus this probe's error on the same samples; or, not for stage
+              ``train``, one of ``metrics``;
             - ``error_by_label`` and ``balanced_error_by_label`` (multilabel), ``error_by_output`` and
               ``rmse_by_output`` (regression): lists, in the rows of ``error`` only;
             - ``labels``: ``{"used", "left_out", "unusable"}``, how many labels of the stage's batches since the last
@@ -85,8 +86,9 @@ class ProbeReport:
               interval. ``None`` for an online or a cross-fitted probe;
             - ``network``, only from :func:`~lightning_probes.probe`: ``as given``, ``untrained``, or a checkpoint's
               path.
-        baseline: ``{stage: error}``, of several targets ``{stage/target: error}``: the error of the best constant answer to the samples of the stage's first loader:
-            the most frequent class, each label's commonest answer, or the mean of the targets, whose error is 1.
+        baseline: ``{stage: error}``, of several targets ``{stage/target: error}``: the error of the best constant
+            answer to the samples of the stage's first loader: the most frequent class, each label's commonest answer,
+            or the mean of the targets, whose error is 1.
         notes: sentences on what a reader should know of the run.
         cost: cost of bringing the probes to their optimum, since the run began or was resumed: ``seconds``; ``share``,
             the fraction of the run's time; ``kept_bytes``, most bytes of kept batches or features at one time, those in
@@ -132,7 +134,7 @@ class ProbeReport:
 
         Args:
             stage: ``train``, ``val`` or ``test``; by default the first of ``val``, ``test``, ``train`` with rows.
-            metric: ``error``, ``lag`` or another of the task.
+            metric: ``error``, ``lag``, another of the task, or a metric of torchmetrics that was asked for.
             dataloader: index of the loader within the stage; by default the first with rows.
             target: name of the target; by default the first.
 
@@ -170,7 +172,7 @@ class ProbeReport:
 
         Args:
             stage: ``train``, ``val`` or ``test``; the default is that of :meth:`curves`.
-            metric: ``error``, ``lag`` or another of the task.
+            metric: ``error``, ``lag``, another of the task, or a metric of torchmetrics that was asked for.
             dataloader: index of the loader within the stage; the default is that of :meth:`curves`.
             target: name of the target; the default is that of :meth:`curves`.
 
@@ -306,6 +308,7 @@ class ProbeReport:
         references: Mapping[str, float] | None = None,
         ax: None = None,
         *,
+        metric: str = "error",
         target: str | None = None,
     ) -> Picture: ...
 
@@ -317,6 +320,7 @@ class ProbeReport:
         references: Mapping[str, float] | None = None,
         *,
         ax: Axes,
+        metric: str = "error",
         target: str | None = None,
     ) -> Axes: ...
 
@@ -327,6 +331,7 @@ class ProbeReport:
         references: Mapping[str, float] | None = None,
         ax: Axes | None = None,
         *,
+        metric: str = "error",
         target: str | None = None,
     ) -> Picture | Axes:
         """Draw error against depth, with one line per published point, at most eight, and the last point's interval.
@@ -334,24 +339,26 @@ class ProbeReport:
         Args:
             stage: ``train``, ``val`` or ``test``; the default is that of :meth:`curves`.
             dataloader: index of the loader within the stage; the default is that of :meth:`curves`.
-            references: further horizontal lines, ``{label: error}`` in [0, 1], for example the network's own error.
+            references: further horizontal lines, ``{label: value}``, for example the network's own error in [0, 1].
             ax: matplotlib axes to draw into. By default a new figure is made, which also has, under its axes, how the
                 probes were fitted and scored, and the notes.
+            metric: another metric of the report to draw, as it is; it has no interval and no baseline.
             target: name of the target; the default is that of :meth:`curves`.
 
         Returns:
             ``ax`` if it is given, else the new matplotlib figure, which a notebook shows.
 
         Raises:
-            ValueError: the stage is unknown, or the report has no errors of it to draw.
+            ValueError: the stage, metric or target is unknown, or the report has none of it to draw.
             TypeError: ``ax`` is no matplotlib Axes.
             ModuleNotFoundError: matplotlib is not installed.
         """
         stage, dataloader = self._resolve(stage, dataloader)
         target = self._target(target)
-        curves = self.curves(stage, "error", dataloader, target)
+        curves = self.curves(stage, metric, dataloader, target)
         if not curves:
-            raise ValueError(f"the report has no {stage} errors to draw yet")
+            what = "errors" if metric == "error" else metric
+            raise ValueError(f"the report has no {stage} {what} to draw yet")
         depths = {layer: row["depth"] for curve in curves.values() for layer, row in curve.items()}
         layers = sorted(depths, key=lambda layer: depths[layer])
         last = list(curves.values())[-1]
@@ -361,16 +368,19 @@ class ProbeReport:
 
         shown = spread(list(curves), 8)
         by_step = has_points_inside_epochs(curves)
-        words, constant = words_of(self.tasks[target]), self.baseline.get(_of_target(stage, target))
-        baseline = {} if constant is None else {words.baseline: constant}
+        is_error, where = metric == "error", _of_target(stage, target)
+        constant = self.baseline.get(where) if is_error else None
+        baseline = {} if constant is None else {words_of(self.tasks[target]).baseline: constant}
+        quantity = metrics_of(self.tasks[target]).get(metric, metric)
         method = self._method(curves, stage)
         axes = error_by_depth(
             layers,
             {point_name(point, by_step, curves[point]): across(curves[point]) for point in shown},
-            interval=(across(last, "low"), across(last, "high")) if stage != "train" else None,
+            interval=(across(last, "low"), across(last, "high")) if is_error and stage != "train" else None,
             references={**baseline, **(references or {})},
-            title=f"What each layer knows: linear probes, {_of_target(stage, target)} {words.error}",
-            quantity=words.error,
+            title=f"What each layer knows: linear probes, {where} {quantity}",
+            quantity=quantity,
+            is_share=is_error,
             warning=method.warning,
             below=[*method.sentences, *self.notes],
             ax=ax,

@@ -228,6 +228,15 @@ class Classification(Task):
         samples = self.samples_in(target_sums)
         return 1 - max(target_sums) / samples if samples else math.nan
 
+    @property
+    def metric_arguments(self) -> dict[str, Any]:
+        return {"task": "multiclass", "num_classes": self.outputs}
+
+    def for_metrics(self, scores: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+        """Return probabilities ``(samples, classes)`` and classes ``(samples,)``, of soft targets the likeliest."""
+        counted = labels.counted > 0
+        return self.expectation(scores).T[counted], labels.answers.flatten()[counted]
+
     def restored(self, state: Mapping[str, Any]) -> Classification:
         is_same = state["kind"] == self.kind and not self.outputs
         return replace(self, outputs=state["outputs"]) if is_same else self

@@ -226,6 +226,16 @@ class Multilabel(Task):
             return ""
         return f"of {self.outputs} labels, in the samples that probes were fitted on, {', '.join(told)}"
 
+    @property
+    def metric_arguments(self) -> dict[str, Any]:
+        return {"task": "multilabel", "num_labels": self.outputs, "ignore_index": IGNORED}
+
+    def for_metrics(self, scores: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+        """Return probabilities and targets of 0 and 1, both ``(samples, labels)``; -100 for a missing entry."""
+        counted = labels.counted > 0
+        targets = torch.where(labels.answers > 0, labels.rows.T, IGNORED).T.long()
+        return scores.sigmoid().T[counted], targets[counted]
+
     def restored(self, state: Mapping[str, Any]) -> Multilabel:
         is_same = state["kind"] == self.kind and not self.outputs
         return replace(self, outputs=state["outputs"]) if is_same else self

@@ -265,6 +265,21 @@ class Regression(Task):
             told.append(f"{len(missing)} of {n} outputs have no target (the first: {missing[0]})")
         return f"of the targets that probes were fitted on, {'; '.join(told)}" if told else ""
 
+    @property
+    def metric_arguments(self) -> dict[str, Any]:
+        return {"num_outputs": self.outputs}
+
+    def for_metrics(self, scores: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+        """Return predictions and targets in the targets' units, of samples without a missing entry.
+
+        They are ``(samples, outputs)``, or ``(samples,)`` of one output.
+        """
+        centre, scale = _units(self.centre, self.scale, scores.device)
+        complete = (labels.answers > 0).all(dim=0)
+        found = [(part.to(centre) * scale + centre)[complete].float() for part in (scores.T, labels.rows)]
+        predictions, targets = (part.squeeze(1) if self.outputs == 1 else part for part in found)
+        return predictions, targets
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "centre": list(self.centre), "scale": list(self.scale)}
 

@@ -66,17 +66,19 @@ class Several(Question):
         return Labels(targets, targets, counted, counted.sum(), each, parts)
 
     def tally(self, scores: Tensor, labels: Labels) -> Tensor:
-        places = self.columns()
-        each = zip(self.tasks, labels.parts, strict=True)
-        found = {name: task.tally(scores[:, places[name]], part) for (name, task), part in each}
+        found = {name: task.tally(own, part) for name, (task, own, part) in self.answers(scores, labels).items()}
         return self._with_total(found, labels.total)
 
     def tally_and_residual(self, scores: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
-        places, tallies, residuals = self.columns(), {}, []
-        for (name, task), part in zip(self.tasks, labels.parts, strict=True):
-            tallies[name], residual = task.tally_and_residual(scores[:, places[name]], part)
+        tallies, residuals = {}, []
+        for name, (task, own, part) in self.answers(scores, labels).items():
+            tallies[name], residual = task.tally_and_residual(own, part)
             residuals.append(residual)
         return self._with_total(tallies, labels.total), torch.cat(residuals, dim=1)
+
+    def answers(self, scores: Tensor, labels: Labels) -> dict[str, tuple[Task, Tensor, Labels]]:
+        places, parts = self.columns(), zip(self.tasks, labels.parts, strict=True)
+        return {name: (task, scores[..., places[name], :], part) for (name, task), part in parts}
 
     def joined(self, tallies: Mapping[str, Tensor]) -> Tensor:
         each = [tallies[name] for name, _ in self.tasks]

@@ -117,6 +117,10 @@ class Question(ABC):
         """
 
     @abstractmethod
+    def answers(self, scores: Tensor, labels: Labels) -> dict[str, tuple[Task, Tensor, Labels]]:
+        """Return each task with its scores and labels, of scores ``(..., outputs, samples)``, by its name."""
+
+    @abstractmethod
     def target_sums(self, targets: Tensor) -> Tensor:
         """Return a vector of sums over targets ``(samples, outputs)``, for baselines and other numbers of each task."""
 
@@ -191,6 +195,9 @@ class Task(Question):
 
     def leave_out_(self, targets: Tensor) -> None:
         targets.fill_(self.left_out)
+
+    def answers(self, scores: Tensor, labels: Labels) -> dict[str, tuple[Task, Tensor, Labels]]:
+        return {"": (self, scores, labels)}
 
     def split(self, column: Column) -> dict[str, Column]:
         return {"": column}
@@ -302,6 +309,22 @@ class Task(Question):
     def doubts(self, target_sums: list[float]) -> str:
         """Say what is strange about the targets that probes were fitted on; empty if nothing is."""
         return ""
+
+    # What metrics of torchmetrics need
+
+    @property
+    def metric_arguments(self) -> dict[str, Any]:
+        """Return the arguments with which a metric given by name is made, as far as it takes them."""
+        return {}
+
+    @abstractmethod
+    def for_metrics(self, scores: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+        """Return the predictions and targets that metrics are fed, of the samples that count; wait for the device.
+
+        Args:
+            scores: ``(outputs, samples)`` of one layer.
+            labels: the targets of these samples.
+        """
 
     # How many samples it takes
 

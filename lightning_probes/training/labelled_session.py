@@ -83,6 +83,7 @@ class LabelledSession(ProbingSession):
         note_in(report, note, missed)
         for stage in STAGES:
             self._passes.try_out(model, stage)
+        self.curves.metrics.try_out(self.network.question)
         self._kept = self._data.described
         self._greet()
         is_due = not (gone_before or has_start or note)

@@ -302,7 +302,6 @@ class Refit:
         if seen is None:
             return
         watched = self._batches.taken(step, seen) if self._start.fitted is not None else None
-        target_sums = self._network.question.target_sums(seen.targets)
         if self._validation is None and curve[0] == "val" and (crossed := self._cross_fitted()):
             # In a further validation the probes that were fitted on all of its samples must not score them.
             self._validation, self._crossed = self._no_batches(), crossed
@@ -312,8 +311,9 @@ class Refit:
             others = seen.only(set(self._network.layers) - self._crossed)
         probes = self.fitted.probes if self.fitted is not None else online
         if probes is not None and (self._validation is None or not self._is_all_crossed):
-            self._curves.add(Kind.PUBLISHED, curve, probes.score(others), target_sums)
+            self._curves.score(Kind.PUBLISHED, curve, probes, others)
         if online is not None and (self.fitted is not None or self._validation is not None):
+            target_sums = self._network.question.target_sums(seen.targets)
             self._curves.add(Kind.ONLINE, curve, online.score(seen), target_sums)
         if watched is not None:
             with self.timed():
@@ -536,8 +536,7 @@ class Refit:
         try:
             for seen in self._batches.run_again([batch], model, context, start.weights):
                 self._faults |= seen.faults
-                target_sums = self._network.question.target_sums(seen.targets)
-                self._curves.add(Kind.START, curve, start.fitted.probes.score(seen), target_sums)
+                self._curves.score(Kind.START, curve, start.fitted.probes, seen)
         except Exception as error:  # Whatever a module raises must not end a training run.
             reason = str(error) if isinstance(error, CannotRunAgainError) else f"{type(error).__name__}: {error}"
             start.fault = f"validation cannot be run again: {reason}"

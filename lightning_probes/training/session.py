@@ -110,6 +110,9 @@ class ProbingSession:
 
         Returns:
             Whether the starting point has been scored already and is to be published.
+
+        Raises:
+            ValueError: a metric that was asked for does not score the probes.
         """
         self.refit.batches = batches
         self._kept = partial(self.refit.described, has_validation=has_validation)
@@ -120,6 +123,7 @@ class ProbingSession:
         note_in(report, note, missed, "" if has_validation else NO_VALIDATION)
         if missed:
             self.curves.clear()
+        self.curves.metrics.try_out(self.network.question)
         # Memory is lent from the first step on, since other memory changes the order of sums.
         self.online.lend()
         return False
@@ -146,6 +150,7 @@ class ProbingSession:
 
         Raises:
             LookupError, TypeError, ValueError: as :meth:`~lightning_probes.network.extractor.LayerExtractor.open`.
+            ValueError: the first batch shows that a metric that was asked for does not score the probes.
         """
         self.online.is_shown = self._has_lag or not self.refit.is_expected
         wanted = set[str]()
@@ -153,6 +158,7 @@ class ProbingSession:
             if self.refit.wants():
                 wanted = {INPUT}  # No replay gives the raw input.
         provenance = self.network.open(batch, self.online.open(wanted))
+        self.curves.metrics.try_out(self.network.question)
         with self._around("recording it"):
             self.refit.record(provenance)
 

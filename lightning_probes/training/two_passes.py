@@ -49,7 +49,7 @@ class TwoPasses:
 
     def score(self, dataloader: int, batch: LayerBatch, probes: StackedProbes, curves: Curves) -> None:
         """Score ``probes`` on a batch of the second pass, and add that to the curve of its loader."""
-        curve, task = ("val", dataloader), self._network.question
-        self.scored += int(task.is_counted(batch.targets).sum())
+        curve = ("val", dataloader)
+        self.scored += int(self._network.question.is_counted(batch.targets).sum())
         self._labels.add(curve, batch.labels)
-        curves.add(Kind.PUBLISHED, curve, probes.score(batch), task.target_sums(batch.targets))
+        curves.score(Kind.PUBLISHED, curve, probes, batch)

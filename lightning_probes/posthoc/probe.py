@@ -237,7 +237,7 @@ class _Posthoc:
         notes = [
             *notes_of(self._network.pairings),
             *self._network.labels.notes,
-            *self._network.mask_reader.notes,
+            *self._network.notes_on_tokens,
             task.doubts(found.target_sums.tolist()),
             where,
         ]
@@ -277,7 +277,7 @@ class _Posthoc:
         self._fitted = found
         self.report.cost["seconds"] += time.perf_counter() - begun
         self.report.cost["kept_bytes"] = max(self.report.cost["kept_bytes"], store.memory_bytes + store.file_bytes)
-        told = [*model.notes, *self._network.notes, *self._network.labels.notes, *self._network.mask_reader.notes]
+        told = [*model.notes, *self._network.notes, *self._network.labels.notes, *self._network.notes_on_tokens]
         self.report.notes = list(dict.fromkeys([*self.report.notes, *told]))
         return found
 

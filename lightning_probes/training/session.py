@@ -325,7 +325,7 @@ class ProbingSession:
             report.notes = [note for note in report.notes if note != self.doubts]
             self.doubts = self.curves.doubts
             note_in(report, *self.network.notes, *self.network.labels.notes)
-            note_in(report, *self.network.mask_reader.notes)
+            note_in(report, *self.network.notes_on_tokens)
             note_in(report, self.doubts, self.refit.note, self.ranks.note)
             self._count_cost(report)
         report.notes = [note for note in report.notes if note not in self._pairs_noted]

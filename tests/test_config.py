@@ -128,6 +128,7 @@ layout:
   "encoder.*": channels
   input: tokens
 calls: mean
+tokens: {"encoder.*": first, input: last}
 token_mask: {"encoder.*": mask, input: 2}
 data: null
 name: digit
@@ -155,6 +156,7 @@ def test_every_argument_can_be_written_in_yaml() -> None:
     assert probes.state_key == LinearProbeCallback(name="digit").state_key
     assert network._reading["layout"] == written["layout"]
     assert network.recorder._calls == "mean"
+    assert network._reading["tokens"] == {"encoder.*": "first", "input": "last"}
     assert network.mask_reader._token_mask == {"encoder.*": "mask", "input": 2}
     assert probes._new_session().refit.budget == Budget(1000, 2_000_000, on_device=True)
     assert (probes._learning_rate, probes._schedule._every_n_epochs) == (0.01, 3)
@@ -183,6 +185,9 @@ def of_network(probes: LinearProbeCallback, attribute: str) -> Any:
         ("target: -1", "labels._target", -1),
         ("target: operator.length_hint", "labels._target", __import__("operator").length_hint),
         ("num_classes: null", "_reading.num_classes", None),
+        ("{}", "_reading.tokens", "mean"),
+        ("tokens: last", "_reading.tokens", "last"),
+        ("tokens: {'*.1': first}", "_reading.tokens", {"*.1": "first"}),
         ("{}", "mask_reader._token_mask", "attention_mask"),
         ("token_mask: null", "mask_reader._token_mask", None),
         ("token_mask: 2", "mask_reader._token_mask", 2),
@@ -206,6 +211,9 @@ def test_argument_in_yaml_means_what_it_means_in_python(init_args: str, attribut
         ("layout: {input: rows}", "layout"),
         ("calls: second", "calls"),
         ("reduction: mean", "reduction"),
+        ("tokens: cls", "tokens"),
+        ("tokens: {net: cls}", "tokens"),
+        ("tokens: null", "tokens"),
         ("token_mask: 2.5", "token_mask"),
         ("token_mask: {net: 2.5}", "token_mask"),
         ("log_metrics: cross_entropy", "log_metrics"),
@@ -229,6 +237,7 @@ def test_lists_and_mappings_of_omegaconf_are_accepted() -> None:
         "_reading.num_classes",
         "_reading.input",
         "labels._target",
+        "_reading.tokens",
         "mask_reader._token_mask",
     ):
         found, expected = of_network(probes, attribute), of_network(plain, attribute)
@@ -258,7 +267,11 @@ def test_an_entry_of_the_options_reaches_callback_probe_and_command_line(
     monkeypatch.chdir(tmp_path)
     # The command line takes what the callback was given.
     token_mask = "--trainer.callbacks.token_mask={net.1: words, net.3: 2}"
-    given = build("--trainer.callbacks.layout={net.1: tokens}", "--trainer.callbacks.calls=mean", token_mask).selection
+    tokens = "--trainer.callbacks.tokens={net.1: first}"
+    others = "--trainer.callbacks.layout={net.1: tokens}", "--trainer.callbacks.calls=mean"
+    given = build(*others, tokens, token_mask).selection
+    assert given["tokens"] == {"net.1": "first"}
+    assert build("--trainer.callbacks.tokens=last").selection["tokens"] == "last"
     assert given["token_mask"] == {"net.1": "words", "net.3": 2}
     assert given["layout"] == {"net.1": "tokens"}
     assert given["calls"] == "mean"

@@ -118,6 +118,11 @@ class LayerExtractor:
         """Return ``{layer: reason}`` of the layers that the first batch does not fit, so that they are not probed."""
         return dict(self._unfit)
 
+    @property
+    def why_missing(self) -> dict[str, str]:
+        """Return ``{layer: reason}`` of the selected layers that have no probe: those left out, and those absent."""
+        return self.left_out | {layer: self.recorder.reasons.get(layer, "it did not run") for layer in self.absent}
+
     def learn_outputs(self, outputs: int) -> None:
         """Take the number of outputs from a checkpoint, unless it is known already."""
         if outputs and not self.task.outputs:

@@ -20,11 +20,10 @@ def state_of(session: ProbingSession, report: ProbeReport) -> dict[str, Any]:
 
     Beside the report there are, under ``probes``: the layers (``selected``, ``facts``: order, depth and size), how
     features are reduced (``reduction``, ``tokens``) and which dimension holds them (``axes``), which row is of which
-    sample (``pairings``), the classes (``num_classes``), the probes trained along (``along``) and those at their optimum
-    with
-    what is known of them (``optimum``), epoch and step of the last point and of the last step (``point``, ``now``),
-    layers set aside and the running tally of the probes trained along (``points``), the note on classes that never
-    occur (``missing``), whether training has no labels (``trains_without_labels``), and whether probes are on a
+    sample (``pairings``), the classes (``num_classes``), the probes trained along (``along``) and those at their
+    optimum with what is known of them (``optimum``), epoch and step of the last point and of the last step (``point``,
+    ``now``), layers set aside and the running tally of the probes trained along (``points``), the note on classes that
+    never occur (``missing``), whether training has no labels (``trains_without_labels``), and whether probes are on a
     labelled set of their own (``own_data``). The keys are those of release 0.1.0, and new ones. No batch and no feature
     is saved.
     """

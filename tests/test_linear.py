@@ -15,8 +15,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from networks import QUIET, Classifier, ViT, convnet, loader, mlp
 from states import differences, rng_states
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_probes import LinearProbeCallback, ProbeReport, probe
+from lightning_probes.network.arrangement import Arrangement, LayerReduction
+from lightning_probes.network.pooling import Reducer
 from lightning_probes.probes.linear import LayerProbe, folded
 from lightning_probes.probes.standardise import standardise_
 
@@ -153,14 +157,76 @@ def test_of_several_networks_it_is_that_of_the_last(tmp_path: Path) -> None:
 def test_without_a_fit_it_is_the_probe_trained_along() -> None:
     model, probes = small(), LinearProbeCallback(fit_samples=0)
     Trainer(**QUIET, max_epochs=1, callbacks=[probes]).fit(model, TRAIN, VAL)
-    check(lambda layer: probes.probe(layer), probes.report, model)
-    assert probes.probe("net.1").fitted_on == {"data": "online", "samples": 320}
+    restored = LinearProbeCallback(fit_samples=0)
+    restored.load_state_dict(probes.state_dict())
+    for one in (probes, restored):
+        assert one.probe("net.1").fitted_on == {"data": "online", "samples": 320}
+        check(one.probe, probes.report, model)
+
+
+def test_of_a_cross_fitted_point_it_is_fitted_on_all_folds() -> None:
+    class Bare(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            return F.cross_entropy(F.linear(x.flatten(1), self.net[1].weight)[:, :10], y)  # type: ignore[index]
+
+    seed_everything(3, verbose=False)
+    model, probes = Bare(mlp(depth=1)), LinearProbeCallback(input=None)
+    with pytest.warns(UserWarning, match="cross-fitted on validation"):
+        Trainer(**QUIET, max_epochs=1, callbacks=[probes]).fit(model, TRAIN, VAL)
+    (row,) = probes.report.select(layer="net.1", stage="train", metric="error")
+    one = probes.probe("net.1")
+    assert one.fitted_on == row["fitted_on"] == {"data": "val, cross-fitted", "samples": 200}
+    activation, y = outputs(model, "net.1")
+    wrong = (one(one.reduction(activation)).argmax(dim=1) != y).sum().item()
+    assert abs(wrong - row["value"] * 200) <= 1.01  # on the samples that it was fitted on
 
 
 def test_a_labelled_set_of_its_own_gives_its_probes() -> None:
     model, probes = small(), LinearProbeCallback(data=(TRAIN, VAL), num_classes=10)
     Trainer(**QUIET, max_epochs=1, callbacks=[probes]).fit(model, loader(64, seed=5))
     check(probes.probe, probes.report, model)
+
+
+# What makes features of an activation
+
+
+def reduction(arrangement: Arrangement, tokens: Any = "mean") -> LayerReduction:
+    return LayerReduction("a", Reducer(), {3: "tokens"}, tokens, arrangement)
+
+
+def test_rows_are_brought_to_their_samples() -> None:
+    x = torch.randn(6, 5, 4)
+    cases: list[tuple[Arrangement, Tensor]] = [
+        (Arrangement(), x.mean(dim=1)),
+        (Arrangement("rows", 1), x.mean(dim=0)),
+        (Arrangement("blocks", each=2, at=(0, 4), of=(8, 4)), x.mean(dim=1)),
+        (Arrangement("consecutive", each=3, is_mean=True), x.mean(dim=1).view(2, 3, 4).mean(dim=1)),
+    ]
+    for arrangement, expected in cases:
+        torch.testing.assert_close(reduction(arrangement)(x), expected)
+    index = torch.tensor([0, 0, 1, 1, 1, 1])
+    nodes = x[:, 0]
+    expected = torch.stack([nodes[:2].mean(dim=0), nodes[2:].mean(dim=0)])
+    torch.testing.assert_close(reduction(Arrangement("indexed"))(nodes, index=index), expected)
+    packed = pack_padded_sequence(x, torch.tensor([5, 2, 3, 1, 4, 5]), batch_first=True, enforce_sorted=False)
+    lengths = [5, 2, 3, 1, 4, 5]
+    means = torch.stack([row[:n].mean(dim=0) for row, n in zip(x, lengths, strict=True)])
+    torch.testing.assert_close(reduction(Arrangement("packed"))(packed), means)
+    nested = torch.nested.nested_tensor([row[:n] for row, n in zip(x, lengths, strict=True)])
+    torch.testing.assert_close(reduction(Arrangement())(nested), means)
+    last = torch.stack([row[n - 1] for row, n in zip(x, lengths, strict=True)])
+    assert torch.equal(reduction(Arrangement(), "last")(nested), last)
+
+
+def test_a_mask_that_does_not_fit_is_no_mask() -> None:
+    x = torch.randn(6, 5, 4)
+    with pytest.raises(ValueError, match=r"^mask: expected \(6, 5\), \(batch, tokens\) of a, found \(6, 4\)$"):
+        reduction(Arrangement())(x, torch.ones(6, 4))
+    with pytest.raises(ValueError, match=r"^mask: a has no tokens"):
+        reduction(Arrangement())(x[:, 0], torch.ones(6, 5))
+    with pytest.raises(ValueError, match=r"^index: expected the sample of each row"):
+        reduction(Arrangement("indexed"))(x[:, 0])
 
 
 # Mistakes

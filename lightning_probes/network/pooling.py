@@ -147,7 +147,8 @@ class Reducer:
     def of_layer(self, layer: str) -> Reducer:
         """Return a copy that reduces the activations of one layer."""
         copy = Reducer(self.kind, self.max_features)
-        copy._draws = {name: draw for name, draw in self._draws.items() if name == layer}
+        draws = self.state_dict()["draws"]
+        copy.load_state_dict({"draws": {layer: draws[layer]} if layer in draws else {}})
         return copy
 
     def _drawn(self, layer: str, values: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -155,7 +155,7 @@ class ProbingSession:
         if fitted is not None:
             probes = fitted.probes
             fitted_on = {name: known["fitted_on"] for name, known in fitted.known.items()}
-        elif self.online.probes is not None and any(row["fitted_on"]["data"] == ONLINE for row in shown):
+        elif self.online.probes is not None and any((row["fitted_on"] or {}).get("data") == ONLINE for row in shown):
             probes = self.online.probes
             fitted_on = {layer: {"data": ONLINE, "samples": self.online.samples}}
         missing = network.why_missing | dict.fromkeys(self.curves.set_aside, "it was set aside, see report.notes")

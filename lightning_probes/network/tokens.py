@@ -100,6 +100,7 @@ class TokenChoice:
                 notes.append(
                     f"tokens={way!r} is not about the parts of a sample of {first_of(whole)}: their mean is taken"
                 )
-            if has_tokens and not any(has_tokens.get(layer) for layer in own):
+            known = [has_tokens[layer] for layer in own if layer in has_tokens]
+            if known and not any(known):
                 notes.append(f"tokens={way!r} has no effect: {first_of(own)} have no tokens")
         return notes

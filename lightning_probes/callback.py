@@ -20,6 +20,7 @@ from lightning_probes.network.batches import unrepeated
 from lightning_probes.network.extractor import LayerExtractor
 from lightning_probes.network.torch_internals import hide_override
 from lightning_probes.options import EveryNEpochs, Reading, checked, flag, positive_float, takes_reading, whole
+from lightning_probes.probes.linear import LayerProbe
 from lightning_probes.progress import Progress
 from lightning_probes.replay.calling import Caller
 from lightning_probes.replay.reservoir import Budget
@@ -114,7 +115,8 @@ class LinearProbeCallback(Callback):
         self.selection: dict[str, Any] = {"layers": layers, "exclude": exclude, **reading}
         arguments = inspect.signature(LinearProbeCallback).parameters
         read = checked(reading, "LinearProbeCallback", arguments)
-        self._network = LayerExtractor(layers, exclude, read)
+        self._make_network = partial(LayerExtractor, layers, exclude, read)
+        self._network = self._make_network()
         self._kinds = kinds_of(self._network.question)
         self.report = ProbeReport(tasks=self._kinds)
         self._data = None if data is None else LabelledSet(data)
@@ -299,6 +301,37 @@ class LinearProbeCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._end(trainer)
 
+    def probe(self, layer: str, target: str | None = None) -> LayerProbe:
+        """Return the fitted classifier of a layer, as a ``torch.nn.Linear`` on the layer's features as they are.
+
+        It is that of the last point: of the network as it was then. Its ``reduction`` makes features of what the layer
+        puts out: ``probe(probe.reduction(activation))``. It is there while and after fitting, and once the state of a
+        checkpoint is loaded. A cross-fitted point has scored each fold by a probe of the others; the one returned here
+        was fitted on all of them. With ``fit_samples=0`` it is the probe trained along, as it is now.
+
+        Args:
+            layer: path of the layer in ``named_modules()``, or ``input``, as in the report.
+            target: name of the target; by default the first.
+
+        Returns:
+            A copy, in eval mode, on the device on which it was fitted; see
+            :class:`~lightning_probes.probes.linear.LayerProbe`. Nothing is drawn from a random generator.
+
+        Raises:
+            ValueError: no such layer is probed (the message has the nearest names), or it was left out or set aside.
+            RuntimeError: no probe of it has been fitted yet; the message says when one will be.
+        """
+        session, report = self._session, self.report
+        if self._restored is not None:
+            saved, report = self._restored["probes"], ProbeReport.from_dict(self._restored["report"])
+            network = self._make_network()
+            network.learn_question(question_in(saved))
+            session = self._new_session(network)
+            restore(session, saved, "cpu", strict=self._is_strict, is_training=False)
+        if not session.network.layers:
+            raise RuntimeError(f"probe: before fit no layer is known, and {layer!r} has no probe: {self._schedule}")
+        return session.probe(layer, target, report, str(self._schedule))
+
     def state_dict(self) -> dict[str, Any]:
         if not self._session.is_ready:
             return {}
@@ -329,12 +362,13 @@ class LinearProbeCallback(Callback):
         coming = self._schedule.has_validation(trainer)
         self._session.prepare(pl_module, context, self.report, gap, is_validation=is_validation, has_validation=coming)
 
-    def _new_session(self) -> ProbingSession:
-        budget = Budget(self._samples(), *self._bounds)
+    def _new_session(self, network: LayerExtractor | None = None) -> ProbingSession:
+        """Return a session of a network, which is by default the one that is trained."""
+        budget, network = Budget(self._samples(), *self._bounds), network or self._network
         if self._data is not None:
-            return LabelledSession(self._network, self._data, self._make_caller, budget, self._ranks, self._progress)
+            return LabelledSession(network, self._data, self._make_caller, budget, self._ranks, self._progress)
         has_lag = "lag" in self._logs.metrics
-        return ProbingSession(self._network, self._learning_rate, budget, self._ranks, self._progress, has_lag=has_lag)
+        return ProbingSession(network, self._learning_rate, budget, self._ranks, self._progress, has_lag=has_lag)
 
     def _samples(self) -> int:
         """Return how many samples each process keeps."""

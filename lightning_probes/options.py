@@ -26,6 +26,8 @@ Layout = Literal[Axes, RowLayout]
 Calls = Literal["first", "last", "mean"]
 Reduction = Literal["pool", "subset", "projection"]
 TaskKind = Literal["classification", "multilabel", "regression"]
+Tokens = Literal["mean", "first", "last"]
+"""Say how the tokens of a sample become its features: their mean, or one of them."""
 
 EveryNEpochs = int | Literal["auto"]
 
@@ -111,6 +113,21 @@ def layouts(argument: str, value: Any) -> dict[str, Layout]:
     value = {} if value is None else value
     if not isinstance(value, Mapping) or not all(isinstance(k, str) and v in kinds for k, v in value.items()):
         raise ValueError(f"{argument}: expected {{pattern: {_or(kinds)}}}, found {value!r}")
+    return dict(value)
+
+
+def token_kinds(argument: str, value: Any) -> Tokens | dict[str, Tokens]:
+    """Return ``value`` if it is a way to reduce tokens, or a mapping of layer patterns to these.
+
+    Raises:
+        ValueError: ``value`` is something else; the message names the argument and what was given.
+    """
+    if not isinstance(value, Mapping):
+        return one_of(argument, value, get_args(Tokens))  # type: ignore[return-value]
+    for pattern, kind in value.items():
+        if not isinstance(pattern, str):
+            raise ValueError(f"{argument}: expected layer patterns as keys, found {pattern!r}")
+        one_of(f"{argument}[{pattern!r}]", kind, get_args(Tokens))
     return dict(value)
 
 
@@ -352,6 +369,16 @@ class Reading(TypedDict, total=False):
             _choice(Calls),
             "of several calls of a layer in one step, which counts of those whose rows are of samples with labels: the "
             "``first``, the ``last`` or the ``mean`` of all; where it can be the same call for all layers.",
+        ),
+    ]
+    tokens: Annotated[
+        Tokens | dict[str, Tokens],
+        Option(
+            "mean",
+            token_kinds,
+            "how the tokens of a sample become its features: their ``mean``, or the ``first`` or ``last`` of those "
+            "that the mask leaves; or {layer pattern: one of these}, where other layers have the mean. Vectors and "
+            "maps of channels have no tokens.",
         ),
     ]
     token_mask: Annotated[

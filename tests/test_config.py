@@ -133,6 +133,7 @@ layout:
   "encoder.*": channels
   input: tokens
 calls: mean
+tokens: {"encoder.*": first, input: last}
 token_mask: {"encoder.*": mask, input: 2}
 metrics: [Accuracy, MulticlassF1Score]
 data: null
@@ -162,6 +163,7 @@ def test_every_argument_can_be_written_in_yaml() -> None:
     assert probes.state_key == LinearProbeCallback(name="digit").state_key
     assert network._reading["layout"] == written["layout"]
     assert network.recorder._calls == "mean"
+    assert network._reading["tokens"] == {"encoder.*": "first", "input": "last"}
     assert network.mask_reader._token_mask == {"encoder.*": "mask", "input": 2}
     assert list(network.metrics) == written["metrics"]
     assert probes._new_session().refit.budget == Budget(1000, 2_000_000, on_device=True)
@@ -194,6 +196,9 @@ def of_network(probes: LinearProbeCallback, attribute: str) -> Any:
         ("task: regression", "question", Regression()),
         ("task: multilabel", "question", Multilabel()),
         ("positions: null", "labels._most_positions", None),
+        ("{}", "_reading.tokens", "mean"),
+        ("tokens: last", "_reading.tokens", "last"),
+        ("tokens: {'*.1': first}", "_reading.tokens", {"*.1": "first"}),
         ("{}", "mask_reader._token_mask", "attention_mask"),
         ("token_mask: null", "mask_reader._token_mask", None),
         ("token_mask: 2", "mask_reader._token_mask", 2),
@@ -217,6 +222,9 @@ def test_argument_in_yaml_means_what_it_means_in_python(init_args: str, attribut
         ("layout: {input: rows}", "layout"),
         ("calls: second", "calls"),
         ("reduction: mean", "reduction"),
+        ("tokens: cls", "tokens"),
+        ("tokens: {net: cls}", "tokens"),
+        ("tokens: null", "tokens"),
         ("token_mask: 2.5", "token_mask"),
         ("token_mask: {net: 2.5}", "token_mask"),
         ("metrics: Accuracy", "metrics"),
@@ -242,6 +250,7 @@ def test_lists_and_mappings_of_omegaconf_are_accepted() -> None:
         "_reading.num_classes",
         "_reading.input",
         "labels._target",
+        "_reading.tokens",
         "mask_reader._token_mask",
     ):
         found, expected = of_network(probes, attribute), of_network(plain, attribute)
@@ -271,7 +280,11 @@ def test_an_entry_of_the_options_reaches_callback_probe_and_command_line(
     monkeypatch.chdir(tmp_path)
     # The command line takes what the callback was given.
     token_mask = "--trainer.callbacks.token_mask={net.1: words, net.3: 2}"
-    given = build("--trainer.callbacks.layout={net.1: tokens}", "--trainer.callbacks.calls=mean", token_mask).selection
+    tokens = "--trainer.callbacks.tokens={net.1: first}"
+    others = "--trainer.callbacks.layout={net.1: tokens}", "--trainer.callbacks.calls=mean"
+    given = build(*others, tokens, token_mask).selection
+    assert given["tokens"] == {"net.1": "first"}
+    assert build("--trainer.callbacks.tokens=last").selection["tokens"] == "last"
     assert given["token_mask"] == {"net.1": "words", "net.3": 2}
     assert given["layout"] == {"net.1": "tokens"}
     assert given["calls"] == "mean"

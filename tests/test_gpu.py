@@ -12,7 +12,7 @@ import torch
 from exact import Weights, check_gaps, features_by_hand, gaps
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
-from networks import QUIET, Classifier, ResNet, loader, mlp
+from networks import QUIET, Classifier, ResNet, ViT, loader, mlp
 from states import assert_same
 from torch.utils._pytree import tree_leaves
 
@@ -181,6 +181,19 @@ def test_no_training_step_waits_for_the_device(
     train(make, tmp_path, probes)
     assert probes.steps == 11
     check_that_all_was_probed(probes, starts="fit_samples" not in arguments)
+
+
+@pytest.mark.usefixtures("_waits_again")
+def test_no_training_step_waits_for_the_place_of_a_token(tmp_path: Path) -> None:
+    tokens: dict[str, Any] = {"tokens": {"net.blocks.0": "first", "net.blocks.1": "last"}}
+    tokens |= {"token_mask": {"net.blocks.*": lambda batch: batch[0].flatten(1)[:, :16] > -1}}
+    probes = NeverWaiting(**tokens, fit_on_device=True)
+    train(lambda: Classifier(ViT(width=16, depth=2, patch=2, size=8, channels=1)), tmp_path, probes)
+    assert probes.steps == 11
+    check_that_all_was_probed(probes, starts=True)
+    assert {row["reduction"] for row in probes.report.select(layer="net.blocks.1")} == {
+        "last token of those that a mask leaves"
+    }
 
 
 @pytest.mark.usefixtures("_waits_again")

@@ -804,3 +804,10 @@ def test_activation_that_cannot_be_taken_is_told_with_its_layer(monkeypatch: pyt
         RuntimeError, match=r"^layers: taking the activation of 'net\.1' raised RuntimeError: injected$"
     ):
         probe(Classifier(mlp()), loader(64), loader(32, seed=1), trainer=Trainer(**QUIET))
+
+
+def test_a_layout_without_effect_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^layout: 'net\.1' has no effect: 'tokens' is about three dimensions or more"
+    ):
+        run(small(), *data(), layout={"net.1": "tokens"})

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_probes.network.pooling import mean_by_sample
+from lightning_probes.network.pooling import Reducer, assumed_axes, mean_by_sample, nested_features
+from lightning_probes.options import Axes, Tokens
 
 Kind = Literal["rows", "blocks", "consecutive", "indexed", "packed"]
 
@@ -66,6 +67,27 @@ class Arrangement:
     def rows_of_sample(self) -> int:
         """Return how many rows of features a sample has in the end."""
         return 1 if self.is_mean else self.rows_in_a_sample
+
+    def samples_of(self, activation: Tensor | PackedSequence, index: Tensor | None = None) -> int:
+        """Return the number of samples that an activation has the rows of.
+
+        Args:
+            activation: what the layer put out.
+            index: sample of each row, for ``indexed``.
+
+        Raises:
+            ValueError: there is no ``index`` where one is needed.
+        """
+        if isinstance(activation, PackedSequence):
+            return int(activation.batch_sizes[0])
+        if self.kind == "indexed":
+            if index is None:
+                raise ValueError("index: expected the sample of each row, (rows,), since samples differ in their rows")
+            return int(index.max()) + 1
+        rows = activation.shape[self.dim]
+        if self.kind == "blocks":
+            return rows * self.of[1] // self.of[0]
+        return rows // self.each
 
     def rows(self, activation: Tensor | PackedSequence, samples: int, index: Tensor | None = None) -> Tensor:
         """Return an activation with its rows in dimension 0, without those that are of no sample of the batch.
@@ -133,8 +155,12 @@ class Arrangement:
             return each.mean(dim=1) if self.is_mean else each.transpose(0, 1).flatten(0, 1)
         return features
 
-    def described(self) -> str:
-        """Say in a few words which rows are of a sample; empty for one row a sample."""
+    def described(self, tokens: Tokens = "mean") -> str:
+        """Say in a few words which rows are of a sample; empty for one row a sample.
+
+        Args:
+            tokens: how the tokens of the layer become features.
+        """
         count = self.rows_in_a_sample
         if self.kind == "blocks":
             rows, samples = self.of
@@ -150,7 +176,7 @@ class Arrangement:
         if self.kind == "indexed":
             return "mean over the rows of each sample in the batch's index"
         if self.kind == "packed":
-            return "mean over the steps of each packed sequence"
+            return "steps of packed sequences" if tokens != "mean" else "mean over the steps of each packed sequence"
         return "time first" if self.dim else ""
 
     def is_like(self, other: Arrangement) -> bool:
@@ -204,3 +230,80 @@ def index_of(packed: PackedSequence) -> Tensor:
     steps = torch.arange(len(lengths)).repeat_interleave(lengths)
     place = (torch.arange(len(steps)) - (lengths.cumsum(0) - lengths)[steps]).to(packed.data.device)
     return place if packed.sorted_indices is None else packed.sorted_indices[place]
+
+
+def packed_ends(packed: PackedSequence, tokens: Tokens) -> Tensor:
+    """Return the first or last step of each sample of a packed sequence, ``(samples, ...)``, as a copy."""
+    # Step t has the batch_sizes[t] longest sequences; torch keeps these sizes on the host.
+    sizes = packed.batch_sizes
+    places = torch.arange(int(sizes[0]))
+    if tokens == "last":
+        last = (sizes.unsqueeze(0) > places.unsqueeze(1)).sum(dim=1) - 1
+        places = (sizes.cumsum(0) - sizes)[last] + places
+    places = places.to(packed.data.device)
+    return packed.data.detach()[places if packed.unsorted_indices is None else places[packed.unsorted_indices]]
+
+
+@dataclass(frozen=True)
+class LayerReduction:
+    """Make features of what a layer puts out, as the layer's probe was given them.
+
+    Attributes:
+        layer: name of the layer.
+        reducer: reduces activations; it holds the layer's subset or projection if one was drawn.
+        axes: which dimension of an activation holds features, by the number of its dimensions.
+        tokens: how tokens become features: ``mean``, ``first`` or ``last``.
+        arrangement: which rows of an activation are of which sample.
+        has_positions: whether labels are of positions, so that features are those at each position.
+    """
+
+    layer: str
+    reducer: Reducer
+    axes: Mapping[int, Axes]
+    tokens: Tokens
+    arrangement: Arrangement
+    has_positions: bool = False
+
+    def __call__(
+        self, activation: Tensor | PackedSequence, mask: Tensor | None = None, index: Tensor | None = None
+    ) -> Tensor:
+        """Reduce an activation to features.
+
+        Args:
+            activation: what the layer put out, ``(batch, ...)``: a floating-point tensor, also a nested one, or a
+                packed sequence. Where the layer has time first or several rows a sample, that is undone.
+            mask: ``(batch, tokens)``, 0 for the tokens to leave out; only for an activation ``(batch, tokens, width)``.
+            index: sample of each row, ``(rows,)``, where samples differ in their rows, as the nodes of graphs do.
+
+        Returns:
+            Features ``(batch, features)``, detached, in float32, or in float64 if the activation is. Views of a sample
+            have a row each, view after view. Of labels of positions ``(batch, positions ..., features)``.
+
+        Raises:
+            ValueError: ``mask`` does not fit the activation, or ``index`` is missing.
+            OtherSizeError: the activation has another number of values than when a subset or projection was drawn.
+        """
+        packed = activation if isinstance(activation, PackedSequence) else None
+        if packed is None and activation.is_nested:  # type: ignore[union-attr]
+            activation = nested_features(activation, self.tokens)  # type: ignore[arg-type]
+        samples = self.arrangement.samples_of(activation, index)
+        rows = self.arrangement.rows(activation, samples, index)
+        if packed is not None and self.tokens != "mean":
+            rows = packed_ends(packed, self.tokens)
+        axes = self.axes.get(rows.dim()) or assumed_axes(rows.dim())
+        if mask is not None:
+            if rows.dim() != 3 or axes != "tokens" or not self.arrangement.is_batch_after_batch:
+                raise ValueError(f"mask: {self.layer} has no tokens (batch, tokens, width) that one could leave out")
+            if mask.shape != (samples, rows.shape[1]):
+                raise ValueError(
+                    f"mask: expected {(samples, rows.shape[1])}, (batch, tokens) of {self.layer}, found "
+                    f"{tuple(mask.shape)}"
+                )
+            mask = mask != 0
+        if self.has_positions:
+            rows = rows.movedim(1, -1) if axes == "channels" else rows
+            return self.reducer(self.layer, rows.flatten(0, -2)).view(*rows.shape[:-1], -1)
+        features = self.reducer(self.layer, rows, axes=axes, mask=mask, tokens=self.tokens)
+        if packed is not None and self.tokens != "mean":
+            return features
+        return self.arrangement.join(features, samples, index, packed)

@@ -288,6 +288,15 @@ class FeatureAxes:
             self._known[key] = axes
         return self._known[key]
 
+    def of_layer(self, layer: str) -> dict[int, Axes]:
+        """Return the axes of a layer's activations that were told so far, by the number of their dimensions."""
+        return {dimensions: axes for (known, dimensions), axes in self._known.items() if known == layer}
+
+    @property
+    def with_tokens(self) -> list[str]:
+        """Return the layers that were told to have tokens."""
+        return [layer for (layer, dimensions), axes in self._known.items() if dimensions > 2 and axes == "tokens"]
+
     @property
     def assumed(self) -> dict[str, Axes]:
         """Return the axes of the layers for which only the number of dimensions told."""

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_probes.network.arrangement import Arrangement, by_layout
+from lightning_probes.network.arrangement import PLAIN, Arrangement, LayerReduction, by_layout
 from lightning_probes.network.axes import FeatureAxes
 from lightning_probes.network.batches import pick, pick_index
 from lightning_probes.network.hooks import ActivationRecorder, Recording
@@ -21,8 +21,9 @@ from lightning_probes.network.pairing import TRAINING, Outcome, Pairing, choose,
 from lightning_probes.network.pooling import Reducer
 from lightning_probes.network.positions import Positions
 from lightning_probes.network.provenance import Provenance
+from lightning_probes.network.tokens import TokenChoice
 from lightning_probes.network.torch_internals import compiled_parts
-from lightning_probes.options import Axes, Reading, RowLayout, first_of, patterns
+from lightning_probes.options import Axes, Reading, RowLayout, Tokens, first_of, patterns
 from lightning_probes.probes.dataset import LayerBatch
 from lightning_probes.tasks.task import Question
 
@@ -75,6 +76,7 @@ class LayerExtractor:
         absent: layers that were waited for in vain; see :meth:`leave_absent`.
         has_input: whether the raw input is one of the layers.
         mask_reader: reads the masks of each batch, and knows how they were used.
+        tokens: knows how the tokens of each layer become features.
         masks: which tokens of the last opened batch count; ``None`` if that batch has no mask.
         index: sample of each row, if the last opened batch has such a vector; ``None`` if it has none.
         is_ordered: whether the layers and their order are fixed, in all processes.
@@ -89,6 +91,7 @@ class LayerExtractor:
         self.notes: list[str] = []
         self.labels = LabelReader(reading["target"], find_question(reading), reading["positions"])
         self.mask_reader = MaskReader(reading["token_mask"])
+        self.tokens = TokenChoice(reading["tokens"])
         self.reducer = Reducer(reading["reduction"], reading["max_features"])
         self.axes = FeatureAxes(nn.Module(), {})
         self.metrics: Mapping[str, Any] = reading["metrics"]  # type: ignore[assignment]  # It is checked by now.
@@ -120,6 +123,11 @@ class LayerExtractor:
     def left_out(self) -> dict[str, str]:
         """Return ``{layer: reason}`` of the layers that the first batch does not fit, so that they are not probed."""
         return dict(self._unfit)
+
+    @property
+    def why_missing(self) -> dict[str, str]:
+        """Return ``{layer: reason}`` of the selected layers that have no probe: those left out, and those absent."""
+        return self.left_out | {layer: self.recorder.reasons.get(layer, "it did not run") for layer in self.absent}
 
     def learn_question(self, state: Mapping[str, Any]) -> None:
         """Take from a checkpoint what the labels of its run had shown of the question, if it is the same one."""
@@ -160,7 +168,12 @@ class LayerExtractor:
         self.pairings = self.pairings if order is not None else {}
         if order is None or not self.axes.is_watched:
             self.axes = FeatureAxes(model, modules, axes)
+        self.tokens.attach(
+            self.layers,
+            {x: self._probed(model, x, "tokens", is_checked=order is not None) for x in self.tokens.patterns},
+        )
         self.recorder.attach(modules, self.axes.of, compiled_parts(model)[1])
+        self.recorder.tokens = self.tokens.kinds
         if order is None:
             self.absent = []
         else:
@@ -175,20 +188,28 @@ class LayerExtractor:
         axes: dict[str, Axes] = {}
         self.row_layout, self._layout = {}, {}
         for pattern, kind in (self._reading["layout"] or {}).items():
-            is_input = pattern == INPUT and INPUT not in self._selection.layers
-            named = [INPUT] if is_input else list(match_layers(model, pattern, "layout"))
-            probed = [layer for layer in named if layer in self.layers]
-            if not probed and not is_checked:
-                raise ValueError(
-                    f"layout: {pattern!r} has no effect, since none of {first_of(named)} is probed; probed are "
-                    f"{first_of(self.layers, 8)}"
-                )
-            self._layout[pattern] = probed
+            self._layout[pattern] = probed = self._probed(model, pattern, "layout", is_checked=is_checked)
             if kind == "tokens" or kind == "channels" or kind == "channels_last":
                 axes |= dict.fromkeys(probed, kind)
             else:
                 self.row_layout |= dict.fromkeys(probed, kind)
         return axes
+
+    def _probed(self, model: nn.Module, pattern: str, argument: str, *, is_checked: bool) -> list[str]:
+        """Return the probed layers that a pattern of an argument names.
+
+        Raises:
+            ValueError: it names no layer, or none that is probed; the latter does not count if that was checked before.
+        """
+        is_input = pattern == INPUT and INPUT not in self._selection.layers
+        named = [INPUT] if is_input else list(match_layers(model, pattern, argument))
+        probed = [layer for layer in named if layer in self.layers]
+        if not probed and not is_checked:
+            raise ValueError(
+                f"{argument}: {pattern!r} has no effect, since none of {first_of(named)} is probed; probed are "
+                f"{first_of(self.layers, 8)}"
+            )
+        return probed
 
     def heard(self) -> dict[str, int]:
         """Return how often each layer has been called so far in the step under way."""
@@ -308,12 +329,13 @@ class LayerExtractor:
         """Raise if what the user wrote of layers does not fit the activations of the first batch.
 
         Raises:
-            ValueError: a layer that the user named cannot be probed, or a ``layout`` has no effect; the message names
-                the layer and its shape.
+            ValueError: a layer that the user named cannot be probed, or ``layout`` or ``tokens`` have no effect; the
+                message names the layer and its shape.
         """
         is_first = not self.labels.is_checked and self._targets is not None
         if is_first and not self.is_ordered and not self.labels.absent_in_training:
             self._check_layout()
+            self.tokens.check(self._has_tokens(), self.recorder.shapes | self.recorder.recording.shapes)
         if not self.labels.is_checked and self._patterns is not None and not self.labels.absent_in_training:
             found = self.recorder.recording
             for layer, reason in found.misfits.items():
@@ -343,12 +365,53 @@ class LayerExtractor:
                     f"layout: {pattern!r} has no effect: {kind!r} is about three dimensions or more, found {found}"
                 )
 
+    def _has_tokens(self) -> dict[str, bool]:
+        """Return ``{layer: whether its activation has tokens}`` of the layers of which that is known by now."""
+        recorder, found = self.recorder, dict[str, bool]()
+        for layer in self.layers:
+            shape, raw = recorder.shapes.get(layer), recorder.recording.shapes.get(layer)
+            if layer in recorder.units:
+                found[layer] = True
+            elif shape is not None:
+                found[layer] = len(shape) > 2 and self.axes.of(layer, shape) == "tokens"
+            elif raw is not None and len(raw) < 3:
+                found[layer] = False
+        return found
+
+    @property
+    def ways_of_tokens(self) -> dict[str, Tokens]:
+        """Return ``{layer: how its tokens become features}`` of the layers that are known to have tokens."""
+        layers = dict.fromkeys([*self.axes.with_tokens, *self.recorder.units])
+        return {layer: self.tokens.kinds.get(layer, "mean") for layer in layers}
+
+    @property
+    def notes_on_tokens(self) -> list[str]:
+        """Return what a reader of the report should know of masks and tokens that were not simply read."""
+        arranged: dict[str, Arrangement] = {}
+        for pairing in self.pairings.values():
+            arranged = {**pairing.arrangements, **arranged}
+        return [*self.mask_reader.notes, *self.tokens.notes(self._has_tokens(), arranged)]
+
+    def reduction_of(self, layer: str) -> LayerReduction:
+        """Return what makes features of an activation of a layer, as they were made for its probe."""
+        return LayerReduction(
+            layer,
+            self.reducer.of_layer(layer),
+            self.axes.of_layer(layer),
+            self.tokens.kinds.get(layer, "mean"),
+            self._arrangement_of(layer) or PLAIN,
+            self.labels.has_positions,
+        )
+
+    def _arrangement_of(self, layer: str) -> Arrangement | None:
+        return next((x for pairing in self.pairings.values() if (x := pairing.arrangements.get(layer))), None)
+
     def close(self) -> LayerBatch | None:
         """Stop recording, and return the features and targets of the batch; ``None`` if it had no usable labels."""
         if self._targets is None:
             return None
-        targets, self._targets = self._targets, None
         self.check()
+        targets, self._targets = self._targets, None
         self._found = found = self.recorder.stop()
         if found.contradictions and not found.features:
             # Where nothing fits any more, the number of labels is to blame, and not every layer.
@@ -547,15 +610,19 @@ class LayerExtractor:
 
     def how(self, layer: str) -> dict[str, str]:
         """Return ``{"rows", "reduction"}``: which rows of a layer are of a sample, and how they became features."""
-        known = next((x for pairing in self.pairings.values() if (x := pairing.arrangements.get(layer))), None)
-        rows = "" if known is None else known.described()
+        known, tokens = self._arrangement_of(layer), self.tokens.kinds.get(layer, "mean")
+        rows = "" if known is None else known.described(tokens)
         shape = self.recorder.shapes.get(layer)
-        is_masked = self.mask_reader.is_applied(layer)
-        axes = None if shape is None else self.axes.of(layer, shape)
         if self.labels.positions is not None:
+            axes = None if shape is None else self.axes.of(layer, shape)
             reduction = "" if axes is None else self.labels.positions.described(shape or (), axes)
             return {"rows": rows or f"{self._each} positions a sample", "reduction": reduction}
-        reduction = "" if axes is None else self.reducer.described(shape or (), axes, is_masked=is_masked)
+        reduction = ""
+        if shape is not None:
+            is_masked = self.mask_reader.is_applied(layer)
+            unit = "" if tokens == "mean" else self.recorder.units.get(layer, "")
+            axes = self.axes.of(layer, shape)
+            reduction = self.reducer.described(shape, axes, is_masked=is_masked, tokens=tokens, unit=unit)
         return {"rows": rows or "one row a sample", "reduction": reduction}
 
     def pop_contradictions(self) -> dict[str, str]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_probes.network.arrangement import PLAIN, Arrangement, ContradictionError, values_of
+from lightning_probes.network.arrangement import PLAIN, Arrangement, ContradictionError, packed_ends, values_of
 from lightning_probes.network.batches import describe, parts_of
 from lightning_probes.network.masks import Masks
-from lightning_probes.network.pooling import OtherSizeError, Reducer, assumed_axes, nested_means
+from lightning_probes.network.pooling import OtherSizeError, Reducer, assumed_axes, nested_features
 from lightning_probes.network.positions import NoPositionsError, Positions
 from lightning_probes.network.torch_internals import (
     is_in_backward,
@@ -24,7 +24,7 @@ from lightning_probes.network.torch_internals import (
     part_of_a_graph,
     tell,
 )
-from lightning_probes.options import Axes, Calls
+from lightning_probes.options import Axes, Calls, Tokens
 
 HEARD_BY = "_lightning_probes_heard_by"
 """Name the attribute set on all modules during a replay: the recorder that alone listens."""
@@ -48,16 +48,11 @@ def first_float_tensor(output: Any) -> Tensor | None:
 
 
 def first_activation(output: Any) -> Tensor | PackedSequence | None:
-    """Return the first packed sequence or :func:`first_float_tensor` in nested containers; ``None`` without any.
-
-    A nested tensor is returned as the mean of each component, ``(samples, width)``.
-    """
+    """Return the first packed sequence or :func:`first_float_tensor` in nested containers; ``None`` without any."""
     if isinstance(output, PackedSequence):
         return output if output.data.is_floating_point() else None
     if isinstance(output, Tensor):
-        tensor = first_float_tensor(output)
-        # A component of a nested tensor is a sample of its own length.
-        return nested_means(tensor) if tensor is not None and tensor.is_nested else tensor
+        return first_float_tensor(output)
     for part in parts_of(output).values():
         if (found := first_activation(part)) is not None:
             return found
@@ -116,6 +111,9 @@ class ActivationRecorder:
         arrangements: ``{layer: which rows of its activation are of which sample}``. A layer without an entry is taken
             to have one row a sample if its first dimension is that of the batch.
         refused: ``{layer: why}`` of the layers in whose activations no row is of one sample.
+        tokens: ``{layer: how its tokens become features}``; a layer without an entry has their mean.
+        units: ``{layer: what a sample has of its own number}``, ``token`` for layers that put out nested tensors and
+            ``step`` for those that put out packed sequences.
         sink: takes layer, number of the call and output in the place of :meth:`record`; ``None`` for none.
     """
 
@@ -128,6 +126,8 @@ class ActivationRecorder:
         self.compiled: set[str] = set()
         self.arrangements: Mapping[str, Arrangement] = {}
         self.refused: Mapping[str, str] = {}
+        self.tokens: Mapping[str, Tokens] = {}
+        self.units: dict[str, str] = {}
         self.sink: Callable[[str, int, Any], None] | None = None
         self._reducer = reducer
         self._calls = calls
@@ -158,6 +158,7 @@ class ActivationRecorder:
         self.widths = {}
         self.totals = {}
         self.shapes = {}
+        self.units = {}
         self._axes = axes or _assumed
         self._unhookable = {}
         for layer, module in layers.items():
@@ -191,7 +192,7 @@ class ActivationRecorder:
             self.recording.misfits.pop(name, None)
             self.memory.pop(name, None)
             if layer is not None:
-                for known in (self.widths, self.totals, self.shapes):
+                for known in (self.widths, self.totals, self.shapes, self.units):
                     known.pop(name, None)
         if layer is None:
             self._is_on = False
@@ -242,7 +243,7 @@ class ActivationRecorder:
         if self.sink is not None:
             self.sink(layer, number, output)
             return
-        activation, arrangement = first_activation(output), self.arrangements.get(layer)
+        activation, arrangement = self.activation_of(layer, output), self.arrangements.get(layer)
         if activation is None:
             found.misfits[layer] = f"its output holds no floating-point tensor but {describe(output)}"
         elif layer in self.refused:
@@ -252,6 +253,19 @@ class ActivationRecorder:
         elif self._calls != "first" or layer not in found.features:
             self._add(layer, activation, arrangement)
 
+    def activation_of(self, layer: str, output: Any) -> Tensor | PackedSequence | None:
+        """Return what :func:`first_activation` finds in an output of a layer; a nested tensor as features.
+
+        A component of a nested tensor is a sample of its own length: its features are ``(samples, width)``.
+        """
+        found = first_activation(output)
+        if isinstance(found, PackedSequence):
+            self.units[layer] = "step"
+        elif found is not None and found.is_nested:
+            self.units[layer] = "token"
+            found = nested_features(found, self.tokens.get(layer, "mean"))
+        return found
+
     def _is_asked_for(self, layer: str) -> bool:
         return self._is_on and (self.recording.only is None or layer in self.recording.only)
 
@@ -260,7 +274,7 @@ class ActivationRecorder:
         packed = activation if isinstance(activation, PackedSequence) else None
         found.shapes[layer] = tuple(values_of(activation).shape)
         try:
-            rows = self._rows(activation, arrangement)
+            rows = self._rows(layer, activation, arrangement)
         except ContradictionError as error:
             found.misfits[layer] = str(error)
             if found.samples > 1:  # A network may drop a dimension of a single sample.
@@ -269,7 +283,7 @@ class ActivationRecorder:
         except ValueError as error:
             found.misfits[layer] = str(error)
             return
-        arrangement = arrangement or PLAIN
+        arrangement, tokens = arrangement or PLAIN, self.tokens.get(layer, "mean")
         so_far = found.features.get(layer) if self._calls == "mean" else None
         # Lent memory already holds the mean of earlier calls, so a later call is not written there.
         memory = self.memory.get(layer) if so_far is None and arrangement.is_as_it_is else None
@@ -279,8 +293,9 @@ class ActivationRecorder:
             if found.masks is not None and rows.dim() == 3 and axes == "tokens":
                 mask = found.masks.of(layer, rows.shape[1], is_repeated=arrangement.is_batch_after_batch)
             if found.positions is None:
-                features = self._reducer(layer, rows, axes=axes, out=memory, mask=mask)
-                features = arrangement.join(features, found.samples, found.index, packed)
+                features = self._reducer(layer, rows, axes=axes, out=memory, mask=mask, tokens=tokens)
+                if packed is None or tokens == "mean":
+                    features = arrangement.join(features, found.samples, found.index, packed)
             elif arrangement.is_as_it_is:
                 features = self._reducer(layer, found.positions.features(rows, axes), out=memory)
             else:
@@ -300,15 +315,20 @@ class ActivationRecorder:
         found.counts[layer] = found.counts.get(layer, 0) + 1
         found.features[layer] = features if so_far is None else so_far.add_((features - so_far) / found.counts[layer])
 
-    def _rows(self, activation: Tensor | PackedSequence, arrangement: Arrangement | None) -> Tensor:
-        """Return an activation with the rows of samples in dimension 0.
+    def _rows(self, layer: str, activation: Tensor | PackedSequence, arrangement: Arrangement | None) -> Tensor:
+        """Return an activation with the rows of samples in dimension 0, of a packed sequence those that count.
 
         Raises:
             ContradictionError, ValueError: the activation does not fit its arrangement or, without any, the batch.
         """
         found = self.recording
         if arrangement is not None:
-            return arrangement.rows(activation, found.samples, found.index)
+            rows, tokens = arrangement.rows(activation, found.samples, found.index), self.tokens.get(layer, "mean")
+            if tokens == "mean" or not isinstance(activation, PackedSequence):
+                return rows
+            if len(ends := packed_ends(activation, tokens)) != found.samples:
+                raise ContradictionError(f"it puts out {len(ends)} packed sequences for {found.samples} labels")
+            return ends
         if isinstance(activation, PackedSequence) or not activation.numel() or len(activation) != found.samples:
             shape = "a packed sequence" if isinstance(activation, PackedSequence) else list(activation.shape)
             raise ValueError(

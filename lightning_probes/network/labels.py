@@ -156,6 +156,11 @@ class LabelReader:
         self._left_out: dict[str, Tensor] = {}
         self._previewed: ValueError | None = None
 
+    @property
+    def has_positions(self) -> bool:
+        """Return whether each position of a sample has a label of its own."""
+        return self._most_positions is not None
+
     def where(self, batch: Any) -> list[Any]:
         """Return the labels of a batch as they are, whatever they are; those that it lacks are missing."""
         found = []
@@ -221,10 +226,9 @@ class LabelReader:
         Returns:
             The counts of each task, by the names of the targets.
         """
-        found, first = {}, 0
+        found, places = {}, self.question.columns()
         for name, task in self.question.parts.items():
-            own = targets[:samples, first : first + task.outputs]
-            first += task.outputs
+            own = targets[:samples, places[name]]
             both = [task.is_counted(own).sum(), self._left_out[name][:samples].sum()]
             found[name] = LabelCount(samples, torch.stack(both))
         return found

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_probes.network.arrangement import Arrangement, index_of, values_of
-from lightning_probes.options import Calls, first_of
+from lightning_probes.options import Calls, Tokens, first_of
 
 _WEAK = 0.1
 """Bound what may change in rows of other samples, relative to the change of a sample's own rows: int8, statistics."""
@@ -394,11 +394,12 @@ class Pairing:
             elif found:
                 self.arrangements[layer] = found[0]
 
-    def described(self, beside: Pairing | None = None) -> list[str]:
+    def described(self, beside: Pairing | None, tokens: Mapping[str, Tokens]) -> list[str]:
         """Return notes on everything but the plain case that each layer has one row a sample.
 
         Args:
             beside: what is known of the batches of another loader; what is the same there is not told again.
+            tokens: ``{layer: how its tokens become features}`` of the layers whose tokens are not averaged.
         """
         where = "" if self.data == TRAINING else f" ({self.data})"
         found: list[str] = []
@@ -410,7 +411,7 @@ class Pairing:
         texts: dict[str, list[str]] = {}
         for layer, arrangement in self.arrangements.items():
             other = None if beside is None else beside.arrangements.get(layer)
-            said = ", ".join(filter(None, [arrangement.described(), arrangement.note]))
+            said = ", ".join(filter(None, [arrangement.described(tokens.get(layer, "mean")), arrangement.note]))
             if said and (other is None or not arrangement.is_like(other)):
                 texts.setdefault(said, []).append(layer)
         found += [f"rows{where} of {first_of(layers)}: {said}" for said, layers in texts.items()]
@@ -436,9 +437,11 @@ class Pairing:
         return cls(**{**state, "arrangements": known, "refused": dict(state["refused"]), "notes": list(state["notes"])})
 
 
-def notes_of(pairings: Mapping[str, Pairing]) -> list[str]:
-    """Return the notes on the rows of all loaders, each thing once."""
+def notes_of(pairings: Mapping[str, Pairing], tokens: Mapping[str, Tokens]) -> list[str]:
+    """Return the notes on the rows of all loaders, each thing once; ``tokens`` as for :meth:`Pairing.described`."""
     training = pairings.get(TRAINING)
     return [
-        note for data, pairing in pairings.items() for note in pairing.described(None if data == TRAINING else training)
+        note
+        for data, pairing in pairings.items()
+        for note in pairing.described(None if data == TRAINING else training, tokens)
     ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_probes.options import Axes, Reduction
+from lightning_probes.options import Axes, Reduction, Tokens
 
 _POOLS: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
@@ -60,6 +60,7 @@ class Reducer:
         axes: Axes | None = None,
         out: Tensor | None = None,
         mask: Tensor | None = None,
+        tokens: Tokens = "mean",
     ) -> Tensor:
         """Reduce the activation of a layer to features of each sample.
 
@@ -69,6 +70,7 @@ class Reducer:
             axes: which dimension holds features, as for :func:`reduce`.
             out: memory to write the features to, as for :func:`reduce`.
             mask: ``(batch, tokens)``, true for the tokens that count, as for :func:`reduce`.
+            tokens: how tokens become features, as for :func:`reduce`.
 
         Returns:
             Features ``(samples, features)``, detached, in float32, or in float64 if the activation is.
@@ -79,9 +81,9 @@ class Reducer:
         axes = axes or assumed_axes(activation.dim())
         is_tokens = activation.dim() > 2 and axes == "tokens"
         if self.kind == "pool" or (is_tokens and activation.shape[-1] <= self.max_features):
-            return reduce(activation, self.max_features, axes=axes, out=out, mask=mask)
+            return reduce(activation, self.max_features, axes=axes, out=out, mask=mask, tokens=tokens)
         if is_tokens:
-            activation = reduce(activation, self.max_features, axes=axes, mask=mask)
+            activation = reduce(activation, self.max_features, axes=axes, mask=mask, tokens=tokens)
         activation = activation.detach()
         if activation.dim() > 2 and axes == "channels_last":
             activation = activation.movedim(-1, 1)
@@ -94,19 +96,26 @@ class Reducer:
             flat = (flat * signs.to(flat.dtype)).view(len(flat), self.max_features, -1).sum(dim=2)
         return _into(out, flat)
 
-    def described(self, shape: Sequence[int], axes: Axes, *, is_masked: bool = False) -> str:
+    def described(
+        self, shape: Sequence[int], axes: Axes, *, is_masked: bool = False, tokens: Tokens = "mean", unit: str = ""
+    ) -> str:
         """Say in a few words how an activation of this shape becomes features.
 
         Args:
             shape: ``(samples, ...)``.
             axes: which dimension holds features.
             is_masked: whether a mask leaves tokens out.
+            tokens: how tokens become features.
+            unit: what a sample has of its own number, such as ``step``, where one of them was picked before the
+                reduction; empty where none was.
         """
         inner = tuple(shape[1:])
-        values, kind = math.prod(inner), ""
+        values, kind = math.prod(inner), f"{tokens} {unit} of each sample" if unit else ""
         if len(shape) > 2 and axes == "tokens":
-            masked = " that a mask leaves" * is_masked
-            kind, values = f"mean of {math.prod(inner[:-1])} tokens{masked}", inner[-1]
+            count, values = math.prod(inner[:-1]), inner[-1]
+            masked = " that a mask leaves" if tokens == "mean" else " of those that a mask leaves"
+            kind = f"mean of {count} tokens" if tokens == "mean" else f"{tokens} token"
+            kind += masked * is_masked
         if self.kind != "pool" and values > self.max_features:
             return f"{kind}, {self.kind}".removeprefix(", ")
         if kind or len(shape) < 3:
@@ -134,6 +143,13 @@ class Reducer:
         """Restore the subsets and projections of the layers in ``state``, which comes from :meth:`state_dict`."""
         for layer, draw in state["draws"].items():
             self._draws[layer] = draw["values"], draw["places"], draw["signs"]
+
+    def of_layer(self, layer: str) -> Reducer:
+        """Return a copy that reduces the activations of one layer."""
+        copy = Reducer(self.kind, self.max_features)
+        draws = self.state_dict()["draws"]
+        copy.load_state_dict({"draws": {layer: draws[layer]} if layer in draws else {}})
+        return copy
 
     def _drawn(self, layer: str, values: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if layer not in self._draws:
@@ -167,6 +183,7 @@ def reduce(
     axes: Axes | None = None,
     out: Tensor | None = None,
     mask: Tensor | None = None,
+    tokens: Tokens = "mean",
 ) -> Tensor:
     """Reduce a layer's activation to features of each sample by averaging, in memory of their own.
 
@@ -182,7 +199,9 @@ def reduce(
             :func:`assumed_axes`.
         out: memory to overwrite and return if its shape fits; its type is kept.
         mask: ``(batch, tokens)``, true for the tokens to average over. It is ignored unless the activation has as many
-            tokens and a multiple of ``batch`` samples.
+            tokens and a multiple of ``batch`` samples. A sample of which it leaves no token has features of 0.
+        tokens: ``first`` or ``last``: the features are those of one token, in the order of the dimensions, instead of
+            the ``mean``.
 
     Returns:
         Features ``(samples, features)``, detached, in float32, or in float64 if the activation is.
@@ -192,7 +211,11 @@ def reduce(
     axes = axes or assumed_axes(activation.dim())
     if activation.dim() > 2 and axes == "tokens":
         is_masked = mask is not None and activation.dim() == 3 and mask.shape[1] == activation.shape[1]
-        if mask is not None and is_masked and not len(activation) % len(mask):
+        is_masked = is_masked and mask is not None and not len(activation) % len(mask)
+        if tokens != "mean" and all(activation.shape[1:-1]):
+            picked = _masked_token(activation, mask, tokens) if mask is not None and is_masked else None
+            return _copied(out, _end(activation, tokens) if picked is None else picked, dtype)
+        if mask is not None and is_masked:
             return _into(out, _masked_mean(activation, mask, dtype))
         return _into(out, activation.mean(dim=tuple(range(1, activation.dim() - 1)), dtype=dtype))
     if activation.dim() > 2 and axes == "channels_last":
@@ -204,8 +227,12 @@ def reduce(
             pooled: Tensor = _POOLS[len(size)](activation, grid)
             return _into(out, pooled.flatten(1).to(dtype))
     # A copy is taken because a later in-place operation of the network would change the features.
-    flat = activation.flatten(1) if activation.dim() > 1 else activation.unsqueeze(1)
-    return out.copy_(flat) if out is not None and out.shape == flat.shape else flat.to(dtype, copy=True)
+    return _copied(out, activation.flatten(1) if activation.dim() > 1 else activation.unsqueeze(1), dtype)
+
+
+def nested_features(activation: Tensor, tokens: Tokens = "mean") -> Tensor:
+    """Reduce a nested tensor, each of whose components is a sample, by :func:`nested_means` or :func:`nested_ends`."""
+    return nested_means(activation) if tokens == "mean" else nested_ends(activation, tokens)
 
 
 def nested_means(activation: Tensor) -> Tensor:
@@ -232,12 +259,35 @@ def nested_means(activation: Tensor) -> Tensor:
         places = torch.arange(samples, device=values.device)
         return mean_by_sample(features, places.repeat_interleave(offsets.diff(), output_size=len(values)), samples)
     parts = activation.unbind()
-    if {part.dim() > 1 for part in parts} != {True} or len({part.shape[-1] for part in parts}) > 1:
-        raise ValueError(
-            f"expected nested components (length, width), found {[tuple(part.shape) for part in parts[:3]]}"
-        )
+    _check_components(parts)
     means = [part.flatten(0, -2).sum(dim=0, dtype=dtype) / max(math.prod(part.shape[:-1]), 1) for part in parts]
     return torch.stack(means)
+
+
+def nested_ends(activation: Tensor, tokens: Tokens) -> Tensor:
+    """Return the first or last token of each component of a nested tensor, which is one sample.
+
+    The arguments and the result are those of :func:`nested_means`, with ``tokens`` as for :func:`reduce`.
+
+    Raises:
+        ValueError: as for :func:`nested_means`.
+    """
+    activation = activation.detach()
+    dtype = _precise(activation.dtype)
+    ragged: Any = activation
+    if ragged.layout == torch.jagged and ragged.lengths() is None and not isinstance(ragged.shape[1], int):
+        values, offsets = _end(ragged.values(), tokens), ragged.offsets()
+        if not len(values):
+            return values.new_zeros(len(offsets) - 1, values.shape[1], dtype=dtype)
+        places = offsets[:-1] if tokens == "first" else offsets[1:] - 1
+        # The place of an empty component may be outside of the values.
+        picked = values[places.clamp(0, len(values) - 1)].to(dtype)
+        return picked.masked_fill(offsets.diff().unsqueeze(1) == 0, 0)
+    parts = activation.unbind()
+    _check_components(parts)
+    ends = [part.flatten(0, -2) for part in parts]
+    place = 0 if tokens == "first" else -1
+    return torch.stack([x[place].to(dtype) if len(x) else x.new_zeros(x.shape[1], dtype=dtype) for x in ends])
 
 
 def mean_by_sample(features: Tensor, index: Tensor, samples: int) -> Tensor:
@@ -267,6 +317,35 @@ def _masked_mean(activation: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor
     # A product with the mask would keep the NaN that the other tokens may hold.
     sums = activation.masked_fill(~keep.unsqueeze(2), 0).sum(dim=1, dtype=dtype)
     return sums / keep.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _masked_token(activation: Tensor, mask: Tensor, tokens: Tokens) -> Tensor:
+    """Pick the first or last token that counts (0 if none does), by places that are computed on the device."""
+    keep = mask.to(activation.device).repeat(len(activation) // len(mask), 1)
+    # The first of several greatest values is the one that argmax returns.
+    place = (keep if tokens == "first" else keep.flip(1)).int().argmax(dim=1)
+    place = place if tokens == "first" else keep.shape[1] - 1 - place
+    picked = activation.gather(1, place.view(-1, 1, 1).expand(-1, 1, activation.shape[2]))[:, 0]
+    return picked.masked_fill(~keep.any(dim=1, keepdim=True), 0)
+
+
+def _end(activation: Tensor, tokens: Tokens) -> Tensor:
+    """Return the first or last token ``(samples, width)`` of ``(samples, ..., width)``, as a view."""
+    while activation.dim() > 2:
+        activation = activation.select(1, 0 if tokens == "first" else -1)
+    return activation
+
+
+def _check_components(parts: Sequence[Tensor]) -> None:
+    if {part.dim() > 1 for part in parts} != {True} or len({part.shape[-1] for part in parts}) > 1:
+        raise ValueError(
+            f"expected nested components (length, width), found {[tuple(part.shape) for part in parts[:3]]}"
+        )
+
+
+def _copied(out: Tensor | None, features: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return features in memory of their own."""
+    return out.copy_(features) if out is not None and out.shape == features.shape else features.to(dtype, copy=True)
 
 
 def _into(out: Tensor | None, features: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from lightning_probes.posthoc.networks import Network, copied, networks_to_probe
 from lightning_probes.posthoc.passes import Pass, needs_building
 from lightning_probes.posthoc.runner import Runner
 from lightning_probes.probes.dataset import LayerBatch
-from lightning_probes.probes.fit import FittedProbes, fit_layers
+from lightning_probes.probes.fit import FittedProbes, fit_layers, fitted_on_of
+from lightning_probes.probes.linear import LayerProbes
 from lightning_probes.report.curves import Curves, Kind, LayerFacts
 from lightning_probes.report.label_counts import LabelCounts
 from lightning_probes.report.layer_metrics import LayerMetrics
@@ -84,7 +85,8 @@ def probe(
     Returns:
         The report; ``epoch`` and ``step`` of a row are those of its checkpoint, of the model's own trainer for the
         model as it is, and 0 if they are unknown (checkpoints without them are counted: steps 1, 2, ...); ``network``
-        names the network. After Ctrl-C the report holds the networks that were probed.
+        names the network. ``report.probe(layer)`` gives the classifiers of the last network. After Ctrl-C the report
+        holds the networks that were probed.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
@@ -239,15 +241,18 @@ class _Posthoc:
         where = f"{store.memory_bytes / 2**20:,.0f} MiB of features in memory"
         where += f", {store.file_bytes / 2**20:,.0f} MiB in temporary files" * (store.file_bytes > 0)
         notes = [
-            *notes_of(self._network.pairings),
+            *notes_of(self._network.pairings, self._network.tokens.kinds),
             *self._network.labels.notes,
-            *self._network.mask_reader.notes,
+            *self._network.notes_on_tokens,
             question.doubts(found.target_sums.tolist()),
             *curves.notes,
             where,
         ]
         self.report.notes = list(dict.fromkeys(filter(None, [*self.report.notes, *notes])))
         labels.tell(self.report)
+        known_on = {layer: fitted_on_of(row) for layer, row in found.known.items()}
+        reductions = {layer: self._network.reduction_of(layer) for layer in found.known}
+        self.report.hold(LayerProbes(found.probes, reductions, known_on, self._network.why_missing))
         self._done[one.point] = one.name
 
     def _fit(self, model: Pass, passes: TwoPasses, metrics: LayerMetrics) -> FittedProbes:
@@ -286,7 +291,7 @@ class _Posthoc:
         self._fitted = found
         self.report.cost["seconds"] += time.perf_counter() - begun
         self.report.cost["kept_bytes"] = max(self.report.cost["kept_bytes"], store.memory_bytes + store.file_bytes)
-        told = [*model.notes, *self._network.notes, *self._network.labels.notes, *self._network.mask_reader.notes]
+        told = [*model.notes, *self._network.notes, *self._network.labels.notes, *self._network.notes_on_tokens]
         self.report.notes = list(dict.fromkeys([*self.report.notes, *told]))
         return found
 

@@ -69,11 +69,9 @@ class FittedProbes:
         question, tensors, held_out = self.probes.question, self.probes.tensors(layer), self.held_out.get(layer)
         tallies = question.split(self.tally[:, self.probes.layers.index(layer)])
         held = {} if held_out is None else question.split(held_out)
-        parts, first = {}, 0
-        for name, task in question.parts.items():
-            known = self.known[layer].get(BY_TARGET, {"": self.known[layer]})[name]
-            place = slice(first, first + task.outputs)
-            first += task.outputs
+        parts = {}
+        for name, place in question.columns().items():
+            known = by_target(self.known[layer])[name]
             parts[name] = Solution(
                 weight=tensors["weight"][place],
                 bias=tensors["bias"][place],
@@ -206,11 +204,21 @@ def _known(question: Question, found: Solution, data: str, share: float | None) 
     return {**all_of_them, **dict.fromkeys(REMAINING), BY_TARGET: rows}
 
 
+def by_target(known: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return what is known of a layer's probe for each task, by the names of their targets."""
+    return {target: {**known, **own} for target, own in known[BY_TARGET].items()} if BY_TARGET in known else {"": known}
+
+
+def fitted_on_of(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what and how many samples a layer's probe was fitted on for each task, by the names of their targets."""
+    return {target: own["fitted_on"] for target, own in by_target(known).items()}
+
+
 def strength_of(known: Mapping[str, Any]) -> Strength | None:
     """Return the strength of a probe, or those of several tasks, from what is known of it; ``None`` if it has none."""
     if BY_TARGET not in known:
         return known.get("l2")
-    found = {name: row["l2"] for name, row in known[BY_TARGET].items() if row["l2"] is not None}
+    found = {target: row["l2"] for target, row in by_target(known).items() if row["l2"] is not None}
     return found or None
 
 
@@ -280,11 +288,10 @@ def fit_probe(
         rows = Rows.standardised(parts, mean, variance, total)
         rows = rows if isinstance(features, Parts) else rows.kept()
         part = (draw_folds(len(y)) if folds is None else folds[counted.to(folds.device)]).to(y.device)
-        gram, solutions, first = _mean_gram(rows), dict[str, Solution](), 0
+        gram, solutions, places = _mean_gram(rows), dict[str, Solution](), question.columns()
         bounds: dict[str, Any] = {"tolerance": tolerance, "max_iterations": max_iterations}
         for name, task in question.parts.items():
-            own = y[:, first : first + task.outputs]
-            first += task.outputs
+            own = y[:, places[name]]
             has = task.is_counted(own)
             # The Gram matrix of more samples of the same kind serves as well.
             samples = (rows, own, part) if has.all() else (rows.where(has), own[has], part[has])

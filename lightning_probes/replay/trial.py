@@ -18,7 +18,6 @@ from torch.nn.utils.rnn import PackedSequence
 from lightning_probes.distributed import Ranks
 from lightning_probes.network.batches import tensors_in
 from lightning_probes.network.extractor import LayerExtractor
-from lightning_probes.network.hooks import first_activation
 from lightning_probes.network.pairing import Observation, Outcome, decide
 from lightning_probes.network.provenance import MIXED
 from lightning_probes.network.torch_internals import is_shared_out, tree_map
@@ -133,7 +132,7 @@ class Trial:
         before: Activations = {}
 
         def keep(layer: str, number: int, output: Any) -> None:
-            if (activation := first_activation(output)) is not None:
+            if (activation := self._recorder.activation_of(layer, output)) is not None:
                 before[layer, number] = _copied(activation)
 
         # What probes were made for stays as it is.
@@ -158,7 +157,7 @@ class Trial:
 
         def compare(layer: str, number: int, output: Any) -> None:
             key = layer, number
-            if key in seen and (activation := first_activation(output)) is not None:
+            if key in seen and (activation := self._recorder.activation_of(layer, output)) is not None:
                 heard.add(key)
                 seen[key].compare(before[key], activation, sample)
 

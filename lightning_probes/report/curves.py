@@ -17,7 +17,7 @@ from lightning_probes.distributed import Ranks
 from lightning_probes.network.extractor import LayerExtractor
 from lightning_probes.options import first_of
 from lightning_probes.probes.dataset import LayerBatch
-from lightning_probes.probes.fit import BY_TARGET
+from lightning_probes.probes.fit import BY_TARGET, by_target
 from lightning_probes.probes.heads import StackedProbes
 from lightning_probes.probes.remaining import REMAINING
 from lightning_probes.report.label_counts import LabelCounts
@@ -172,7 +172,7 @@ def rows_of(
             continue
         online = scores.online[i] if scores.online is not None else None
         lagging = question.split(online) if online is not None else {}
-        shared = {key: value for key, value in known.items() if key != BY_TARGET}
+        each = by_target(known)
         for target, own in question.split(tally).items():
             task, samples = question.parts[target], tally[-1] if math.isnan(own[-1]) else own[-1]
             if not samples:
@@ -183,13 +183,14 @@ def rows_of(
             further = scores.metrics.get(layer, {}).get(target, {})
             measures |= dict.fromkeys(further, math.nan) if math.isnan(measures["error"]) else further
             named = {"target": target} if target else {}
-            common = {"layer": layer, **named, **shared, **known.get(BY_TARGET, {}).get(target, {}), "stage": stage}
+            shared = {key: value for key, value in each.get(target, known).items() if key != BY_TARGET}
+            common = {"layer": layer, **named, **shared, "stage": stage}
             common |= {**point, "labels": labels.get(target), "samples": samples}
             for metric, value in measures.items():
                 is_error = metric == "error"
                 low, high = task.interval(own) if is_error and stage != "train" else (None, None)
-                each = task.each(own) if is_error else {}
-                rows.append({**common, "metric": metric, "value": value, "low": low, "high": high, **each})
+                by_output = task.each(own) if is_error else {}
+                rows.append({**common, "metric": metric, "value": value, "low": low, "high": high, **by_output})
     return rows
 
 

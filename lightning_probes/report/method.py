@@ -33,6 +33,8 @@ _REDUCTIONS = {
     "map": "map{s}",
     "grid": "grid{s}",
     "mean": "mean{s} of tokens",
+    "first": "first token{s}",
+    "last": "last token{s}",
     "subset": "random subset{s}",
     "projection": "random projection{s}",
     "position": "vector{s} at a position",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from lightning_probes.checkpoints import STATE_VERSION, CheckpointError, check_version, read_checkpoint
 from lightning_probes.options import one_of
+from lightning_probes.probes.linear import LayerProbe, LayerProbes
 from lightning_probes.report.method import Method, method_of
 from lightning_probes.report.plots import error_by_depth
 from lightning_probes.report.tables import (
@@ -103,6 +104,41 @@ class ProbeReport:
     notes: list[str] = field(default_factory=list)
     cost: dict[str, float] = field(default_factory=dict, compare=False)
     tasks: dict[str, str] = field(default_factory=lambda: {"": "classification"})
+
+    def __post_init__(self) -> None:
+        # This is no field, so that it is neither saved nor compared.
+        self._probes: LayerProbes | None = None
+
+    def hold(self, probes: LayerProbes) -> None:
+        """Hold probes, in memory only, for :meth:`probe` to hand out."""
+        self._probes = probes
+
+    def probe(self, layer: str, target: str | None = None) -> LayerProbe:
+        """Return the fitted classifier of a layer, as a ``torch.nn.Linear`` on the layer's features as they are.
+
+        Only the report that :func:`~lightning_probes.probe` returns holds probes: those of the network that was probed
+        last, of checkpoints that of the highest step. They stay in memory as long as the report does, and :meth:`save`
+        writes none of them. The probes of a run are given by
+        :meth:`LinearProbeCallback.probe <lightning_probes.LinearProbeCallback.probe>`.
+
+        Args:
+            layer: path of the layer in ``named_modules()``, or ``input``, as in :attr:`rows`.
+            target: name of the target; by default the first.
+
+        Returns:
+            A copy, in eval mode, on the device on which it was fitted, with the ``reduction`` that makes features of
+            what the layer puts out; see :class:`~lightning_probes.probes.linear.LayerProbe`.
+
+        Raises:
+            ValueError: no such layer was probed (the message has the nearest names), or it has no probe.
+            RuntimeError: this report has numbers only.
+        """
+        if self._probes is None:
+            raise RuntimeError(
+                "probe: this report has numbers only; the one that lightning_probes.probe() returns holds the probes "
+                "until it is saved, and LinearProbeCallback.probe(layer) gives those of a run"
+            )
+        return self._probes.probe(layer, target)
 
     def enter(self, rows: list[Row], baselines: Mapping[str, float] = MappingProxyType({})) -> None:
         """Enter the rows of one point of the curves of a stage and dataloader; replace earlier rows of this point.

@@ -175,6 +175,10 @@ class Regression(Task):
     def curvature(self, expectation: Tensor) -> Tensor:
         return torch.ones_like(expectation[0])
 
+    def unscaled(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        centre, scale = _units(self.centre, self.scale, weight.device)
+        return weight.to(scale) * scale[:, None], bias.to(scale) * scale + centre
+
     def tally_and_residual(self, scores: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
         tally = self.tally(scores, labels)
         entries = labels.answers.sum(dim=1, keepdim=True).clamp(min=1)

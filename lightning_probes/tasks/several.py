@@ -43,14 +43,6 @@ class Several(Question):
         """Return this question with another task of a name."""
         return replace(self, tasks=tuple((each, task if each == name else known) for each, known in self.tasks))
 
-    def columns(self) -> dict[str, slice]:
-        """Return where the outputs of each task are among all outputs."""
-        found, first = {}, 0
-        for name, task in self.tasks:
-            found[name] = slice(first, first + task.outputs)
-            first += task.outputs
-        return found
-
     def leave_out_(self, targets: Tensor) -> None:
         for name, place in self.columns().items():
             self.parts[name].leave_out_(targets[:, place])

@@ -90,6 +90,14 @@ class Question(ABC):
     def parts(self) -> dict[str, Task]:
         """Return the tasks by the names of their targets; one without a name has an empty one."""
 
+    def columns(self) -> dict[str, slice]:
+        """Return where the outputs of each task are among all outputs, by the names of :attr:`parts`."""
+        found, first = {}, 0
+        for name, task in self.parts.items():
+            found[name] = slice(first, first + task.outputs)
+            first += task.outputs
+        return found
+
     @abstractmethod
     def leave_out_(self, targets: Tensor) -> None:
         """Write over ``targets``, ``(samples, outputs)``, so that their samples are left out."""
@@ -283,6 +291,10 @@ class Task(Question):
     @abstractmethod
     def curvature(self, expectation: Tensor) -> Tensor:
         """Return the second derivative of each sample's loss by its scores, averaged over outputs, ``(samples,)``."""
+
+    def unscaled(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weight ``(outputs, features)`` and bias of a probe whose scores are in the targets' own units."""
+        return weight, bias
 
     # What is counted and said
 

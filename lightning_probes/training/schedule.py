@@ -25,6 +25,13 @@ class Schedule:
         self._every_n_epochs = None if is_auto else whole("every_n_epochs", every_n_epochs, also="auto")
         self._resumed: tuple[int, int, bool] | None = None
 
+    def __str__(self) -> str:
+        """Say when probes are fitted first."""
+        every = self._every_n_epochs or 1
+        return (
+            f"probes are fitted when a point is published, first after epoch {every}, at its validation if it has one"
+        )
+
     def begin(self, trainer: Any, point: tuple[int, int], *, is_restored: bool) -> str:
         """Note where training begins, which is in the middle of an epoch if an earlier run was stopped there.
 

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from lightning_probes.distributed import Ranks
 from lightning_probes.network.extractor import INPUT, LayerExtractor
 from lightning_probes.network.pairing import notes_of
+from lightning_probes.probes.fit import fitted_on_of
+from lightning_probes.probes.heads import StackedProbes
+from lightning_probes.probes.linear import LayerProbe, LayerProbes, unknown
 from lightning_probes.progress import Progress, size
 from lightning_probes.replay.calls import CannotRunAgainError, RecordedStep
 from lightning_probes.replay.recorded_batches import Context
@@ -138,6 +141,35 @@ class ProbingSession:
         """Discard the fitted probes if the network was trained after they were fitted."""
         if self.now != self.point:
             self.refit.fitted = None
+
+    def probe(self, layer: str, target: str | None, report: ProbeReport, when: str) -> LayerProbe:
+        """Return a copy of the probe of a layer that the last point shows.
+
+        Args:
+            layer: name of the layer.
+            target: name of the target; ``None`` for the first.
+            report: report with that point.
+            when: when the first point is published, for the message.
+
+        Raises:
+            ValueError: no such layer is probed, or it was left out or set aside.
+            RuntimeError: no probe of it has been fitted yet.
+        """
+        network, fitted, probes = self.network, self.refit.fitted, StackedProbes([], self.network.question)
+        shown = report.select(layer=layer, epoch=self.point[0], step=self.point[1], metric="error")
+        fitted_on: dict[str, dict[str, Any]] = {}
+        if fitted is not None:
+            probes = fitted.probes
+            fitted_on = {name: fitted_on_of(known) for name, known in fitted.known.items()}
+        elif self.online.probes is not None and any((row["fitted_on"] or {}).get("data") == ONLINE for row in shown):
+            probes = self.online.probes
+            fitted_on = {layer: {"": {"data": ONLINE, "samples": self.online.samples}}}
+        missing = network.why_missing | dict.fromkeys(self.curves.set_aside, "it was set aside, see report.notes")
+        if layer not in missing and layer not in network.layers:
+            raise ValueError(unknown(layer, network.layers))
+        if layer not in missing and layer not in fitted_on:
+            raise RuntimeError(f"probe: {layer!r} has no fitted probe yet: {when}")
+        return LayerProbes(probes, {layer: network.reduction_of(layer)}, fitted_on, missing).probe(layer, target)
 
     # A step of training
 
@@ -316,7 +348,8 @@ class ProbingSession:
         with self._around("scoring their probes", together=True):
             self.network.agree(self.ranks.gather)
             self.facts.agree(self.ranks)
-            paired = list(dict.fromkeys(chain(*self.ranks.gather(notes_of(self.network.pairings)))))
+            own = notes_of(self.network.pairings, self.network.tokens.kinds)
+            paired = list(dict.fromkeys(chain(*self.ranks.gather(own))))
             first = self._about(self.refit.conclude())
             self.curves.agree(len(self.facts.layers))
         self.curves.blame(self.refit.pop_faults(), "fitting its probe", self.now)
@@ -331,7 +364,7 @@ class ProbingSession:
             report.notes = [note for note in report.notes if note != self.doubts]
             self.doubts = self.curves.doubts
             note_in(report, *self.network.notes, *self.network.labels.notes)
-            note_in(report, *self.network.mask_reader.notes)
+            note_in(report, *self.network.notes_on_tokens)
             note_in(report, self.doubts, self.refit.note, self.ranks.note)
             self._count_cost(report)
         report.notes = [note for note in report.notes if note not in self._pairs_noted]

@@ -19,20 +19,20 @@ def state_of(session: ProbingSession, report: ProbeReport) -> dict[str, Any]:
     """Return everything that a resumed run needs, as tensors and plain types.
 
     Beside the report there are, under ``probes``: the layers (``selected``, ``facts``: order, depth and size), how
-    features are reduced (``reduction``) and which dimension holds them (``axes``), which row is of which sample
-    (``pairings``), what is asked and the number of outputs (``question``, ``num_classes``), the probes trained along
-    (``along``) and those at their optimum with what is known of them (``optimum``), epoch and step of the last point
-    and of the last step (``point``, ``now``), layers set aside and the running tally of the probes trained along
-    (``points``), the
-    note on targets that are strange (``missing``), whether training has no labels (``trains_without_labels``), and
-    whether probes are on a labelled set of their own (``own_data``). The keys are those of release 0.1.0, and new ones.
-    No batch and no feature is saved.
+    features are reduced (``reduction``, ``tokens``) and which dimension holds them (``axes``), which row is of which
+    sample (``pairings``), what is asked and the number of outputs (``question``, ``num_classes``), the probes trained
+    along (``along``) and those at their optimum with what is known of them (``optimum``), epoch and step of the last
+    point and of the last step (``point``, ``now``), layers set aside and the running tally of the probes trained along
+    (``points``), the note on targets that are strange (``missing``), whether training has no labels
+    (``trains_without_labels``), and whether probes are on a labelled set of their own (``own_data``). The keys are
+    those of release 0.1.0, and new ones. No batch and no feature is saved.
     """
     network = session.network
     probes = {
         "facts": session.facts.state_dict(),
         "selected": list(network.selected),
         "reduction": network.reducer.state_dict(),
+        "tokens": network.ways_of_tokens,
         "trains_without_labels": network.labels.absent_in_training,
         "num_classes": network.question.outputs,
         "question": network.question.state_dict(),
@@ -77,16 +77,22 @@ def restore(
     selected = network.selected if is_training else state["selected"]
     # In checkpoints without this entry features are means over space.
     reduction = state.get("reduction", {"kind": "pool", "draws": {}})
-    if difference := differing(state, selected, network.question, reduction["kind"], network.reducer.kind):
+    # In checkpoints without this entry tokens are averaged.
+    known = state.get("axes", {}).get("known", [])
+    averaged = {layer: "mean" for layer, dimensions, axes in known if dimensions > 2 and axes == "tokens"}
+    tokens = network.tokens.differing(state.get("tokens", averaged))
+    asked = network.question
+    if difference := tokens or differing(state, selected, asked, reduction["kind"], network.reducer.kind):
         refuse(difference, strict=strict)
     session.point = tuple(state["point"])
     session.now = tuple(state["now"])
     session.doubts = state.get("missing", "")
     network.labels.present_in_validation |= state["trains_without_labels"]
     network.labels.is_trusted = True
-    if network.question.differs(question_in(state)) or reduction["kind"] != network.reducer.kind:
+    if asked.differs(question_in(state)) or reduction["kind"] != network.reducer.kind or tokens:
         return
     network.reducer.load_state_dict(reduction)
+    network.tokens.load(state.get("tokens", {}))
     layers = network.layers if difference else state["facts"]["layers"]
     session.online.load_state_dict(
         state["along"], layers, device, strict=strict, is_training=is_training, goes_on=not difference

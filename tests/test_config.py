@@ -28,6 +28,7 @@ from lightning_probes.tasks.multilabel import Multilabel
 from lightning_probes.tasks.regression import Regression
 
 CLI = Path(__file__).parent.parent / "examples" / "cli"
+README = Path(__file__).parent.parent / "README.md"
 CLASS = "lightning_probes.LinearProbeCallback"
 ARGUMENTS = inspect.signature(LinearProbeCallback).parameters
 SHORT = [
@@ -110,6 +111,14 @@ def test_help_shows_every_argument_with_its_docstring(capsys: pytest.CaptureFixt
         said = " ".join(text.split())
         value = rf"(?:{name.upper()}|\{{(?:\w+,)+\w+\}})"
         assert re.search(rf"--trainer\.callbacks\.{name} {value} {re.escape(said)} \(type: ", shown), name
+
+
+def test_the_readme_has_a_line_for_each_argument() -> None:
+    table = README.read_text().split("## All arguments")[1].split("\n## ")[0]
+    lines = [line.split("|")[1:4] for line in table.splitlines() if line.startswith("| `")]
+    written = {name: shared.strip() == "yes" for names, shared, _ in lines for name in re.findall(r"`(\w+)`", names)}
+    both = inspect.signature(probe).parameters
+    assert written == {name: name in both for name in ARGUMENTS}
 
 
 def from_yaml(init_args: Any) -> LinearProbeCallback:

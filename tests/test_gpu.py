@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from asked import ASKED
 from exact import Weights, check_gaps, features_by_hand, gaps
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
@@ -16,7 +17,7 @@ from networks import QUIET, Classifier, ResNet, ViT, loader, mlp
 from states import assert_same
 from torch.utils._pytree import tree_leaves
 
-from lightning_probes import LinearProbeCallback
+from lightning_probes import LinearProbeCallback, probe
 
 DEVICE = "cuda"
 
@@ -96,6 +97,25 @@ def test_metrics_of_torchmetrics_are_harmless_and_those_of_the_scored_samples(tm
         assert row["value"] == pytest.approx(1 - error["value"], abs=1e-6)
 
 
+@pytest.mark.parametrize("asked", ASKED)
+def test_whatever_is_asked_training_is_bit_identical_and_errors_are_those_of_the_cpu(
+    asked: str, tmp_path: Path
+) -> None:
+    probes = LinearProbeCallback(**ASKED[asked])
+    assert_same(
+        train(residual, tmp_path, probes, precision="16-mixed"), train(residual, tmp_path, precision="16-mixed")
+    )
+    assert {row["epoch"] for row in probes.report.rows} == {0, 1, 2}
+    assert all(math.isfinite(row["value"]) for row in probes.report.rows)
+    seed_everything(7, verbose=False)
+    model, data = residual(), (loader(320, 32, seed=2), loader(200, 50, seed=1))
+    trainers = [Trainer(**{**QUIET, "accelerator": accelerator}) for accelerator in (DEVICE, "cpu")]
+    there, here = (probe(model, *data, trainer=trainer, **ASKED[asked]) for trainer in trainers)
+    for row, other in zip(there.select(metric="error"), here.select(metric="error"), strict=True):
+        # Strengths of L2 that are about as good may differ by a half-decade.
+        assert row["value"] == pytest.approx(other["value"], abs=0.03), row["layer"]
+
+
 def check_that_all_was_probed(probes: LinearProbeCallback, *, starts: bool) -> None:
     rows = probes.report.rows
     assert {row["epoch"] for row in rows} == ({0, 1, 2} if starts else {1, 2})
@@ -172,11 +192,21 @@ def _waits_again() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_waits_again")
-@pytest.mark.parametrize("arguments", [{"fit_samples": 0}, {"fit_on_device": True}], ids=["online", "converged"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"fit_samples": 0},
+        {"fit_on_device": True},
+        *({"fit_on_device": True, **ASKED[name]} for name in ASKED if name != "classification"),
+    ],
+    ids=["online", "converged", *(name for name in ASKED if name != "classification")],
+)
 @pytest.mark.parametrize("make", [dropping, residual])
 def test_no_training_step_waits_for_the_device(
     make: Callable[[], LightningModule], arguments: dict[str, Any], tmp_path: Path
 ) -> None:
+    if make is dropping and "positions" in arguments:
+        pytest.skip("its layers have no positions")
     probes = NeverWaiting(**arguments)
     train(make, tmp_path, probes)
     assert probes.steps == 11

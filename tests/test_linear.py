@@ -23,6 +23,7 @@ from lightning_probes.network.arrangement import Arrangement, LayerReduction
 from lightning_probes.network.pooling import Reducer
 from lightning_probes.probes.linear import LayerProbe, folded
 from lightning_probes.probes.standardise import standardise_
+from lightning_probes.tasks.classification import Classification
 
 TRAIN, VAL = loader(320), loader(200, seed=1)
 
@@ -129,7 +130,10 @@ def test_standardisation_is_folded_in_and_constants_do_not_count(offset: float, 
     weight, bias = torch.randn(3, 6, generator=generator), torch.randn(3, generator=generator)
     expected = standardise_(x.clone()[None], mean[None, None], variance[None, None])[0] @ weight.T + bias
     one = LayerProbe(
-        *folded(weight, bias, mean, variance), "a", lambda activation, mask=None, index=None: activation, {}
+        *folded(Classification(3), weight, bias, mean, variance),
+        "a",
+        lambda activation, mask=None, index=None: activation,
+        {},
     )
     assert (one.weight[:, 4] == 0).all()
     assert one.weight.dtype == dtype

@@ -131,12 +131,14 @@ def meeting(space: tuple[int, ...], grid: tuple[int, ...], *, is_map: bool) -> t
         return space, 0
     elif len(space) == 1:
         height, width = grid
-        for skipped in range(_MOST_REGISTERS + 1):
+        for skipped in range(min(_MOST_REGISTERS + 1, space[0])):
             # The grid of the tokens has the sides of the labels, divided by one number.
             side = math.isqrt((space[0] - skipped) * height * width)
-            if space[0] > skipped and side * side == (space[0] - skipped) * height * width:
+            if side * side == (space[0] - skipped) * height * width:
                 sides = side // width, side // height
-                if math.prod(sides) == space[0] - skipped and sides[0] * width == sides[1] * height:
+                is_whole = math.prod(sides) == space[0] - skipped and sides[0] * width == sides[1] * height
+                # More tokens than one side has could as well be a part of another grid.
+                if is_whole and skipped < max(sides):
                     return sides, skipped
     there, here = (" x ".join(map(str, sides)) or "none" for sides in (grid, space))
     raise NoPositionsError(f"its positions ({here}) are not those of the labels ({there})")

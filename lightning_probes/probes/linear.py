@@ -92,8 +92,8 @@ class LayerProbes:
         """Return a copy of the probe of a layer for a target, by default the first; draw nothing.
 
         Raises:
-            ValueError: no such layer or target was probed (the message has the nearest names), or it has no probe (the message
-                has the reason).
+            ValueError: no such layer or target was probed (the message has the nearest names), or it has no probe (the
+                message has the reason).
         """
         if layer in self.missing:
             raise ValueError(f"probe: {layer!r} has no probe: {self.missing[layer]}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
+from asked import ASKED
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
@@ -28,6 +29,7 @@ class Setting(NamedTuple):
     validates: bool
     fit_samples: int
     runs_again: bool = True
+    asked: str = "classification"
 
 
 SETTINGS = {
@@ -36,6 +38,11 @@ SETTINGS = {
     "MLP, online": Setting(mlp, validates=True, fit_samples=0),
     "convolutions without validation, online": Setting(convnet, validates=False, fit_samples=0),
     "MLP, cross-fitted": Setting(mlp, validates=True, fit_samples=4096, runs_again=False),
+    **{
+        name: Setting(convnet, validates=True, fit_samples=192, asked=name)
+        for name in ASKED
+        if name != "classification"
+    },
 }
 
 
@@ -108,7 +115,7 @@ class Run:
 
 
 def run(name: str, *callbacks: Callback, logger: Memory | None = None) -> Run:
-    network, validates, _, runs_again = SETTINGS[name]
+    network, validates, _, runs_again, _ = SETTINGS[name]
     seed_everything(5, verbose=False)
     model = (Classifier if runs_again else Between)(network())
     logger = logger or Memory()
@@ -129,7 +136,8 @@ def run(name: str, *callbacks: Callback, logger: Memory | None = None) -> Run:
 
 
 def probes_of(name: str) -> LinearProbeCallback:
-    return LinearProbeCallback(fit_samples=SETTINGS[name].fit_samples, log_metrics=["lag"])
+    asked = ASKED[SETTINGS[name].asked]
+    return LinearProbeCallback(fit_samples=SETTINGS[name].fit_samples, log_metrics=["lag"], **asked)
 
 
 @cache

@@ -167,7 +167,7 @@ def test_every_argument_can_be_written_in_yaml() -> None:
     assert network._reading["num_classes"] == 7
     assert network._reading["input"] == "pixels"
     assert network.labels._places == {"": "labels"}
-    assert (network.question, network.labels._most_positions) == (Classification(), 8)
+    assert (network.question, network.labels._most_positions) == (Classification(7, is_clustered=True), 8)
     assert (network.reducer.kind, network.reducer.max_features) == ("subset", 256)
     assert probes.state_key == LinearProbeCallback(name="digit").state_key
     assert network._reading["layout"] == written["layout"]
@@ -258,7 +258,7 @@ def test_lists_and_mappings_of_omegaconf_are_accepted() -> None:
         "_reading.layout",
         "_reading.num_classes",
         "_reading.input",
-        "labels._target",
+        "labels._places",
         "_reading.tokens",
         "mask_reader._token_mask",
     ):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from asked import ASKED
 from faults import EPOCHS, ONE, SETTINGS, Arming, Fault, Memory, Run, probes_of, run, undisturbed, without
 
 from lightning_probes import ProbeReport
@@ -48,6 +49,7 @@ def is_in_validation(*args: Any, **kwargs: Any) -> bool:
 
 EVERYWHERE = ["convolutions", "MLP without validation", "MLP, online", "convolutions without validation, online"]
 CONVERGED, MIXED, CROSSED = EVERYWHERE[:2], EVERYWHERE[1:3], ["MLP, cross-fitted"]
+OTHERS = [name for name in ASKED if name != "classification"]
 BOTH, ONCE, ALWAYS = [False, True], [False], [True]
 
 
@@ -66,6 +68,8 @@ NAN = {
     "the activation of one": Case(ActivationRecorder, "record", [*EVERYWHERE, *CROSSED], BOTH, is_one, ONE),
     "the input": Case(ActivationRecorder, "record", EVERYWHERE, BOTH, is_input, "input"),
     "the fit of one": Case(fit, "fit_samples", CONVERGED, BOTH, is_fit_of_one, ONE),
+    "the fit of one, whatever is asked": Case(fit, "fit_samples", OTHERS, ALWAYS, is_fit_of_one, ONE),
+    "scoring, whatever is asked": Case(StackedProbes, "score", OTHERS, ALWAYS),
     "the cross-fit of one": Case(fit, "fit_samples", CROSSED, BOTH, is_fit_of_one, ONE),
     "all activations": Case(ActivationRecorder, "record", MIXED, ALWAYS),
     "all fits": Case(LayerSamples, "fingerprint", CONVERGED, ALWAYS),
@@ -135,9 +139,9 @@ def new_warnings(found: Run, name: str) -> list[str]:
 
 
 def values(found: Run) -> dict[tuple[Any, ...], float]:
-    keys = ("layer", "stage", "epoch", "metric")
+    keys = ("layer", "stage", "epoch", "metric", "target")
     # The lag needs both probes: of a layer that one of them has lost there may be none.
-    return {tuple(row[key] for key in keys): row["value"] for row in found.report.rows if row["metric"] != "lag"}
+    return {tuple(row.get(key) for key in keys): row["value"] for row in found.report.rows if row["metric"] != "lag"}
 
 
 @each(NAN | WITHOUT_ROWS)

@@ -9,11 +9,13 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from asked import ASKED
 from exact import Exact, check_gaps, features_by_hand
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -155,17 +157,19 @@ def test_features_on_disk_give_the_numbers_of_those_in_memory(
     assert on_disk.cost["kept_bytes"] == in_memory.cost["kept_bytes"] == 2 * samples * (16 + 12 + 10)
 
 
-def test_the_callback_publishes_the_same_for_the_same_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", ASKED)
+def test_the_callback_publishes_the_same_for_the_same_network(asked: str, tmp_path: Path) -> None:
     seed_everything(1, verbose=False)
     model = Classifier(convnet(width=4), learning_rate=0.03)
     train, held_out = loader(TRAIN, 32, size=4, seed=1), loader(HELD_OUT, 50, size=4, seed=2)
-    probes = LinearProbeCallback(fit_samples=TRAIN)
+    probes = LinearProbeCallback(fit_samples=3 * TRAIN, **ASKED[asked])
     trainer = Trainer(**QUIET, max_epochs=1, callbacks=[probes], default_root_dir=tmp_path)
     trainer.fit(model, train, held_out)
-    report = run(model, train, held_out)
+    report = run(model, train, held_out, **ASKED[asked])
     assert {(row["epoch"], row["step"]) for row in report.rows} == {(1, 20)}
-    for stage in ("train", "val"):
-        published, found = errors(probes.report, stage, epoch=1), errors(report, stage)
+    for stage, target in product(("train", "val"), report.tasks):
+        of = {"target": target} if target else {}
+        published, found = errors(probes.report, stage, epoch=1, **of), errors(report, stage, **of)
         assert list(published) == list(found)
         # Another fifth chooses the strength.
         assert max(abs(published[layer] - found[layer]) for layer in found) <= 0.02

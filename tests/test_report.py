@@ -64,6 +64,7 @@ def test_rows_say_everything_about_their_number() -> None:
         "epoch": 2,
         "step": 20,
         "logged_step": None,
+        "labels": None,
         "metric": "error",
         "value": 0.34,
         "samples": 200,

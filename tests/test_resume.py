@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from asked import ASKED
 from fits import count_fits
 from kill_and_resume import equal
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -77,6 +78,20 @@ def test_a_killed_run_that_is_resumed_has_the_curves_of_the_run_never_killed() -
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("6 seeds, 6 kills, 0 of ")
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_resumed_run_goes_on_whatever_is_asked(asked: str, tmp_path: Path) -> None:
+    def model() -> Classifier:
+        seed_everything(3, verbose=False)
+        return Classifier(nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), mlp(256, 1, 256)))
+
+    whole, resumed = (LinearProbeCallback("net.[01]", **ASKED[asked]) for _ in range(2))
+    fit(tmp_path, whole, model=model())
+    path = stopped(tmp_path, LinearProbeCallback("net.[01]", **ASKED[asked]), model=model())
+    fit(tmp_path, resumed, model=model(), ckpt_path=path)
+    assert str(resumed.report.rows) == str(whole.report.rows)
+    assert resumed._network.question == whole._network.question
 
 
 # The checkpoint

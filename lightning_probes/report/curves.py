@@ -174,9 +174,10 @@ def rows_of(
         lagging = question.split(online) if online is not None else {}
         each = by_target(known)
         for target, own in question.split(tally).items():
-            task, samples = question.parts[target], tally[-1] if math.isnan(own[-1]) else own[-1]
-            if not samples:
+            if own[-1] == 0 and not math.isnan(own[-2]):
                 continue
+            # The columns of a layer that is set aside are NaN, but for the number of samples at the end of all.
+            task, samples = question.parts[target], tally[-1] if math.isnan(own[-1]) else own[-1]
             measures = task.measures(own)
             if target in lagging:
                 measures["lag"] = task.lag(lagging[target], own)

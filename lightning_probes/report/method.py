@@ -154,6 +154,7 @@ def _sentence(data: str, rows: Sequence[Mapping[str, Any]], stage: str) -> str:
         return f"Probes trained along with the network, not to their optimum; scored on {scored:,.0f} {what}."
     if data == CROSS_FITTED and stage == "val":
         folds = "in five folds, each scored by probes of the others"
+        folds += "; the intervals take the positions of a sample for independent ones" * (what == "positions")
         return f"Probes cross-fitted on {scored:,.0f} {what} of validation {folds}."
     if not data:
         return f"Scored on {scored:,.0f} {what}."

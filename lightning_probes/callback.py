@@ -74,8 +74,9 @@ class LinearProbeCallback(Callback):
             given to the model's ``forward``, never to its steps.
         name: name that tells several of these callbacks in one Trainer apart; it stands before the logged names.
         learning_rate: step size of the Adam that trains probes along with the network.
-        fit_samples: greatest number of training samples on which probes are brought to their optimum. Not given:
-            14 000, or 200 a class where that is more; 0: none, the probes trained along are published.
+        fit_samples: greatest number of training samples, or with ``positions`` of these, on which probes are brought to
+            their optimum. Not given: 14 000, or 200 a class where that is more; 0: none, the probes trained along are
+            published.
         fit_bytes: greatest number of bytes of those samples: kept inputs and their features. By default there is room
             for some 6 000 images of 3 x 224 x 224. With ``data``: bytes of features in memory; the others go to
             temporary files.

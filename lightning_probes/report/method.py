@@ -72,7 +72,7 @@ def method_of(points: Mapping[str, Sequence[Mapping[str, Any]]], stage: str) -> 
     sentences += _features(last)
     if late := [row["layer"] for row in last if row.get("converged") is False]:
         sentences.append(f"Not at the optimum (converged: False): {first_of(late)}.")
-    sentences += [*_remaining(last), *_of_labels(last[0].get("labels") or {})]
+    sentences += [*_remaining(last), *_of_labels(last[0].get("labels") or {}, _unit(last))]
     earlier: dict[str, list[str]] = {}
     for name, rows in points.items():
         if (data := next(iter(_by_kind(rows)))) != main:
@@ -84,6 +84,11 @@ def method_of(points: Mapping[str, Sequence[Mapping[str, Any]]], stage: str) -> 
     return Method("; ".join(f"{where}{warning}" for warning, where in warnings.items() if warning), sentences)
 
 
+def _unit(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return what is scored: samples, or positions in samples."""
+    return "positions" if str(rows[0].get("reduction", "")).startswith("position") else "samples"
+
+
 def _features(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Say what the features of the layers are, where that is known, and which rows they are of."""
     kinds = Counter(name for row in rows if (name := _REDUCTIONS.get(str(row.get("reduction", "")).split(" ")[0])))
@@ -93,11 +98,13 @@ def _features(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     arranged: dict[str, list[str]] = {}
     for row in rows:
         arranged.setdefault(row.get("rows") or "one row a sample", []).append(row["layer"])
+    met = [f"{row['layer']} ({there})" for row in rows if (there := row.get("reduction", "").partition(", met in ")[2])]
+    coarser = [f"Labels are met in other grids by {first_of(met)}."] if met else []
     if len(arranged) == 1:
-        return [f"Features: {counted}; {next(iter(arranged))}."]
+        return [f"Features: {counted}; {next(iter(arranged))}.", *coarser]
     # What averages many rows of a sample and what does not are not alike, whatever the network does between them.
     each = "; ".join(f"{what}: {first_of(layers)}" for what, layers in arranged.items())
-    return [f"Features: {counted}. Rows differ between layers: {each}."]
+    return [f"Features: {counted}. Rows differ between layers: {each}.", *coarser]
 
 
 def _remaining(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -108,19 +115,20 @@ def _remaining(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     mean = sum(row["remaining"] for row in known) / len(known)
     low, found, high = (f"{100 * most[name]:.1f}" for name in ("remaining_low", "remaining", "remaining_high"))
     return [
-        f"Fitted on all samples of an epoch, errors would be about {100 * mean:.1f} points lower; at most, for "
+        f"Fitted on all {_unit(rows)} of an epoch, errors would be about {100 * mean:.1f} points lower; at most, for "
         f"{most['layer']}, {found} ({low} to {high})."
     ]
 
 
-def _of_labels(labels: Mapping[str, int]) -> list[str]:
+def _of_labels(labels: Mapping[str, int], unit: str) -> list[str]:
     """Say how many labels of a stage were used, unless all were."""
     samples = sum(labels.values())
     if not samples or labels["used"] == samples:
         return []
     reasons = {"left out on purpose": labels["left_out"], "not usable": labels["unusable"]}
     others = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items() if number)
-    return [f"Of {samples:,} labels {labels['used']:,} were used ({others})."]
+    what = "labels" if unit == "samples" else "positions that were drawn the labels of"
+    return [f"Of {samples:,} {what} {labels['used']:,} were used ({others})."]
 
 
 def _by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -147,7 +155,7 @@ def _warning(data: str, row: Mapping[str, Any], stage: str) -> str:
 
 def _sentence(data: str, rows: Sequence[Mapping[str, Any]], stage: str) -> str:
     """Say in one sentence how the probes of these rows were fitted, and on how many samples they were scored."""
-    what = "positions" if str(rows[0].get("reduction", "")).startswith("position") else "samples"
+    what = _unit(rows)
     scored = max(row["samples"] for row in rows)
     fitted = max((row.get("fitted_on") or {}).get("samples", 0) for row in rows)
     if data == ONLINE:

@@ -11,7 +11,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
@@ -222,7 +222,10 @@ class ProbeReport:
 
     def __str__(self) -> str:
         """Return the tables of all targets."""
-        return "\n\n".join(self.table(target=target) for target in self.tasks) if self.rows else self.table()
+        if not self.rows:
+            return self.table()
+        *tables, last = (self._table(None, "error", None, target) for target in self.tasks)
+        return "\n\n".join([*(replace(table, notes=[]).text() for table in tables), last.text()])
 
     def __repr__(self) -> str:
         """Return one line: the numbers of layers, points and notes, and the lowest error of the last point."""
@@ -243,12 +246,14 @@ class ProbeReport:
         if not self.rows:
             return f"<p>ProbeReport: no rows yet</p>{notes_as_html(self.notes)}"
         try:
-            picture = base64.b64encode(self.plot()._repr_png_()).decode("ascii")
-            drawn = f'<img alt="probe error against depth" src="data:image/png;base64,{picture}">'
+            pictures = [base64.b64encode(self.plot(target=x)._repr_png_()).decode("ascii") for x in self.tasks]
+            image = '<img alt="probe error against depth" src="data:image/png;base64,{}">'
+            drawn = "".join(map(image.format, pictures))
         except Exception as error:  # An error of drawing must not keep the table from being shown.
             drawn = f"<p>No figure: {html.escape(str(error))}</p>"
-        tables = "".join(self._table(None, "error", None, target).html() for target in self.tasks)
-        return f"<div>{tables}{drawn}</div>"
+        *tables, last = (self._table(None, "error", None, target) for target in self.tasks)
+        shown = "".join([*(replace(table, notes=[]).html() for table in tables), last.html()])
+        return f"<div>{shown}{drawn}</div>"
 
     def save(self, path: str | Path) -> None:
         """Save the report as JSON, in which NaN and infinity are null. The file is replaced only when all is written.

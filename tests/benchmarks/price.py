@@ -1,23 +1,28 @@
 """What probing every layer costs a whole run: processor time relative to a run without, everything included.
 
-python tests/benchmarks/price.py --data DIR             # five runs, with mnist.npz and fashion_mnist.npz in DIR
+python tests/benchmarks/price.py --data DIR             # all runs, with mnist.npz and fashion_mnist.npz in DIR
 python tests/benchmarks/price.py snippet mlp --rounds 3
+python tests/benchmarks/price.py targets regression     # what is asked, beside one target with ten classes
+python tests/benchmarks/price.py pixels-4 pixels-64     # labels a pixel, beside one of them a sample
 
 Runs with and without probes take turns in one process, on one thread. Beside the price of a run with probes the table
 has that of its steps (`steps`: probes trained along, batches kept, validation scored), what running the kept batches
-again takes (`again`), and the rest of the time in which training pauses (`solve`), all in units of the run without.
+again takes (`again`), and the rest of the time in which training pauses (`solve`), all in units of the run without. Of
+a run that asks something else of its probes, `beside` is its processor time relative to the same run with other probes,
+and the target is one of that.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import platform
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +35,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.questions import answers, numbers, parts
 from networks import QUIET, Classifier, ResNet
 
 from lightning_probes import LinearProbeCallback
@@ -61,6 +67,24 @@ class Run(NamedTuple):
     epochs: int
     target: float
     classes: int = 10
+    asked: Mapping[str, Any] | None = None
+    """What the callback is given; ``None`` for the classes."""
+    beside: Mapping[str, Any] | None = None
+    """What it is given in the run that this one is compared with, whose target is a ratio then."""
+
+
+ONE: dict[str, Any] = {"num_classes": 10}
+THREE: dict[str, Any] = {
+    "target": {"digit": 1, "answers": answers, "numbers": numbers},
+    "task": {"digit": "classification", "answers": "multilabel", "numbers": "regression"},
+    "num_classes": {"digit": 10},
+}
+REGRESSION: dict[str, Any] = {"target": numbers, "task": "regression"}
+
+
+def pixels(positions: int) -> dict[str, Any]:
+    """Ask for the classes of so many pixels of each image."""
+    return {"target": parts, "num_classes": 3, "positions": positions}
 
 
 RUNS = {
@@ -71,6 +95,21 @@ RUNS = {
         "ResNet of 16-32-64-128, 6 000 images, 2 epochs", lambda: ResNet(width=16, channels=1), 6_000, 2, 1.7
     ),
     "classes": Run("MLP, 100 classes, 20 000 images, 3 epochs", lambda: perceptron(100), 20_000, 3, 4.0, 100),
+    "targets": Run("snippet, three targets", convolutions, 5_000, 3, 1.3, asked=THREE, beside=ONE),
+    "resnet-targets": Run(
+        "resnet, 2 000 images, three targets",
+        lambda: ResNet(width=16, channels=1),
+        2_000,
+        2,
+        1.3,
+        asked=THREE,
+        beside=ONE,
+    ),
+    "regression": Run("snippet, two numbers", convolutions, 5_000, 3, 1.0, asked=REGRESSION, beside=ONE),
+    **{
+        f"pixels-{k}": Run(f"snippet, {k} pixels", convolutions, 5_000, 3, 1.3, asked=pixels(k), beside=pixels(1))
+        for k in (4, 16, 64)
+    },
 }
 
 
@@ -152,16 +191,21 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     print(f"{platform.machine()}, one thread, torch {torch.__version__}\n")
-    print(f"{'run':<50}{'without':>9}{'price':>8}{'steps':>8}{'again':>8}{'solve':>8}{'target':>8}")
+    print(f"{'run':<50}{'without':>9}{'price':>8}{'steps':>8}{'again':>8}{'solve':>8}{'beside':>8}{'target':>8}")
     for name in args.runs:
         run = RUNS[name]
-        rows = []
+        rows: list[tuple[float, ...]] = []
         for _ in range(args.rounds):
             bare, _, _ = measure(run, args.data, None)
-            whole, pauses, again = measure(run, args.data, LinearProbeCallback(num_classes=run.classes))
-            rows.append((bare, *(part / bare for part in (whole, whole - pauses, again, pauses - again))))
-        bare, *parts = (statistics.median(column) for column in zip(*rows, strict=True))
-        shown = "".join(f"{part:8.2f}" for part in parts)
+            asked = {"num_classes": run.classes} if run.asked is None else run.asked
+            whole, pauses, again = measure(run, args.data, LinearProbeCallback(**asked))
+            other = math.nan
+            if run.beside is not None:
+                other, _, _ = measure(run, args.data, LinearProbeCallback(**run.beside))
+            shares = (whole, whole - pauses, again, pauses - again)
+            rows.append((bare, *(share / bare for share in shares), whole / other))
+        bare, *medians = (statistics.median(column) for column in zip(*rows, strict=True))
+        shown = "".join(f"{'':8}" if math.isnan(part) else f"{part:8.2f}" for part in medians)
         print(f"{run.title:<50}{bare:7.1f} s{shown}{run.target:8.1f}", flush=True)
 
 

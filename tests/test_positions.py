@@ -230,6 +230,7 @@ def test_positions_are_drawn_fairly_and_depend_on_the_sample_alone() -> None:
         ((9,), (9,), False, ((9,), 0)),
         ((4,), (9,), False, ((4,), 0)),  # a strided front end
         ((18,), (9,), False, ((18,), 0)),
+        ((5,), (9,), False, ((5,), 0)),
         ((5, 7), (10, 14), True, ((5, 7), 0)),
         ((16,), (8, 8), False, ((4, 4), 0)),
         ((17,), (8, 8), False, ((4, 4), 1)),
@@ -242,7 +243,8 @@ def test_grids_are_met(space: Any, grid: Any, is_map: bool, met: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("space", "grid", "is_map"), [((), (9,), False), ((10,), (9,), False), ((4, 4), (9,), True), ((15,), (4, 8), False)]
+    ("space", "grid", "is_map"),
+    [((), (9,), False), ((10,), (9,), False), ((8,), (9,), False), ((4, 4), (9,), True), ((15,), (4, 8), False)],
 )
 def test_grids_that_do_not_meet_are_told_with_their_sizes(space: Any, grid: Any, is_map: bool) -> None:
     there, here = (" x ".join(map(str, sides)) or "none" for sides in (grid, space))
@@ -294,11 +296,29 @@ def fit_with(
         ({"target": lambda batch: batch[1] + 7}, "target: label "),
         ({"layers": "head"}, "'head' cannot be probed: its positions (none) are not those of the labels (9)"),
         ({"positions": 0}, "positions: expected a positive integer, found 0"),
+        ({"tokens": "first"}, "tokens: it has no effect with positions"),
+        ({"token_mask": {"embed": 0}}, "token_mask: a mask by layer has no effect with positions"),
+        # A label more than there are tokens is a mistake, and not another length.
+        ({"target": lambda batch: F.pad(batch[1], (0, 1), value=1)}, "(9) are not those of the labels (10)"),
     ],
 )
 def test_mistakes_are_told_before_the_first_step(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         fit_with(tmp_path, **arguments)
+
+
+def test_a_mask_leaves_positions_out(tmp_path: Path) -> None:
+    def data(samples: int, seed: int) -> TensorDataset:
+        x, labels = sentences(samples, seed).tensors
+        return TensorDataset(x, torch.where(x == 0, 2, labels))  # Padding has a label, of one class.
+
+    masked, others = (fit_with(tmp_path, data=data, token_mask=mask) for mask in (lambda batch: batch[0] != 0, None))
+    assert "positions that the token mask leaves out are not drawn" in masked.notes
+    # A third of half of the sentences is padding, which would be told from the rest.
+    lost = [next(iter(report.select(stage="train", metric="error")))["labels"] for report in (masked, others)]
+    assert lost[0]["used"] <= lost[1]["used"]
+    baselines = [report.baseline["train"] for report in (masked, others)]
+    assert baselines[1] < baselines[0] - 0.03
 
 
 def test_layers_without_positions_are_left_out_and_told_of(tmp_path: Path) -> None:

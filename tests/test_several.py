@@ -177,3 +177,14 @@ def test_a_target_that_later_batches_lack_costs_those_batches_and_is_told(tmp_pa
     fit(tmp_path, probes, max_epochs=1)
     assert any("batches whose labels cannot be used are passed over" in note for note in probes.report.notes)
     assert all(row["samples"] > 0 for row in probes.report.rows)
+
+
+def test_a_target_without_a_label_has_a_note_and_the_others_their_tables(tmp_path: Path) -> None:
+    probes = LinearProbeCallback("net.*", target={"digit": 1, "none": lambda batch: 0 * batch[1] - 100}, num_classes=10)
+    fit(tmp_path, probes, max_epochs=1)
+    shown = str(probes.report)
+    assert "digit, val" in shown
+    assert "val, target 'none': none of 160 labels is used, since all leave their sample out" in " ".join(shown.split())
+    assert "digit" in probes.report._repr_html_()
+    with pytest.raises(ValueError, match="no val error of 'none'"):
+        probes.report.table(target="none")

@@ -359,6 +359,12 @@ ODD: dict[str, tuple[str, Any, str, float]] = {
         "1 have no entry (the first: 1)",
         math.nan,
     ),
+    "missing": (
+        "regression",
+        lambda y: torch.stack([y.float(), torch.where(y == 7, torch.nan, y.float())], 1),
+        "entries are missing, most of output 1: ",
+        math.nan,
+    ),
     "constant": (
         "regression",
         lambda y: torch.stack([y.float(), 0 * y + 5.0], 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -95,8 +96,11 @@ def pick(batch: Any, where: Where, argument: str) -> Any:
             break
     kind = "index" if isinstance(where, int) else "key"
     near = _label_places(batch) if argument.startswith("target") else []
+    names = [key for part in (batch, *parts_of(batch).values()) for key in parts_of(part) if isinstance(key, str)]
+    alike = difflib.get_close_matches(where, names, 1) if isinstance(where, str) else []
+    meant = f"; did you mean {alike[0]!r}?" if alike else ""
     hint = f"; its labels could be {' or '.join(f'target={place}' for place in near[:3])}" if near else ""
-    raise LookupError(f"{argument}={where!r}: the batch has no such {kind}; it is {describe(batch)}{hint}")
+    raise LookupError(f"{argument}={where!r}: the batch has no such {kind}; it is {describe(batch)}{meant or hint}")
 
 
 def describe(batch: Any, depth: int = 2) -> str:

@@ -85,11 +85,19 @@ class LayerExtractor:
     """
 
     def __init__(self, layers: Any, exclude: Any, reading: Reading) -> None:
+        if reading["positions"] is not None:
+            _refuse_with_positions(reading)
         self.layers: list[str] = []
         self.selected: list[str] = []
         self.modules: dict[str, nn.Module] = {}
         self.notes: list[str] = []
-        self.labels = LabelReader(reading["target"], find_question(reading), reading["positions"])
+        mask = reading["token_mask"]
+        self.labels = LabelReader(
+            reading["target"],
+            find_question(reading),
+            reading["positions"],
+            token_mask=None if isinstance(mask, Mapping) else mask,
+        )
         self.mask_reader = MaskReader(reading["token_mask"])
         self.tokens = TokenChoice(reading["tokens"])
         self.reducer = Reducer(reading["reduction"], reading["max_features"])
@@ -669,3 +677,17 @@ class LayerExtractor:
                 unfit = [layer for layer, why in self._unfit.items() if why == reason and layer not in layers]
                 if unfit:
                     self.notes.append(f"left out: {', '.join(unfit)} ({reason})")
+
+
+def _refuse_with_positions(reading: Reading) -> None:
+    """Refuse options on means over tokens where each labelled token is a row of its own.
+
+    Raises:
+        ValueError: one is given.
+    """
+    given = {"tokens": reading["tokens"] != "mean", "token_mask": isinstance(reading["token_mask"], Mapping)}
+    for name in (name for name, is_given in given.items() if is_given):
+        what = "a mask by layer has" if name == "token_mask" else "it has"
+        raise ValueError(
+            f"{name}: {what} no effect with positions, of which each is a row by itself; leave one of the two out"
+        )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_probes.network.batches import as_tensor, pick
+from lightning_probes.network.masks import pick_mask
 from lightning_probes.network.positions import Positions, draw
 from lightning_probes.options import Reading, Where
 from lightning_probes.tasks.classification import Classification
@@ -41,7 +42,12 @@ def find_question(reading: Reading, *owners: Any) -> Question:
     for argument, given in (("task", kinds), ("num_classes", classes)):
         for name in given if isinstance(given, Mapping) else ():
             if name not in names or not name:
-                there = ", ".join(map(repr, names)) if any(names) else "one target, which has no name"
+                there = ", ".join(map(repr, names))
+                there = (
+                    there
+                    if any(names)
+                    else f"one target, which has no name: target={{{name!r}: {target!r}}} gives it one"
+                )
                 raise ValueError(f"{argument}: {name!r} is no name of a target; there is {there}")
     tasks = {}
     for name in names:
@@ -107,6 +113,10 @@ def _labels_of(module: nn.Module) -> int | None:
     return found if getattr(module, "num_labels", None) == found else None
 
 
+_MASKED = "positions that the token mask leaves out are not drawn"
+"""Note in a report of labels of positions that there was a mask of them."""
+
+
 class LabelReader:
     """Read the labels of batches; raise on a mistake in the first batch, before training, but never in a later one.
 
@@ -116,6 +126,7 @@ class LabelReader:
         target: where in a batch the labels are, or those of each of several tasks by name.
         question: what is asked, before anything is known of it.
         most_positions: how many positions of a sample are probed, if each has a label of its own; else ``None``.
+        token_mask: where in a batch a mask of such positions is, 0 for those to leave out; ``None`` if it is nowhere.
 
     Attributes:
         question: knows what labels mean; it learns the number of outputs from the first labels if nothing else tells.
@@ -130,10 +141,16 @@ class LabelReader:
     """
 
     def __init__(
-        self, target: Where | Mapping[str, Where], question: Question, most_positions: int | None = None
+        self,
+        target: Where | Mapping[str, Where],
+        question: Question,
+        most_positions: int | None = None,
+        *,
+        token_mask: Where | None = None,
     ) -> None:
         self._places = dict(target) if isinstance(target, Mapping) else {"": target}
         self._most_positions = most_positions
+        self._token_mask = token_mask
         self.positions: Positions | None = None
         self.begin(question, is_checked=False)
 
@@ -196,7 +213,7 @@ class LabelReader:
             labels = self._labels(batch)
             if not self.is_checked:
                 self._check_first(labels)
-            return self._encoded(labels)
+            return self._encoded(labels, batch)
         except Exception as error:  # A user's function may raise anything.
             if self.is_checked:
                 self.pass_over(str(error) or type(error).__name__)
@@ -240,11 +257,11 @@ class LabelReader:
             raise ValueError(f"target: there are other numbers of labels in other targets: {sizes}")
         return found
 
-    def _encoded(self, labels: dict[str, Tensor]) -> Tensor:
+    def _encoded(self, labels: dict[str, Tensor], batch: Any) -> Tensor:
         tasks = self.question.parts
         self.positions = None
         if self._most_positions is not None:
-            labels, self.positions = self._drawn(labels, self._most_positions)
+            labels, self.positions = self._drawn(labels, self._most_positions, batch)
         each = {name: task.encode(labels[name]) for name, task in tasks.items()}
         self._left_out = {name: task.is_left_out(labels[name]) for name, task in tasks.items()}
         return next(iter(each.values())) if len(each) == 1 else torch.cat(list(each.values()), dim=1)
@@ -262,8 +279,12 @@ class LabelReader:
         for name, task in self.question.parts.items():
             try:
                 found, note = self._checked(task, labels[name])
+            except UnknownOutputsError as error:
+                several = f"; of several targets num_classes={{{name!r}: ...}}" if name else ""
+                raise UnknownOutputsError(f"{f'{_argument(name)}: ' * bool(name)}{error}{several}") from None
             except (TypeError, ValueError) as error:
-                raise type(error)(str(error).replace("target:", f"{_argument(name)}:", 1)) from None
+                each = f" (at the positions of labels {list(labels[name].shape)})" * self.has_positions
+                raise type(error)(str(error).replace("target:", f"{_argument(name)}:", 1) + each) from None
             self.notes += [f"{name}: {note}" if name else note] * bool(note)
             asked = self.question
             self.question = asked.with_task(name, found) if isinstance(asked, Several) else found
@@ -279,8 +300,8 @@ class LabelReader:
         found.check(labels)
         return found, note
 
-    def _drawn(self, labels: dict[str, Tensor], most: int) -> tuple[dict[str, Tensor], Positions]:
-        """Draw the same positions for all tasks, of those that have a label for any."""
+    def _drawn(self, labels: dict[str, Tensor], most: int, batch: Any) -> tuple[dict[str, Tensor], Positions]:
+        """Draw the same positions for all tasks, of those that have a label for any and that the mask leaves."""
         tasks = self.question.parts
         grids = {name: self._grid(tasks[name], found) for name, found in labels.items()}
         if len(set(grids.values())) > 1:
@@ -288,7 +309,13 @@ class LabelReader:
         grid = next(iter(grids.values()))
         each = {name: found.flatten(1, len(grid)) for name, found in labels.items()}
         left_out = [tasks[name].is_left_out(x.flatten(0, 1)).view(x.shape[:2]) for name, x in each.items()]
-        positions = draw(next(iter(each.values())), torch.stack(left_out).all(dim=0), grid, most)
+        nowhere = torch.stack(left_out).all(dim=0)
+        with suppress(Exception):  # There may be no mask, and a user's function may raise anything.
+            mask = pick_mask(batch, self._token_mask, len(nowhere)) if self._token_mask is not None else None
+            if mask is not None and mask.shape == (len(nowhere), *grid):
+                nowhere = nowhere | ~mask.to(nowhere.device)
+                self.notes += [_MASKED] * (_MASKED not in self.notes)
+        positions = draw(next(iter(each.values())), nowhere, grid, most)
         return {name: positions.take(found) for name, found in each.items()}, positions
 
     def _grid(self, task: Task, labels: Tensor) -> tuple[int, ...]:

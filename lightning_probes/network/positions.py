@@ -124,8 +124,9 @@ def meeting(space: tuple[int, ...], grid: tuple[int, ...], *, is_map: bool) -> t
         return space, 0
     if len(space) == len(grid) == 1:
         (tokens,), (labelled,) = space, grid
-        # A few tokens more may be class tokens, or a padding; scaled to them, labels would stand beside other tokens.
-        if tokens <= labelled or tokens % labelled == 0:
+        # A few tokens more or fewer may be class tokens, a padding, or a mistake in the labels: scaled to them, labels
+        # would stand beside other tokens. A front end halves them at least.
+        if tokens % labelled == 0 or 2 * tokens <= labelled + 2:
             return space, 0
     elif len(space) == len(grid):
         return space, 0

@@ -50,10 +50,12 @@ class LabelCounts:
             samples, used, left_out = (sum(numbers) for numbers in zip(*each, strict=True))
             unusable = samples - used - left_out
             self._agreed[curve] = {"used": used, "left_out": left_out, "unusable": unusable}
+            stage, dataloader, target = curve
+            name = f"{stage}, dataloader {dataloader}" if dataloader else stage
+            name += f", target {target!r}" if target else ""
+            if samples and left_out == samples:
+                self._told[name] = f"{name}: none of {samples:,} labels is used, since all leave their sample out"
             if unusable:
-                stage, dataloader, target = curve
-                name = f"{stage}, dataloader {dataloader}" if dataloader else stage
-                name += f", target {target!r}" if target else ""
                 self._told[name] = (
                     f"{name}: {unusable:,} of {samples:,} samples are left out, since their labels are not usable: "
                     f"{self._labels.question.parts[target].unusable}"

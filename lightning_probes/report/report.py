@@ -224,7 +224,7 @@ class ProbeReport:
         """Return the tables of all targets."""
         if not self.rows:
             return self.table()
-        *tables, last = (self._table(None, "error", None, target) for target in self.tasks)
+        *tables, last = self._tables()
         return "\n\n".join([*(replace(table, notes=[]).text() for table in tables), last.text()])
 
     def __repr__(self) -> str:
@@ -246,12 +246,12 @@ class ProbeReport:
         if not self.rows:
             return f"<p>ProbeReport: no rows yet</p>{notes_as_html(self.notes)}"
         try:
-            pictures = [base64.b64encode(self.plot(target=x)._repr_png_()).decode("ascii") for x in self.tasks]
+            pictures = [base64.b64encode(self.plot(target=x)._repr_png_()).decode("ascii") for x in self._shown()]
             image = '<img alt="probe error against depth" src="data:image/png;base64,{}">'
             drawn = "".join(map(image.format, pictures))
         except Exception as error:  # An error of drawing must not keep the table from being shown.
             drawn = f"<p>No figure: {html.escape(str(error))}</p>"
-        *tables, last = (self._table(None, "error", None, target) for target in self.tasks)
+        *tables, last = self._tables()
         shown = "".join([*(replace(table, notes=[]).html() for table in tables), last.html()])
         return f"<div>{shown}{drawn}</div>"
 
@@ -428,15 +428,25 @@ class ProbeReport:
         )
         return axes if ax is not None else axes.figure  # type: ignore[return-value]
 
+    def _shown(self) -> list[str]:
+        """Return the targets that have rows of the stage that is shown."""
+        stage = self._stage()
+        return [target for target in self.tasks if self.select(stage=stage, target=target or None)]
+
+    def _tables(self) -> list[Table]:
+        return [self._table(None, "error", None, target) for target in self._shown()]
+
     def _table(self, stage: str | None, metric: str, dataloader: int | None, target: str | None) -> Table:
         stage, dataloader = self._resolve(stage, dataloader)
         target = self._target(target)
         curves = self.curves(stage, metric, dataloader, target)
         if not curves:
             keys = ("stage", "metric", "dataloader")
-            found = sorted({tuple(row[key] for key in keys) for row in self.rows})
-            there = ", ".join(f"{stage} {metric} (dataloader {index})" for stage, metric, index in found)
-            raise ValueError(f"the report has no {stage} {metric} (dataloader {dataloader}); it has {there}")
+            rows = self.select(target=target or None)
+            found = sorted({tuple(row[key] for key in keys) for row in rows})
+            there = ", ".join(f"{stage} {metric} (dataloader {index})" for stage, metric, index in found) or "nothing"
+            of = f" of {target!r}" if target else ""
+            raise ValueError(f"the report has no {stage} {metric}{of} (dataloader {dataloader}); it has {there}")
         return error_table(
             curves,
             metric=metric,

@@ -55,7 +55,10 @@ def hint_of_rows(labels: Tensor) -> str:
             "; a row of zeros names no class; integers leave a sample out with -100: target=lambda batch: "
             "torch.where(batch[1].sum(1) > 0, batch[1].argmax(1), -100)"
         )
-    return "; a row of probabilities has no negative ones and sums to 1; .softmax(dim=1) makes some of scores"
+    return (
+        "; a row of probabilities has no negative ones and sums to 1; .softmax(dim=1) makes some of scores; rows of "
+        "other numbers: task='regression'"
+    )
 
 
 def hint_of_integers(wrong: Tensor) -> str:
@@ -86,5 +89,5 @@ def _hint_of_nan(labels: Tensor) -> str:
     first, number = int(missing.nonzero()[0]), int(missing.sum())
     return (
         f"; {number} of the {len(labels)} are NaN, the first at {first}: leave such samples out of the dataset, or "
-        "give them the integer label -100"
+        "give them the integer label -100; of numbers that are no classes NaN leaves an entry out: task='regression'"
     )

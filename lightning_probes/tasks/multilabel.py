@@ -21,6 +21,7 @@ from lightning_probes.tasks.task import (
     Words,
     accumulator,
     by_sample,
+    lacking,
 )
 
 _CERTAIN = 1e-6
@@ -222,6 +223,7 @@ class Multilabel(Task):
         missing = [i for i, (n, m) in enumerate(zip(ones, zeros, strict=True)) if not n and not m]
         named = {"never occur": never, "always occur": always, "have no entry": missing}
         told = [f"{len(some)} {what} (the first: {some[0]})" for what, some in named.items() if some]
+        told += filter(None, [lacking([n + m for n, m in zip(ones, zeros, strict=True)], target_sums[-1])])
         if not told:
             return ""
         return f"of {self.outputs} labels, in the samples that probes were fitted on, {', '.join(told)}"

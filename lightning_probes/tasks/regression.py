@@ -21,6 +21,7 @@ from lightning_probes.tasks.task import (
     Words,
     accumulator,
     by_sample,
+    lacking,
 )
 
 _PAIRS = list(combinations_with_replacement(range(4), 2))
@@ -267,6 +268,7 @@ class Regression(Task):
             told.append(f"{len(constant)} of {n} outputs are constant (the first: {constant[0]}), and have no R2")
         if missing := [i for i, (entries, *_) in enumerate(sums) if not entries]:
             told.append(f"{len(missing)} of {n} outputs have no target (the first: {missing[0]})")
+        told += filter(None, [lacking([entries for entries, *_ in sums], target_sums[-1])])
         return f"of the targets that probes were fitted on, {'; '.join(told)}" if told else ""
 
     @property

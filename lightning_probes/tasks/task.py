@@ -372,6 +372,14 @@ def accumulator(device: torch.device | str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
+def lacking(entries: list[float], samples: float) -> str:
+    """Say which output lacks the most entries, if any does, of the entries of each and the number of samples."""
+    if not entries or min(entries) >= samples:
+        return ""
+    least = min(range(len(entries)), key=entries.__getitem__)
+    return f"entries are missing, most of output {least}: {100 * (1 - entries[least] / samples):.1f} %"
+
+
 def by_sample(values: Tensor, each: int) -> Tensor:
     """Return the sums over the rows of each sample: of ``(..., rows)``, of which ``each`` neighbours are of one."""
     return values if each == 1 else values.view(*values.shape[:-1], -1, each).sum(dim=-1)

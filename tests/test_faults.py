@@ -79,8 +79,16 @@ def has_hooks(model: nn.Module) -> bool:
         ({"num_classes": 0}, ValueError, "num_classes: expected a positive integer, found 0"),
         ({"num_classes": -1}, ValueError, "num_classes: expected a positive integer, found -1"),
         ({"input": 0.5}, TypeError, "input: expected an index, a key or a callable, found 0.5"),
-        ({"target": None}, TypeError, "target: expected an index, a key or a callable, found None"),
-        ({"target": True}, TypeError, "target: expected an index, a key or a callable, found True"),
+        (
+            {"target": None},
+            TypeError,
+            "target: expected an index, a key or a callable or {name: one of these}, found None",
+        ),
+        (
+            {"target": True},
+            TypeError,
+            "target: expected an index, a key or a callable or {name: one of these}, found True",
+        ),
         ({"max_features": 2.5}, TypeError, "max_features: expected a positive integer, found 2.5"),
         ({"max_features": 0}, ValueError, "max_features: expected a positive integer, found 0"),
         ({"name": 3}, TypeError, "name: expected a non-empty string, found 3"),

@@ -23,6 +23,7 @@ from lightning.pytorch.strategies import launchers
 from networks import Classifier, convnet, loader
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torchmetrics import MeanMetric
 
 from lightning_probes import LinearProbeCallback, probe
 from lightning_probes.network import torch_internals
@@ -63,7 +64,7 @@ def test_nothing_private_of_others_is_used_anywhere_else() -> None:
     assert elsewhere == {
         "callback.py": {"callback._logs"},  # of another callback of the same class
         "network/batches.py": {"value._asdict"},  # documented, so that it cannot be a field's name
-        "report/report.py": {"self.plot()._repr_png_"},  # what a notebook asks for
+        "report/report.py": {"self.plot(target=x)._repr_png_"},  # what a notebook asks for
         # Only a subclass can override them; without them `--untrained` needs a value, and the first of several
         # checkpoints gives no hyperparameters.
         "cli.py": {"super()._prepare_subcommand_parser", "super()._parse_ckpt_path", "parser._actions"},
@@ -106,6 +107,8 @@ def test_nothing_private_of_others_is_used_anywhere_else() -> None:
         (RichProgressBar(), "_init_progress"),
         (RichProgressBar(), "_stop_progress"),
         (RichProgressBar(), "_progress_stopped"),
+        (MeanMetric(), "_reductions"),
+        (MeanMetric(), "_update_count"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

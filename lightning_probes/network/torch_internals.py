@@ -473,3 +473,19 @@ def has_compiled() -> bool:
         return "torch._dynamo" in sys.modules
     backends = getattr(evaluation, "cached_backends", None)
     return backends is None or any(backend is not None for backend in backends.values())
+
+
+# Metrics
+
+
+def states_of(metric: Any) -> dict[str, Any]:
+    """Return ``{state: how torchmetrics reduces it over processes}`` of a metric, without those of metrics inside it.
+
+    Its own exchange is a collective that hangs where a process was not fed. Without this, metrics are of one process.
+    """
+    return dict(getattr(metric, "_reductions", {}))
+
+
+def mark_as_fed(metric: Any) -> None:
+    """Make a metric whose states were put in know that it has seen something, or it would warn when it computes."""
+    metric._update_count = max(getattr(metric, "_update_count", 0), 1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_probes.distributed import Ranks
+from lightning_probes.network.torch_internals import mark_as_fed, states_of
 from lightning_probes.options import first_of
 from lightning_probes.probes.dataset import LayerBatch
 from lightning_probes.probes.heads import StackedProbes
@@ -233,14 +234,14 @@ def _states(metric: Metric) -> _States:
     def on_host(state: Any) -> Any:
         return state.cpu() if isinstance(state, Tensor) else [tensor.cpu() for tensor in state]
 
-    return [{name: on_host(getattr(part, name)) for name in part._reductions} for part in _metrics_in(metric)]
+    return [{name: on_host(getattr(part, name)) for name in states_of(part)} for part in _metrics_in(metric)]
 
 
 def _with_states(metric: Metric, every: Sequence[_States]) -> Metric:
     """Give a metric the states of all processes that have fed theirs, reduced as torchmetrics reduces them."""
     for i, part in enumerate(_metrics_in(metric)):
-        part._update_count = max(part._update_count, 1)  # Or it would warn that it has seen nothing.
-        for name, reduce in part._reductions.items():
+        mark_as_fed(part)
+        for name, reduce in states_of(part).items():
             states = [own[i][name] for own in every]
             joined = states[0]
             if len(states) > 1:

@@ -330,7 +330,8 @@ class Reading(TypedDict, total=False):
             _unless_none(whole),
             "labels of their own for tokens, (batch, tokens), or pixels, (batch, height, width): how many labelled "
             "positions of a sample are probed, drawn once a sample; each is a row, with the features that a layer has "
-            "there. With several numbers a position: (batch, ..., outputs). Not given: one label a sample.",
+            "there. Several labels a position: (batch, ..., labels); several numbers: (batch, height, width, outputs), "
+            "for tokens of height 1. Not given: one label a sample.",
         ),
     ]
     max_features: Annotated[

@@ -135,7 +135,7 @@ num_classes: 7
 input: pixels
 target: labels
 task: classification
-positions: 8
+positions: null
 max_features: 256
 reduction: subset
 layout:
@@ -167,7 +167,7 @@ def test_every_argument_can_be_written_in_yaml() -> None:
     assert network._reading["num_classes"] == 7
     assert network._reading["input"] == "pixels"
     assert network.labels._places == {"": "labels"}
-    assert (network.question, network.labels._most_positions) == (Classification(7, is_clustered=True), 8)
+    assert (network.question, network.labels.most_positions) == (Classification(7), None)
     assert (network.reducer.kind, network.reducer.max_features) == ("subset", 256)
     assert probes.state_key == LinearProbeCallback(name="digit").state_key
     assert network._reading["layout"] == written["layout"]
@@ -204,7 +204,7 @@ def of_network(probes: LinearProbeCallback, attribute: str) -> Any:
         ("num_classes: null", "_reading.num_classes", None),
         ("task: regression", "question", Regression()),
         ("task: multilabel", "question", Multilabel()),
-        ("positions: null", "labels._most_positions", None),
+        ("positions: 8", "labels.most_positions", 8),
         ("{}", "_reading.tokens", "mean"),
         ("tokens: last", "_reading.tokens", "last"),
         ("tokens: {'*.1': first}", "_reading.tokens", {"*.1": "first"}),

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_probes import LinearProbeCallback, ProbeReport, probe
 from lightning_probes.distributed import Ranks
-from lightning_probes.network.positions import NoPositionsError, draw, meeting
+from lightning_probes.network.positions import NoPositionsError, bit_sums, draw, meeting
 from lightning_probes.probes.dataset import FeatureDataset, LayerBatch, MemoryStore
 from lightning_probes.probes.standardise import inverse_deviation
 from lightning_probes.tasks.classification import Classification
@@ -94,9 +94,9 @@ def batches(data: TensorDataset) -> DataLoader[Any]:
 def at_places(data: TensorDataset) -> tuple[Tensor, Tensor]:
     """The places that are drawn, and their labels, batch after batch."""
     found = []
-    for _, y in batches(data):
+    for x, y in batches(data):
         flat = y.flatten(1)
-        places = draw(flat, flat == -100, tuple(y.shape[1:]), POSITIONS).places
+        places = draw([flat], flat == -100, tuple(y.shape[1:]), POSITIONS, bit_sums(x, 1)).places
         found.append((places, flat.gather(1, places)))
     return torch.cat([places for places, _ in found]), torch.cat([labels for _, labels in found])
 
@@ -198,8 +198,8 @@ def test_other_tasks_have_positions_too(task: Any, tmp_path: Path) -> None:
     assert rows["fine"]["value"] < 0.03
     assert rows["coarse"]["value"] > 0.1
     if task == "regression":
-        # A pixel has a ninth of the variance of the mean around it.
-        assert rows["input"]["value"] == pytest.approx(8 / 9, abs=0.05)
+        # Around a pixel of the image there are 7.1 on average, of which it is one.
+        assert rows["input"]["value"] == pytest.approx(1 - 1 / 7.1, abs=0.06)
 
 
 # Which positions
@@ -210,16 +210,21 @@ def test_positions_are_drawn_fairly_and_depend_on_the_sample_alone() -> None:
     labels = torch.randint(3, (4000, 10), generator=generator)
     left_out = torch.zeros(4000, 10, dtype=torch.bool)
     left_out[:, 3] = True
-    drawn = draw(labels, left_out, (10,), 3).places
+    drawn = draw([labels], left_out, (10,), 3).places
     counts = torch.bincount(drawn.flatten(), minlength=10)
     assert counts[3] == 0
     # Each of nine positions is expected 4 000 times 3 / 9, give or take 30; six deviations.
     assert all(abs(int(counts[i]) - 4000 / 3) < 180 for i in range(10) if i != 3)
     order = torch.randperm(4000, generator=generator)
-    assert torch.equal(draw(labels[order], left_out[order], (10,), 3).places, drawn[order])
+    assert torch.equal(draw([labels[order]], left_out[order], (10,), 3).places, drawn[order])
     assert (drawn.diff(dim=1) > 0).all()
+    # Padding does not matter, and samples of equal labels have positions of their own.
+    padded = draw([F.pad(labels, (0, 5))], F.pad(left_out, (0, 5), value=True), (15,), 3).places
+    assert torch.equal(padded, drawn)
+    alike = draw([0 * labels], left_out, (10,), 3, torch.arange(4000)).places
+    assert len({tuple(row) for row in alike.tolist()}) == 84  # ways of choosing three of nine
     before = torch.get_rng_state()
-    few = draw(labels[:2], ~torch.eye(2, 10, dtype=torch.bool), (10,), 3)
+    few = draw([labels[:2]], ~torch.eye(2, 10, dtype=torch.bool), (10,), 3)
     assert [row.tolist().count(i) for i, row in enumerate(few.places)] == [1, 1]
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -297,6 +302,7 @@ def fit_with(
         ({"layers": "head"}, "'head' cannot be probed: its positions (none) are not those of the labels (9)"),
         ({"positions": 0}, "positions: expected a positive integer, found 0"),
         ({"tokens": "first"}, "tokens: it has no effect with positions"),
+        ({"max_features": 64}, "max_features: it has no effect with positions"),
         ({"token_mask": {"embed": 0}}, "token_mask: a mask by layer has no effect with positions"),
         # A label more than there are tokens is a mistake, and not another length.
         ({"target": lambda batch: F.pad(batch[1], (0, 1), value=1)}, "(9) are not those of the labels (10)"),
@@ -312,11 +318,15 @@ def test_a_mask_leaves_positions_out(tmp_path: Path) -> None:
         x, labels = sentences(samples, seed).tensors
         return TensorDataset(x, torch.where(x == 0, 2, labels))  # Padding has a label, of one class.
 
-    masked, others = (fit_with(tmp_path, data=data, token_mask=mask) for mask in (lambda batch: batch[0] != 0, None))
+    masked, others = (
+        fit_with(tmp_path, data=data, token_mask=mask, positions=8) for mask in (lambda batch: batch[0] != 0, None)
+    )
     assert "positions that the token mask leaves out are not drawn" in masked.notes
     # A third of half of the sentences is padding, which would be told from the rest.
     lost = [next(iter(report.select(stage="train", metric="error")))["labels"] for report in (masked, others)]
-    assert lost[0]["used"] <= lost[1]["used"]
+    tokens, labels = data(40, 1).tensors
+    kept = [(labels != -100) & (tokens != 0), labels != -100]
+    assert [one["used"] for one in lost] == [int(part.sum(dim=1).clamp(max=8).sum()) for part in kept]
     baselines = [report.baseline["train"] for report in (masked, others)]
     assert baselines[1] < baselines[0] - 0.03
 

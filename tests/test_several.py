@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,16 @@ def test_a_target_without_a_label_has_a_note_and_the_others_their_tables(tmp_pat
     assert "digit" in probes.report._repr_html_()
     with pytest.raises(ValueError, match="no val error of 'none'"):
         probes.report.table(target="none")
+
+
+def test_the_lag_is_there_where_targets_are_of_other_samples(tmp_path: Path) -> None:
+    halves: Any = {f"{rest}": partial(of_half, rest) for rest in (0, 1)}
+    probes = LinearProbeCallback("net.1", target=halves, num_classes=10, log_metrics=["lag"])
+    fit(tmp_path, probes, max_epochs=1)
+    rows = probes.report.select(metric="lag", layer="net.1", epoch=1)
+    assert {(row["stage"], row["target"]) for row in rows} >= {("val", "0"), ("val", "1")}
+    assert {row["samples"] for row in rows if row["stage"] == "val"} == {80}
+
+
+def of_half(rest: int, batch: Any) -> Tensor:
+    return torch.where(torch.arange(len(batch[1])) % 2 == rest, batch[1], -100)

@@ -428,3 +428,66 @@ def test_a_checkpoint_of_another_task_is_refused(asked: str, other: str, said: s
     fit(LinearProbeCallback(**ASKED[asked]))
     with pytest.raises(ValueError, match=said):
         fit(LinearProbeCallback(**ASKED[other]), max_epochs=2)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e7, 1.7e9])
+def test_numbers_far_from_0_are_told_apart(offset: float, tmp_path: Path) -> None:
+    """Whole numbers and float64 keep what float32 would lose, up to what is handed out."""
+
+    def ask(batch: Any) -> Tensor:
+        means: Tensor = 12 * batch[0].double().mean(dim=(1, 2, 3))
+        return means + offset
+
+    seed_everything(3, verbose=False)
+    probes = LinearProbeCallback("net.1", task="regression", target=ask, metrics=["R2Score", "MeanSquaredError"])
+    train, held_out = loader(160, 32, size=4, seed=1), loader(80, 32, size=4, seed=2)
+    make_trainer(tmp_path, probes, max_epochs=1).fit(Classifier(mlp(inputs=16, width=12, depth=1)), train, held_out)
+    found = {row["metric"]: row["value"] for row in probes.report.select(stage="val", layer="input", epoch=1)}
+    assert found["error"] < 0.01
+    # That of torchmetrics subtracts two large squares.
+    assert 1 - found["R2Score"] == pytest.approx(found["error"], abs=1e-4)
+    assert found["MeanSquaredError"] == pytest.approx(found["rmse"] ** 2, rel=1e-3)
+    x, y = held_out.dataset.tensors  # type: ignore[attr-defined]
+    own, truth = probes.probe("input"), ask((x, y))
+    predicted = own(own.reduction(x))[:, 0].double()
+    off = (predicted - truth).square().mean() / truth.var(unbiased=False)
+    assert off.item() == pytest.approx(found["error"], abs=1e-4)
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e9])
+def test_a_first_batch_of_another_scale_costs_nothing_or_is_told(factor: float, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def ask(batch: Any) -> Tensor:
+        seen.append(len(batch[1]))
+        labels: Tensor = batch[1].float()
+        return labels * (factor if len(seen) == 1 else 1.0)  # in the sanity check
+
+    train, held_out = loader(320, 32, size=4, seed=1), loader(160, 32, size=4, seed=2)
+    errors = []
+    for target in (ask, lambda batch: batch[1].float()):
+        seed_everything(3, verbose=False)
+        probes = LinearProbeCallback("net.1", task="regression", target=target)
+        trainer = make_trainer(tmp_path, probes, max_epochs=1, num_sanity_val_steps=1)
+        trainer.fit(Classifier(mlp(inputs=16, width=12, depth=1)), train, held_out)
+        (row,) = probes.report.select(stage="val", metric="error", layer="input", epoch=1)
+        errors.append(row["value"])
+        told = any("vary by less than a millionth" in note for note in probes.report.notes)
+        assert told == (target is ask and factor == 1e9)
+    assert errors[0] == pytest.approx(errors[1] if factor == 1e3 else 1.0, abs=0.01)
+
+
+def test_positions_of_a_checkpoint_are_refused(tmp_path: Path) -> None:
+    data = loader(32, 16, size=4, seed=1), loader(16, 16, size=4, seed=2)
+    path = tmp_path / "one.ckpt"
+    for positions, epochs in ((3, 1), (4, 2)):
+        seed_everything(3, verbose=False)
+        trainer = make_trainer(
+            tmp_path, LinearProbeCallback(**{**ASKED["pixels"], "positions": positions}), max_epochs=epochs
+        )
+        if positions == 3:
+            trainer.fit(Classifier(convnet()), *data)
+            trainer.save_checkpoint(path)
+        else:
+            with pytest.raises(ValueError, match="positions is 3 in the checkpoint and 4 here"):
+                trainer.fit(Classifier(convnet()), *data, ckpt_path=path)

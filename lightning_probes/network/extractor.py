@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, get_args
@@ -19,7 +20,7 @@ from lightning_probes.network.layers import Selection, match_layers, select_laye
 from lightning_probes.network.masks import MaskReader, Masks
 from lightning_probes.network.pairing import TRAINING, Outcome, Pairing, choose, may_fit_batch
 from lightning_probes.network.pooling import Reducer
-from lightning_probes.network.positions import Positions
+from lightning_probes.network.positions import Positions, bit_sums
 from lightning_probes.network.provenance import Provenance
 from lightning_probes.network.tokens import TokenChoice
 from lightning_probes.network.torch_internals import compiled_parts
@@ -254,7 +255,11 @@ class LayerExtractor:
             LookupError, TypeError, ValueError: the first batch has no usable labels, nor had a previewed one; or it has
                 no usable mask where the user said. Later batches like this are passed over.
         """
-        self._targets = self.labels.read(batch)
+        value = self._picked_input(batch)
+        salt = None
+        with suppress(Exception):  # An input may be any kind of tensor.
+            salt = bit_sums(value, 1) if self.labels.has_positions and isinstance(value, Tensor) else None
+        self._targets = self.labels.read(batch, salt)
         self._found = Recording(0)
         self.pairing = self.pairings.setdefault(data, Pairing(data))
         self.masks = None
@@ -267,7 +272,6 @@ class LayerExtractor:
         self.index = pick_index(batch)
         # All layers are needed while it is not known which rows are of which sample.
         self._start(samples, only if self.pairing.is_known else None)
-        value = self._picked_input(batch)
         if self.has_input and isinstance(value, Tensor):
             self._record_input(value, samples)
         if self.pairing.is_known:
@@ -680,12 +684,16 @@ class LayerExtractor:
 
 
 def _refuse_with_positions(reading: Reading) -> None:
-    """Refuse options on means over tokens where each labelled token is a row of its own.
+    """Refuse options on means over tokens and space where each labelled position is a row of its own.
 
     Raises:
         ValueError: one is given.
     """
-    given = {"tokens": reading["tokens"] != "mean", "token_mask": isinstance(reading["token_mask"], Mapping)}
+    given = {
+        "tokens": reading["tokens"] != "mean",
+        "token_mask": isinstance(reading["token_mask"], Mapping),
+        "max_features": reading["reduction"] == "pool" and reading["max_features"] != 1024,
+    }
     for name in (name for name, is_given in given.items() if is_given):
         what = "a mask by layer has" if name == "token_mask" else "it has"
         raise ValueError(

@@ -53,13 +53,19 @@ def find_question(reading: Reading, *owners: Any) -> Question:
     for name in names:
         kind = kinds.get(name, Classification.kind) if isinstance(kinds, Mapping) else kinds
         number = classes.get(name) if isinstance(classes, Mapping) else classes
-        if kind != Classification.kind and number is not None and (isinstance(classes, Mapping) or len(names) == 1):
+        is_vain = isinstance(classes, Mapping) or Classification.kind not in _kinds(kinds, names)
+        if kind != Classification.kind and number is not None and is_vain:
             raise ValueError(
                 f"num_classes: it has no effect with task={kind!r}, whose targets tell by their width how many outputs "
                 "there are; leave one of the two out"
             )
         tasks[name] = _find_task(kind, number, owners, is_clustered=reading["positions"] is not None)
     return Several(tuple(tasks.items())) if any(names) else tasks[""]
+
+
+def _kinds(kinds: Any, names: Sequence[str]) -> list[str]:
+    """Return the task of each target."""
+    return [kinds.get(name, Classification.kind) for name in names] if isinstance(kinds, Mapping) else [kinds]
 
 
 def _find_task(kind: str, num_classes: int | None, owners: Sequence[Any], *, is_clustered: bool) -> Task:
@@ -129,6 +135,7 @@ class LabelReader:
         token_mask: where in a batch a mask of such positions is, 0 for those to leave out; ``None`` if it is nowhere.
 
     Attributes:
+        most_positions: as given.
         question: knows what labels mean; it learns the number of outputs from the first labels if nothing else tells.
         positions: where the labels of the batch that was read last are; ``None`` for one label a sample.
         is_checked: whether a first batch has been read to its end.
@@ -149,7 +156,7 @@ class LabelReader:
         token_mask: Where | None = None,
     ) -> None:
         self._places = dict(target) if isinstance(target, Mapping) else {"": target}
-        self._most_positions = most_positions
+        self.most_positions = most_positions
         self._token_mask = token_mask
         self.positions: Positions | None = None
         self.begin(question, is_checked=False)
@@ -176,7 +183,7 @@ class LabelReader:
     @property
     def has_positions(self) -> bool:
         """Return whether each position of a sample has a label of its own."""
-        return self._most_positions is not None
+        return self.most_positions is not None
 
     def where(self, batch: Any) -> list[Any]:
         """Return the labels of a batch as they are, whatever they are; those that it lacks are missing."""
@@ -198,11 +205,15 @@ class LabelReader:
         except Exception:  # A user's function may raise anything; a mistake will show in training.
             pass
 
-    def read(self, batch: Any) -> Tensor | None:
+    def read(self, batch: Any, salt: Tensor | None = None) -> Tensor | None:
         """Return targets ``(batch, outputs)``; ``None`` if the batch has nothing that could be labels.
 
         Those of several tasks stand beside one another. Of labels of their own for each position, those of a sample's
         positions follow one another.
+
+        Args:
+            batch: the batch.
+            salt: as for :func:`~lightning_probes.network.positions.draw`.
 
         Raises:
             UnusableLabelsError: some of the labels of the first batch have values without a meaning.
@@ -213,7 +224,7 @@ class LabelReader:
             labels = self._labels(batch)
             if not self.is_checked:
                 self._check_first(labels)
-            return self._encoded(labels, batch)
+            return self._encoded(labels, batch, salt)
         except Exception as error:  # A user's function may raise anything.
             if self.is_checked:
                 self.pass_over(str(error) or type(error).__name__)
@@ -257,14 +268,20 @@ class LabelReader:
             raise ValueError(f"target: there are other numbers of labels in other targets: {sizes}")
         return found
 
-    def _encoded(self, labels: dict[str, Tensor], batch: Any) -> Tensor:
+    def _encoded(self, labels: dict[str, Tensor], batch: Any, salt: Tensor | None) -> Tensor:
         tasks = self.question.parts
-        self.positions = None
-        if self._most_positions is not None:
-            labels, self.positions = self._drawn(labels, self._most_positions, batch)
+        self.positions, nowhere = None, None
+        if self.most_positions is not None:
+            labels, self.positions, nowhere = self._drawn(labels, self.most_positions, batch, salt)
         each = {name: task.encode(labels[name]) for name, task in tasks.items()}
         self._left_out = {name: task.is_left_out(labels[name]) for name, task in tasks.items()}
-        return next(iter(each.values())) if len(each) == 1 else torch.cat(list(each.values()), dim=1)
+        targets = next(iter(each.values())) if len(each) == 1 else torch.cat(list(each.values()), dim=1)
+        if nowhere is None:
+            return targets
+        # Of a sample with few labelled positions some are drawn that a mask leaves out.
+        self._left_out = {name: own | nowhere for name, own in self._left_out.items()}
+        self.question.leave_out_(without := targets.clone())
+        return torch.where(nowhere[:, None], without, targets)
 
     def _check_first(self, labels: dict[str, Tensor]) -> None:
         try:
@@ -290,7 +307,7 @@ class LabelReader:
             self.question = asked.with_task(name, found) if isinstance(asked, Several) else found
 
     def _checked(self, task: Task, labels: Tensor) -> tuple[Task, str]:
-        if self._most_positions is not None:
+        if self.most_positions is not None:
             labels = labels.flatten(0, len(self._grid(task, labels)))
             if bool(task.is_left_out(labels).all()):
                 raise UnusableLabelsError(
@@ -300,8 +317,14 @@ class LabelReader:
         found.check(labels)
         return found, note
 
-    def _drawn(self, labels: dict[str, Tensor], most: int, batch: Any) -> tuple[dict[str, Tensor], Positions]:
-        """Draw the same positions for all tasks, of those that have a label for any and that the mask leaves."""
+    def _drawn(
+        self, labels: dict[str, Tensor], most: int, batch: Any, salt: Tensor | None
+    ) -> tuple[dict[str, Tensor], Positions, Tensor]:
+        """Draw the same positions for all tasks, of those that have a label for any and that the mask leaves.
+
+        Returns:
+            The labels there, the positions, and which of them have no label or are masked, ``(samples * each,)``.
+        """
         tasks = self.question.parts
         grids = {name: self._grid(tasks[name], found) for name, found in labels.items()}
         if len(set(grids.values())) > 1:
@@ -315,8 +338,8 @@ class LabelReader:
             if mask is not None and mask.shape == (len(nowhere), *grid):
                 nowhere = nowhere | ~mask.to(nowhere.device)
                 self.notes += [_MASKED] * (_MASKED not in self.notes)
-        positions = draw(next(iter(each.values())), nowhere, grid, most)
-        return {name: positions.take(found) for name, found in each.items()}, positions
+        positions = draw(list(each.values()), nowhere, grid, most, salt)
+        return {name: positions.take(found) for name, found in each.items()}, positions, positions.take(nowhere)
 
     def _grid(self, task: Task, labels: Tensor) -> tuple[int, ...]:
         grid = task.grid_of(labels)
@@ -324,7 +347,7 @@ class LabelReader:
             wide = ", labels" * (task.kind == "multilabel")
             raise ValueError(
                 f"target: labels have shape {tuple(labels.shape)}; expected (batch, tokens{wide}) or (batch, height, "
-                f"width{wide}) with positions={self._most_positions}; for one label a sample leave positions out"
+                f"width{wide}) with positions={self.most_positions}; for one label a sample leave positions out"
             )
         return grid
 

@@ -90,25 +90,30 @@ class Positions:
         )
 
 
-def draw(labels: Tensor, is_left_out: Tensor, grid: tuple[int, ...], most: int) -> Positions:
+def draw(
+    labels: Sequence[Tensor], is_left_out: Tensor, grid: tuple[int, ...], most: int, salt: Tensor | None = None
+) -> Positions:
     """Draw at most ``most`` labelled positions of each sample, without waiting for the device.
 
-    What is drawn depends on the labels of the sample alone: the same sample has the same positions in every epoch and
-    process, and no random state is touched. A sample with fewer labels has positions without one too.
+    What is drawn depends on the sample alone: the same one has the same positions in every epoch and process, and no
+    random state is touched. A sample with fewer labels has positions without one too.
 
     Args:
-        labels: labels of all positions, ``(samples, positions, ...)``.
-        is_left_out: which of them are left out on purpose, ``(samples, positions)``.
+        labels: for each task the labels of all positions, ``(samples, positions, ...)``.
+        is_left_out: which positions are left out on purpose by all tasks, ``(samples, positions)``.
         grid: size of the grid of positions.
         most: how many to draw.
+        salt: a number for each sample, ``(samples,)``, so that samples of equal labels have positions of their own.
     """
     samples, number = is_left_out.shape
-    count = torch.arange(1, number + 1, device=labels.device)
-    # Of floats the bits count; a label and its place make one number, their sum that of the sample.
-    values = labels.detach().reshape(samples, number, -1)
-    values = values.float().view(torch.int32) if values.is_floating_point() else values
-    each = _scattered(values.long().sum(dim=2) + count * _GOLDEN)
-    keys = _scattered(_scattered(each.sum(dim=1, keepdim=True)) + count * _GOLDEN) & (_LABELLED - 1)
+    count = torch.arange(1, number + 1, device=is_left_out.device)
+    # A label and its place make one number, their sum that of the sample. Padding, which differs from batch to batch,
+    # is no part of it.
+    each = _mixed(sum(bit_sums(part, 2) for part in labels) + count * _GOLDEN).masked_fill(is_left_out, 0)
+    whole = each.sum(dim=1)
+    if salt is not None and len(salt) == samples:
+        whole = whole + _mixed(salt.to(whole))
+    keys = _mixed(_mixed(whole)[:, None] + count * _GOLDEN) & (_LABELLED - 1)
     # A position without a label comes after all others.
     keys = torch.where(is_left_out, keys, keys + _LABELLED)
     return Positions(keys.topk(min(most, number), dim=1).indices.sort(dim=1).values, grid)
@@ -130,7 +135,7 @@ def meeting(space: tuple[int, ...], grid: tuple[int, ...], *, is_map: bool) -> t
             return space, 0
     elif len(space) == len(grid):
         return space, 0
-    elif len(space) == 1:
+    elif len(space) == 1 and space[0] != grid[0]:  # Else these may be several numbers a token.
         height, width = grid
         for skipped in range(min(_MOST_REGISTERS + 1, space[0])):
             # The grid of the tokens has the sides of the labels, divided by one number.
@@ -150,7 +155,14 @@ def _after(grid: tuple[int, ...]) -> list[int]:
     return [math.prod(grid[i + 1 :]) for i in range(len(grid))]
 
 
-def _scattered(x: Tensor) -> Tensor:
+def bit_sums(x: Tensor, dimensions: int) -> Tensor:
+    """Return a number of the values beyond the first ``dimensions``, of floats their bits; wait for no device."""
+    values = x.detach().flatten(dimensions) if x.dim() > dimensions else x.detach().unsqueeze(-1)
+    bits = values.float().contiguous().view(torch.int32) if values.is_floating_point() else values
+    return bits.sum(dim=-1, dtype=torch.long)
+
+
+def _mixed(x: Tensor) -> Tensor:
     """Make each bit of integers depend on many of theirs."""
     x = (x ^ (x >> 32)) * _GOLDEN
     return x ^ (x >> 29)

@@ -140,5 +140,6 @@ def folded(task: Task, weight: Tensor, bias: Tensor, mean: Tensor, variance: Ten
     moved = bias.to(wide) - shift.sum(dim=1)
     rounding = shift.abs().sum(dim=1).max() * torch.finfo(weight.dtype).eps
     dtype = wide if bool(rounding > _ROUNDING) else weight.dtype
+    dtype = wide if task.offset * torch.finfo(weight.dtype).eps > _ROUNDING else dtype
     own_weight, own_bias = task.unscaled(scaled, moved)
     return own_weight.to(dtype, copy=True), own_bias.to(dtype, copy=True)

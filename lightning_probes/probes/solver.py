@@ -132,10 +132,10 @@ def solve(
     """Minimise the mean loss + ``l2/2 |weight|^2``; the bias is not penalised.
 
     The criterion is the norm of the gradient over weights and bias, relative to a scale: the norm of the loss's
-    gradient at the best constant probe, at least 1e-3. Of few samples of many features the criterion is stricter where
-    next to no loss is left (:class:`_Descent`). What float32 cannot reach is finished in float64. There is an
-    answer for all finite data: a class that never occurs has a very negative bias, a lone class is certain, separable
-    data without a penalty stop at the tolerance, and without samples the answer is zero.
+    gradient at the best constant probe, at least the task's ``least_gradient``. Of few samples of many features the
+    criterion is stricter where next to no loss is left (:class:`_Descent`). What float32 cannot reach is finished in
+    float64. There is an answer for all finite data: a class that never occurs has a very negative bias, a lone class is
+    certain, separable data without a penalty stop at the tolerance, and without samples the answer is zero.
 
     Args:
         task: defines the loss.
@@ -412,7 +412,7 @@ class Problems:
             is_nearer = (_norms(steeper) < cold)[:, :, None]
             v, gradient = (torch.where(is_nearer[..., None], *pair) for pair in ((start, v), (steeper, gradient)))
             curvature = torch.where(is_nearer, flatter, curvature)
-        scale = cold[0].clamp(min=1e-3)
+        scale = cold[0].clamp(min=self.task.least_gradient)
         limit = tolerance * scale
         preconditioners = self.preconditioners(curvature, gram)
         descent = _Descent(self, v.clone(), gradient, curvature, preconditioners, limit, steep)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from itertools import chain, zip_longest
+from itertools import chain
 from typing import Any
 
 import torch
@@ -136,14 +136,13 @@ class Scores:
     Attributes:
         tallies: column of each layer, as in the tally of a :class:`~lightning_probes.tasks.task.Question`.
         target_sums: sums over the targets of the samples.
-        online: columns of the online probes; ``None`` for a layer that was not scored on the same samples. The whole is
-            ``None`` without online probes.
+        online: columns of the online probes; ``None`` without any.
         metrics: ``{layer: {target: {metric: value}}}`` of the metrics that were asked for; layers may be missing.
     """
 
     tallies: list[list[float]]
     target_sums: list[float]
-    online: list[list[float] | None] | None = None
+    online: list[list[float]] | None = None
     metrics: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
 
@@ -179,7 +178,8 @@ def rows_of(
             # The columns of a layer that is set aside are NaN, but for the number of samples at the end of all.
             task, samples = question.parts[target], tally[-1] if math.isnan(own[-1]) else own[-1]
             measures = task.measures(own)
-            if target in lagging:
+            # The lag is that of probes scored on the same samples.
+            if target in lagging and lagging[target][-1] == own[-1]:
                 measures["lag"] = task.lag(lagging[target], own)
             further = scores.metrics.get(layer, {}).get(target, {})
             measures |= dict.fromkeys(further, math.nan) if math.isnan(measures["error"]) else further
@@ -211,7 +211,7 @@ class Curves:
         metrics: the metrics of torchmetrics that were asked for; ``None`` for new ones.
 
     Attributes:
-        target_sums: sums over the targets that probes were fitted on, for each entry the highest of all points.
+        target_sums: sums over the targets that probes were fitted on, of the last point with the most samples.
         set_aside: layers whose features were not finite, or for which something was raised; their values are NaN from
             then on.
         notes: warnings about layers, for the report.
@@ -360,9 +360,9 @@ class Curves:
             scores = self._total(sums, about, point)
             online = self._total(beside[stage, dataloader], about, point) if (stage, dataloader) in beside else None
             labelled = question.samples_in(scores.target_sums)
-            if stage == "train" and labelled:
-                both = zip_longest(self.target_sums, scores.target_sums, fillvalue=0.0)
-                self.target_sums = [max(pair) for pair in both]
+            # Of points with fewer samples there is less to tell.
+            if stage == "train" and labelled >= question.samples_in(self.target_sums) and labelled:
+                self.target_sums = scores.target_sums
             if reasons is not None and labelled:
                 silent = [layer for layer, tally in zip(about, scores.tallies, strict=True) if not tally[-1]]
                 self._warn_silent(stage, silent, reasons)
@@ -375,10 +375,11 @@ class Curves:
                     if finite is not None:
                         self._warn_set_aside(layer, stage, epoch, step)
             if online is not None:
-                pairs = zip(online.tallies, scores.tallies, strict=True)
-                scores.online = [own if own[-1] == tally[-1] else None for own, tally in pairs]
-            if stage != "train" and (nothing := self.metrics.nothing):
-                found = self._computed((kind, (stage, dataloader)), about, point)
+                scores.online = online.tallies
+            if stage != "train" and self.metrics.is_asked:
+                # A process without a batch of its own computes with the others.
+                self.metrics.make(question)
+                found, nothing = self._computed((kind, (stage, dataloader)), about, point), self.metrics.nothing
                 scores.metrics = {layer: found.get(layer, nothing) for layer in about}
             is_crossed = any(map(_is_cross_fitted, about.values()))
             # Of cross-fitted probes the stage "train" is the validation that they were fitted on.

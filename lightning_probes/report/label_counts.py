@@ -53,8 +53,11 @@ class LabelCounts:
             stage, dataloader, target = curve
             name = f"{stage}, dataloader {dataloader}" if dataloader else stage
             name += f", target {target!r}" if target else ""
+            self._told.pop(f"{name}: none", None)
             if samples and left_out == samples:
-                self._told[name] = f"{name}: none of {samples:,} labels is used, since all leave their sample out"
+                self._told[f"{name}: none"] = (
+                    f"{name}: none of {samples:,} labels is used, since all leave their sample out"
+                )
             if unusable:
                 self._told[name] = (
                     f"{name}: {unusable:,} of {samples:,} samples are left out, since their labels are not usable: "

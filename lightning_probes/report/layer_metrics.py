@@ -57,6 +57,11 @@ class LayerMetrics:
         self._notes: list[str] = []
 
     @property
+    def is_asked(self) -> bool:
+        """Return whether any metric was asked for."""
+        return bool(self._asked)
+
+    @property
     def nothing(self) -> dict[str, dict[str, float]]:
         """Return ``{target: {metric: NaN}}`` of all rows of a layer, in their order; empty if no metric was made."""
         found: dict[str, dict[str, float]] = {}
@@ -81,7 +86,7 @@ class LayerMetrics:
                 given = task.for_metrics(2 * targets.T, task.prepare(targets, targets.dtype))
                 for name, metric in self._asked.items():
                     try:
-                        own = _made(metric, task)
+                        own = _made(metric, task).set_dtype(given[0].dtype)
                         self._numbers[target, name] = list(_try_out(name, own, given))
                         made[target, name] = own
                     except Exception as error:  # A metric may raise anything.
@@ -104,20 +109,27 @@ class LayerMetrics:
         """
         if not self._asked:
             return probes.score(batch)
-        try:
-            self.try_out(probes.question)
-        except ValueError as error:  # Only evaluation has shown the number of outputs, so that a run may be under way.
-            self._made = {}
-            # Their rows are there all the same.
-            self._numbers = {(target, name): [name] for target in probes.question.parts for name in self._asked}
-            self._notes.append(f"{error}; the values of all metrics are NaN")
+        self.make(probes.question)
         with seeded():
             return probes.score(batch, partial(self._feed, key, probes.question))
+
+    def make(self, question: Question) -> None:
+        """Make the metrics as :meth:`try_out` does, and note what it raises: a run may be under way."""
+        try:
+            self.try_out(question)
+        except ValueError as error:
+            self._made = {}
+            # Their rows are there all the same.
+            self._numbers = {(target, name): [name] for target in question.parts for name in self._asked}
+            self._notes.append(f"{error}; the values of all metrics are NaN")
 
     def _feed(self, key: Key, question: Question, layer: str, scores: Tensor, labels: Labels) -> None:
         scored = self._fed.setdefault(key, {}).setdefault(layer, {})
         for target, (task, own, known) in question.answers(scores, labels).items():
             predictions, targets = task.for_metrics(own, known)
+            if len(targets) < int(known.total):
+                gaps = f"metrics{f' of {target!r}' if target else ''} are of samples without a missing entry"
+                self._notes += [gaps] * (gaps not in self._notes)
             for name in self._asked if len(targets) else ():
                 template, metric = (self._made or {}).get((target, name)), scored.get((target, name))
                 if template is None or isinstance(metric, str):

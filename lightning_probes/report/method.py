@@ -25,6 +25,9 @@ NO_VALIDATION = (
 """Note in the report of a run without a validation loop what its errors mean."""
 
 
+NO_METRICS = "metrics of torchmetrics are computed on samples of evaluation only, and there are none"
+"""Note in the report of a run without a validation loop why it has none of the metrics that were asked for."""
+
 _WORTH_TELLING = 0.005
 """Tell of errors that more samples would lower by more than this: half a point."""
 

@@ -336,7 +336,10 @@ class ProbeReport:
             if missing := needed - set(row):
                 raise KeyError(f"a row without {sorted(missing)}")
         rows = [
-            {key: math.nan if value is None and _is_number(row, key) else value for key, value in row.items()}
+            {
+                key: math.nan if value is None and _is_number(row, key) else _with_nan(value)
+                for key, value in row.items()
+            }
             for row in saved["rows"]
         ]
         return cls(**{**saved, "rows": rows})
@@ -487,6 +490,11 @@ def _is_number(row: Mapping[str, Any], key: str) -> bool:
     """Return whether a null under ``key`` is a NaN that was saved, and not a value that does not exist."""
     has_interval = row.get("metric") == "error" and row.get("stage") != "train"
     return key == "value" or (key in ("low", "high") and has_interval)
+
+
+def _with_nan(value: Any) -> Any:
+    """Return a list of numbers with NaN where it was saved as null; anything else as it is."""
+    return [math.nan if x is None else x for x in value] if isinstance(value, list) else value
 
 
 def _without_nan(value: Any) -> Any:

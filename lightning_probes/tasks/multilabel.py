@@ -16,7 +16,7 @@ from lightning_probes.tasks.task import (
     IGNORED,
     MOST_OUTPUTS,
     Labels,
-    Task,
+    TaskWithGaps,
     UnusableLabelsError,
     Words,
     accumulator,
@@ -29,7 +29,7 @@ _CERTAIN = 1e-6
 
 
 @dataclass(frozen=True)
-class Multilabel(Task):
+class Multilabel(TaskWithGaps):
     """Ask for each of several labels whether a sample has it, by one logistic regression a label.
 
     Targets are rows of 0 and 1; NaN leaves an entry out, and a sample all of whose entries are NaN does not count. The
@@ -53,7 +53,6 @@ class Multilabel(Task):
         "commonest answer",
         {"cross_entropy": "cross-entropy in nats", "balanced_error": "balanced error"},
     )
-    left_out = math.nan
 
     @property
     def statistics(self) -> int:  # type: ignore[override]
@@ -119,20 +118,11 @@ class Multilabel(Task):
             f"target: labels have shape {shape}; expected rows (batch, labels{known}) for task='multilabel'{hint}"
         )
 
-    def is_counted(self, targets: Tensor) -> Tensor:
-        return ~targets.isnan().all(dim=1)
-
     def prepare(self, targets: Tensor, dtype: torch.dtype, each: int = 1) -> Labels:
         """Find what counts: ``answers`` marks the entries that are not missing, ``(outputs, samples)``."""
         present = ~targets.isnan()
         counted = present.any(dim=1).to(dtype)
         return Labels(targets.nan_to_num().to(dtype), present.T.to(dtype), counted, counted.sum(), each)
-
-    def present(self, targets: Tensor) -> Tensor:
-        return ~targets.isnan()
-
-    def residual_(self, expectation: Tensor, targets: Tensor) -> Tensor:
-        return expectation.sub_(targets).nan_to_num_(nan=0.0)
 
     def constant(self, mean: Tensor) -> Tensor:
         return mean.logit(eps=_CERTAIN)
@@ -206,9 +196,6 @@ class Multilabel(Task):
         ones = labels.rows.sum(dim=0, dtype=accumulator(targets.device))
         entries = labels.answers.sum(dim=1, dtype=ones.dtype)
         return torch.cat([ones, entries - ones, labels.total.to(ones)[None]])
-
-    def samples_in(self, target_sums: list[float]) -> float:
-        return target_sums[-1] if target_sums else 0.0
 
     def baseline(self, target_sums: list[float]) -> float:
         """Return the error, mean over labels, of always giving each label's commonest answer."""

@@ -16,7 +16,7 @@ from lightning_probes.tasks.intervals import NORMAL
 from lightning_probes.tasks.task import (
     MOST_OUTPUTS,
     Labels,
-    Task,
+    TaskWithGaps,
     UnusableLabelsError,
     Words,
     accumulator,
@@ -33,7 +33,7 @@ _CONSTANT = 1e-12
 
 
 @dataclass(frozen=True)
-class Regression(Task):
+class Regression(TaskWithGaps):
     """Ask for one or several numbers, by ridge regression.
 
     Targets are floats as the user gives them; NaN leaves an entry out, and a sample all of whose entries are NaN does
@@ -60,7 +60,13 @@ class Regression(Task):
 
     kind = "regression"
     words = Words("1 - R2", "mean of the targets", {"rmse": "root mean squared error in the targets' units"})
-    left_out = math.nan
+    # Squares have one curvature everywhere, so that a small gradient is near the optimum whatever the unit.
+    least_gradient = 1e-10
+
+    @property
+    def offset(self) -> float:
+        """Return how far the targets lie from 0, in units of their scale."""
+        return max((abs(c) / s for c, s in zip(self.centre, self.scale, strict=True)), default=0.0)
 
     @property
     def statistics(self) -> int:  # type: ignore[override]
@@ -75,12 +81,14 @@ class Regression(Task):
         self._check_shape(labels)
         if self.centre:
             return self, ""
-        rows = self._rows(labels).double()
+        rows = self._rows(labels)
+        rounding = 1e-6 if rows.dtype == torch.float32 else 1e-13
+        rows = rows.to(accumulator(rows.device))
         known = [column[column.isfinite()] for column in rows.unbind(dim=1)]
         centre = [float(column.mean()) if len(column) else 0.0 for column in known]
         scale = [float(column.std(unbiased=False)) if len(column) else 0.0 for column in known]
         # The deviation of constants is a rounding.
-        scale = [s if s > 1e-6 * abs(c) else 0.0 for s, c in zip(scale, centre, strict=True)]
+        scale = [s if s > rounding * abs(c) else 0.0 for s, c in zip(scale, centre, strict=True)]
         others = [s for s in scale if s]
         unknown = sum(others) / len(others) if others else 0.0
         scale = [s or unknown or abs(c) or 1.0 for s, c in zip(scale, centre, strict=True)]
@@ -139,9 +147,6 @@ class Regression(Task):
             f"task='regression'{hint}"
         )
 
-    def is_counted(self, targets: Tensor) -> Tensor:
-        return ~targets.isnan().all(dim=1)
-
     def _scaled(self, targets: Tensor) -> Tensor:
         """Return ``(target - centre) / scale`` in float64, or as accurately as the device can."""
         if not self.outputs:
@@ -157,12 +162,6 @@ class Regression(Task):
 
     def normalised(self, targets: Tensor, dtype: torch.dtype) -> Tensor:
         return self._scaled(targets).to(dtype)
-
-    def present(self, targets: Tensor) -> Tensor:
-        return ~targets.isnan()
-
-    def residual_(self, expectation: Tensor, targets: Tensor) -> Tensor:
-        return expectation.sub_(targets).nan_to_num_(nan=0.0)
 
     def constant(self, mean: Tensor) -> Tensor:
         return mean
@@ -250,9 +249,6 @@ class Regression(Task):
         sums = torch.stack([present.to(rows).sum(dim=0), rows.sum(dim=0), (rows * rows).sum(dim=0)])
         return torch.cat([sums.flatten(), present.any(dim=1).to(rows).sum()[None]])
 
-    def samples_in(self, target_sums: list[float]) -> float:
-        return target_sums[-1] if target_sums else 0.0
-
     def baseline(self, target_sums: list[float]) -> float:
         """Return 1, the error of the mean of the scored samples."""
         return 1.0 if self.samples_in(target_sums) else math.nan
@@ -265,7 +261,10 @@ class Regression(Task):
         if constant := [
             i for i, each in enumerate(sums) if each[0] and _variance(*each) <= _CONSTANT * each[2] / each[0]
         ]:
-            told.append(f"{len(constant)} of {n} outputs are constant (the first: {constant[0]}), and have no R2")
+            told.append(
+                f"{len(constant)} of {n} outputs are constant, or vary by less than a millionth of the first batch's "
+                f"deviation, which they are scaled by (the first: {constant[0]}), and have no R2"
+            )
         if missing := [i for i, (entries, *_) in enumerate(sums) if not entries]:
             told.append(f"{len(missing)} of {n} outputs have no target (the first: {missing[0]})")
         told += filter(None, [lacking([entries for entries, *_ in sums], target_sums[-1])])
@@ -282,7 +281,7 @@ class Regression(Task):
         """
         centre, scale = _units(self.centre, self.scale, scores.device)
         complete = (labels.answers > 0).all(dim=0)
-        found = [(part.to(centre) * scale + centre)[complete].float() for part in (scores.T, labels.rows)]
+        found = [(part.to(centre) * scale + centre)[complete] for part in (scores.T, labels.rows)]
         predictions, targets = (part.squeeze(1) if self.outputs == 1 else part for part in found)
         return predictions, targets
 

@@ -6,6 +6,7 @@ how each of them is solved and told of by those of :class:`Task`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -191,11 +192,14 @@ class Task(Question):
         kind: name of the task, as users write it.
         words: what a reader is shown instead of ``error`` and of the baseline.
         left_out: value that fills the targets of a sample to leave out.
+        least_gradient: what the norm of a gradient at the best constant probe is taken for if it is less, as the
+            solver's criterion is relative to it.
     """
 
     kind: ClassVar[str]
     words: ClassVar[Words]
     left_out: float
+    least_gradient: ClassVar[float] = 1e-3
 
     @property
     def parts(self) -> dict[str, Task]:
@@ -292,6 +296,11 @@ class Task(Question):
     def curvature(self, expectation: Tensor) -> Tensor:
         """Return the second derivative of each sample's loss by its scores, averaged over outputs, ``(samples,)``."""
 
+    @property
+    def offset(self) -> float:
+        """Return how far the targets lie from 0, in units of their scale."""
+        return 0.0
+
     def unscaled(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Return weight ``(outputs, features)`` and bias of a probe whose scores are in the targets' own units."""
         return weight, bias
@@ -365,6 +374,24 @@ class Task(Question):
             what = "num_classes" if self.kind == "classification" else "the number of outputs"
             return f"{what} is {state['outputs']} in the checkpoint and {self.outputs} here"
         return ""
+
+
+class TaskWithGaps(Task):
+    """Define a task whose targets are numbers of which some may be missing, which are NaN."""
+
+    left_out = math.nan
+
+    def is_counted(self, targets: Tensor) -> Tensor:
+        return ~targets.isnan().all(dim=1)
+
+    def present(self, targets: Tensor) -> Tensor:
+        return ~targets.isnan()
+
+    def residual_(self, expectation: Tensor, targets: Tensor) -> Tensor:
+        return expectation.sub_(targets).nan_to_num_(nan=0.0)
+
+    def samples_in(self, target_sums: list[float]) -> float:
+        return target_sums[-1] if target_sums else 0.0
 
 
 def accumulator(device: torch.device | str) -> torch.dtype:

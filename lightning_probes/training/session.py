@@ -23,7 +23,7 @@ from lightning_probes.replay.recorded_batches import Context
 from lightning_probes.replay.reservoir import Budget
 from lightning_probes.replay.trial import pair, pair_first
 from lightning_probes.report.curves import Curve, Curves, Kind, LayerFacts
-from lightning_probes.report.method import NO_VALIDATION, ONLINE
+from lightning_probes.report.method import NO_METRICS, NO_VALIDATION, ONLINE
 from lightning_probes.report.report import ProbeReport, Row
 from lightning_probes.training.online_training import OnlineTraining
 from lightning_probes.training.refit import Refit
@@ -124,6 +124,7 @@ class ProbingSession:
         # A note of the resumed run may not hold for this one.
         report.notes = [known for known in report.notes if known != NO_VALIDATION]
         note_in(report, note, missed, "" if has_validation else NO_VALIDATION)
+        note_in(report, NO_METRICS if self.curves.metrics.is_asked and not has_validation else "")
         if missed:
             self.curves.clear()
         self.curves.metrics.try_out(self.network.question)

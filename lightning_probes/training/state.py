@@ -19,11 +19,11 @@ def state_of(session: ProbingSession, report: ProbeReport) -> dict[str, Any]:
     """Return everything that a resumed run needs, as tensors and plain types.
 
     Beside the report there are, under ``probes``: the layers (``selected``, ``facts``: order, depth and size), how
-    features are reduced (``reduction``, ``tokens``) and which dimension holds them (``axes``), which row is of which
-    sample (``pairings``), what is asked and the number of outputs (``question``, ``num_classes``), the probes trained
-    along (``along``) and those at their optimum with what is known of them (``optimum``), epoch and step of the last
-    point and of the last step (``point``, ``now``), layers set aside and the running tally of the probes trained along
-    (``points``), the note on targets that are strange (``missing``), whether training has no labels
+    features are reduced (``reduction``, ``tokens``, ``positions``) and which dimension holds them (``axes``), which row
+    is of which sample (``pairings``), what is asked and the number of outputs (``question``, ``num_classes``), the
+    probes trained along (``along``) and those at their optimum with what is known of them (``optimum``), epoch and step
+    of the last point and of the last step (``point``, ``now``), layers set aside and the running tally of the probes
+    trained along (``points``), the note on targets that are strange (``missing``), whether training has no labels
     (``trains_without_labels``), and whether probes are on a labelled set of their own (``own_data``). The keys are
     those of release 0.1.0, and new ones. No batch and no feature is saved.
     """
@@ -33,6 +33,7 @@ def state_of(session: ProbingSession, report: ProbeReport) -> dict[str, Any]:
         "selected": list(network.selected),
         "reduction": network.reducer.state_dict(),
         "tokens": network.ways_of_tokens,
+        "positions": network.labels.most_positions,
         "trains_without_labels": network.labels.absent_in_training,
         "num_classes": network.question.outputs,
         "question": network.question.state_dict(),
@@ -82,14 +83,16 @@ def restore(
     averaged = {layer: "mean" for layer, dimensions, axes in known if dimensions > 2 and axes == "tokens"}
     tokens = network.tokens.differing(state.get("tokens", averaged))
     asked = network.question
-    if difference := tokens or differing(state, selected, asked, reduction["kind"], network.reducer.kind):
+    both = state.get("positions"), network.labels.most_positions
+    positions = "" if both[0] == both[1] else "positions is {} in the checkpoint and {} here".format(*both)
+    if difference := tokens or positions or differing(state, selected, asked, reduction["kind"], network.reducer.kind):
         refuse(difference, strict=strict)
     session.point = tuple(state["point"])
     session.now = tuple(state["now"])
     session.doubts = state.get("missing", "")
     network.labels.present_in_validation |= state["trains_without_labels"]
     network.labels.is_trusted = True
-    if asked.differs(question_in(state)) or reduction["kind"] != network.reducer.kind or tokens:
+    if asked.differs(question_in(state)) or reduction["kind"] != network.reducer.kind or tokens or positions:
         return
     network.reducer.load_state_dict(reduction)
     network.tokens.load(state.get("tokens", {}))

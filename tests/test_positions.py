@@ -322,6 +322,8 @@ def test_a_mask_leaves_positions_out(tmp_path: Path) -> None:
         fit_with(tmp_path, data=data, token_mask=mask, positions=8) for mask in (lambda batch: batch[0] != 0, None)
     )
     assert "positions that the token mask leaves out are not drawn" in masked.notes
+    short = fit_with(tmp_path, data=data, token_mask=lambda batch: batch[0][:, :5] != 0)
+    assert "token_mask is not applied: its shape [20, 5] is not the labels'" in short.notes
     # A third of half of the sentences is padding, which would be told from the rest.
     lost = [next(iter(report.select(stage="train", metric="error")))["labels"] for report in (masked, others)]
     tokens, labels = data(40, 1).tensors

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from lightning_probes.network.batches import as_tensor, pick
 from lightning_probes.network.masks import pick_mask
 from lightning_probes.network.positions import Positions, draw
-from lightning_probes.options import Reading, Where
+from lightning_probes.options import ATTENTION_MASK, Reading, Where
 from lightning_probes.tasks.classification import Classification
 from lightning_probes.tasks.kinds import new_task
 from lightning_probes.tasks.several import Several
@@ -42,12 +42,8 @@ def find_question(reading: Reading, *owners: Any) -> Question:
     for argument, given in (("task", kinds), ("num_classes", classes)):
         for name in given if isinstance(given, Mapping) else ():
             if name not in names or not name:
-                there = ", ".join(map(repr, names))
-                there = (
-                    there
-                    if any(names)
-                    else f"one target, which has no name: target={{{name!r}: {target!r}}} gives it one"
-                )
+                nameless = f"one target, which has no name: target={{{name!r}: {target!r}}} gives it one"
+                there = ", ".join(map(repr, names)) if any(names) else nameless
                 raise ValueError(f"{argument}: {name!r} is no name of a target; there is {there}")
     tasks = {}
     for name in names:
@@ -335,9 +331,15 @@ class LabelReader:
         nowhere = torch.stack(left_out).all(dim=0)
         with suppress(Exception):  # There may be no mask, and a user's function may raise anything.
             mask = pick_mask(batch, self._token_mask, len(nowhere)) if self._token_mask is not None else None
-            if mask is not None and mask.shape == (len(nowhere), *grid):
+            fits = mask is not None and mask.shape == (len(nowhere), *grid)
+            if mask is not None and fits:
                 nowhere = nowhere | ~mask.to(nowhere.device)
-                self.notes += [_MASKED] * (_MASKED not in self.notes)
+            # A mask of other tokens, as one for the text beside an image, may be in the batch by its usual name.
+            if mask is not None and (fits or self._token_mask != ATTENTION_MASK):
+                note = (
+                    _MASKED if fits else f"token_mask is not applied: its shape {list(mask.shape)} is not the labels'"
+                )
+                self.notes += [note] * (note not in self.notes)
         positions = draw(list(each.values()), nowhere, grid, most, salt)
         return {name: positions.take(found) for name, found in each.items()}, positions, positions.take(nowhere)
 

@@ -511,7 +511,7 @@ def measure_asked(name: str, seed: int, args: argparse.Namespace) -> list[dict[s
     held_out = held_out[0][:2_000], held_out[1][:2_000]
     seed_everything(seed, verbose=False)
     model, weights = Classifier(convolutions(), learning_rate=0.02), Weights()
-    arguments = {"target": asked.target, "max_features": 256, **asked.arguments}
+    arguments = {"target": asked.target, **asked.arguments} | ({} if is_pixels else {"max_features": 256})
     probes = LinearProbeCallback(asked.layers, log_metrics=["lag"], **arguments)
     trainer = Trainer(max_epochs=max(1, *args.epochs), callbacks=[probes, weights], **QUIET)
     loaders = DataLoader(TensorDataset(*train), 64, shuffle=True), DataLoader(TensorDataset(*held_out), 500)

@@ -64,7 +64,8 @@ class ProbeTrainer(Trainer):
             metrics: names of torchmetrics metrics that score the probes too, instead of those of the callback.
             weights_only: whether to load only checkpoints that hold nothing but tensors and plain types, the default.
                 false loads others too. Those can run any code, so use it only if you trust them.
-            output: JSON file for the report. The figure is saved beside it, with the suffix .png.
+            output: JSON file for the report. The figure is saved beside it, with the suffix .png, and of
+                several targets one for each, with the suffix .TARGET.png.
 
         Returns:
             The report of :func:`~lightning_probes.probe`.
@@ -290,13 +291,14 @@ def _warn_unless_it_can_draw() -> None:
 
 
 def _save(report: ProbeReport, file: Path) -> None:
-    """Save the report and, if it can be drawn, the figure beside it."""
+    """Save the report and, if it can be drawn, the figure of each target beside it."""
     report.save(file)
     rank_zero_info(f"probe: report in {file}")
-    figure = file.with_suffix(".png")
-    try:
-        report.plot().savefig(figure, dpi=150)
-    except Exception as error:  # An error of drawing must not keep the table from being printed.
-        rank_zero_warn(f"probe: no figure: {error}")
-    else:
-        rank_zero_info(f"probe: figure in {figure}")
+    for target in report.tasks:
+        figure = file.with_suffix(f".{target}.png" if target else ".png")
+        try:
+            report.plot(target=target).savefig(figure, dpi=150)
+        except Exception as error:  # An error of drawing must not keep the table from being printed.
+            rank_zero_warn(f"probe: no figure: {error}")
+        else:
+            rank_zero_info(f"probe: figure in {figure}")

@@ -14,10 +14,11 @@ from fits import count_fits, make_trainer
 from jsonargparse import ArgumentParser
 from lightning.pytorch import seed_everything
 from lightning.pytorch.loggers import CSVLogger
-from networks import Classifier, loader, mlp
+from networks import QUIET, Classifier, loader, mlp
 from torch import Tensor
 
 from lightning_probes import LinearProbeCallback, ProbeReport, probe
+from lightning_probes.cli import ProbeTrainer
 
 NAMES = ["digit", "answers", "numbers"]
 
@@ -202,3 +203,19 @@ def test_the_lag_is_there_where_targets_are_of_other_samples(tmp_path: Path) -> 
 
 def of_half(rest: int, batch: Any) -> Tensor:
     return torch.where(torch.arange(len(batch[1])) % 2 == rest, batch[1], -100)
+
+
+class WithData(Classifier):
+    def train_dataloader(self) -> Any:
+        return loader(96, 32, size=4, seed=1)
+
+    def val_dataloader(self) -> Any:
+        return loader(64, 32, size=4, seed=2)
+
+
+def test_the_command_line_draws_a_figure_for_each(tmp_path: Path) -> None:
+    trainer = ProbeTrainer(**QUIET, callbacks=[LinearProbeCallback("net.1", **ASKED["several"])])
+    report = trainer.probe(WithData(mlp(inputs=16, width=12, depth=1)), output=str(tmp_path / "report.json"))
+    assert list(report.tasks) == NAMES
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"report.json", *(f"report.{name}.png" for name in NAMES)}

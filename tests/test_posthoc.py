@@ -731,6 +731,7 @@ import sys
 from torch.distributed import destroy_process_group
 from lightning.pytorch import Trainer, seed_everything
 from networks import Classifier, convnet, loader
+from torch.utils.data import DataLoader, DistributedSampler
 from lightning_probes import probe
 
 def prepared():
@@ -743,8 +744,15 @@ if __name__ == "__main__":
     options = {"enable_progress_bar": False, "enable_checkpointing": False, "logger": False}
     trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", **options)
     report = probe(*prepared(), layers=["net.1", "net.5", "net.9"], trainer=trainer)
+    # Samplers of the user's, which repeat a sample so that both processes have equally many.
+    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", use_distributed_sampler=False, **options)
+    model, *whole = prepared()
+    samplers = [DistributedSampler(x.dataset, 2, trainer.global_rank, shuffle=False) for x in whole]
+    shared = [DataLoader(x.dataset, 16, sampler=sampler) for x, sampler in zip(whole, samplers)]
+    again = probe(model, *shared, layers=["net.1", "net.5", "net.9"], trainer=trainer)
     if trainer.global_rank == 0:
         report.save(sys.argv[1])
+        again.save(sys.argv[1] + ".again")
     destroy_process_group()  # gloo's threads may otherwise abort an interpreter that ends
 """
 
@@ -756,11 +764,12 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     known: dict[str, Any] = {"__name__": "script"}
     exec(PROCESSES, known)
     one = run(*known["prepared"](), layers=["net.1", "net.5", "net.9"])
-    two = ProbeReport.load(tmp_path / "report.json")
-    assert {(row["stage"], row["samples"]) for row in two.rows} == {("train", 301), ("val", 101)}
-    assert {row["fitted_on"]["samples"] for row in two.rows} == {301}
-    check_same(one, two)
-    assert one.baseline == two.baseline
+    for name in ("report.json", "report.json.again"):
+        two = ProbeReport.load(tmp_path / name)
+        assert {(row["stage"], row["samples"]) for row in two.rows} == {("train", 301), ("val", 101)}
+        assert {row["fitted_on"]["samples"] for row in two.rows} == {301}
+        assert one.baseline == two.baseline
+    check_same(one, ProbeReport.load(tmp_path / "report.json"))
 
 
 # What is reported

@@ -183,11 +183,12 @@ def unrepeated(loaders: Any, dataloader: int, batch_idx: int) -> int | None:
         The number; ``None`` if all samples count.
     """
     loader = tree_leaves(loaders)[dataloader]
-    sampler = getattr(loader, "sampler", None)
-    batch_size = getattr(loader, "batch_size", None) or getattr(
-        getattr(loader, "batch_sampler", None), "batch_size", None
-    )
-    if not isinstance(sampler, DistributedSampler) or sampler.drop_last or not isinstance(batch_size, int):
+    batches = getattr(loader, "batch_sampler", None)
+    # Where batches have a sampler of their own, as while Lightning predicts, that of the loader has no effect.
+    found = (getattr(holder, "sampler", None) for holder in (loader, batches))
+    sampler = next((one for one in found if isinstance(one, DistributedSampler)), None)
+    batch_size = getattr(loader, "batch_size", None) or getattr(batches, "batch_size", None)
+    if sampler is None or sampler.drop_last or not isinstance(batch_size, int):
         return None
     samples = len(sampler.dataset)  # type: ignore[arg-type]
     own = len(range(sampler.rank, samples, sampler.num_replicas))

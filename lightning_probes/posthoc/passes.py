@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import BatchSampler, DataLoader
 
+from lightning_probes.network.batches import unrepeated
 from lightning_probes.network.extractor import LayerExtractor
 from lightning_probes.network.pairing import TRAINING
 from lightning_probes.network.torch_internals import trainer_of, tree_map
@@ -194,6 +195,8 @@ class Pass(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> int:
         provenance = self._network.open(batch, data=self._data(dataloader_idx))
+        # A sampler of the user's may repeat samples; Lightning's own does not while it predicts.
+        self._network.count_only(unrepeated(self.trainer.predict_dataloaders, dataloader_idx, batch_idx))
         if provenance is not None:
             self._recorder.start(batch, provenance)
         if self._step is not None:

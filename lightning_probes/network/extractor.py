@@ -255,11 +255,7 @@ class LayerExtractor:
             LookupError, TypeError, ValueError: the first batch has no usable labels, nor had a previewed one; or it has
                 no usable mask where the user said. Later batches like this are passed over.
         """
-        value = self._picked_input(batch)
-        salt = None
-        with suppress(Exception):  # An input may be any kind of tensor.
-            salt = bit_sums(value, 1) if self.labels.has_positions and isinstance(value, Tensor) else None
-        self._targets = self.labels.read(batch, salt)
+        self._targets = self.labels.read(batch, self._salt_of(batch) if self.labels.has_positions else None)
         self._found = Recording(0)
         self.pairing = self.pairings.setdefault(data, Pairing(data))
         self.masks = None
@@ -272,6 +268,7 @@ class LayerExtractor:
         self.index = pick_index(batch)
         # All layers are needed while it is not known which rows are of which sample.
         self._start(samples, only if self.pairing.is_known else None)
+        value = self._picked_input(batch)
         if self.has_input and isinstance(value, Tensor):
             self._record_input(value, samples)
         if self.pairing.is_known:
@@ -435,6 +432,12 @@ class LayerExtractor:
         devices = {x.device for x in found.features.values()}
         targets = targets.to(devices.pop()) if len(devices) == 1 else targets
         return LayerBatch(found.features, targets, found.faults, count, self._each)
+
+    def _salt_of(self, batch: Any) -> Tensor | None:
+        """Return a number for each sample that depends on its input; ``None`` without such a tensor."""
+        with suppress(Exception):  # A user's function may raise anything, and an input may be any kind of tensor.
+            return bit_sums(pick(batch, self._reading["input"], "input"), 1)  # type: ignore[arg-type]
+        return None
 
     def _picked_input(self, batch: Any) -> Any:
         where = self._reading["input"]

@@ -45,11 +45,9 @@ def find_question(reading: Reading, *owners: Any) -> Question:
                 nameless = f"one target, which has no name: target={{{name!r}: {target!r}}} gives it one"
                 there = ", ".join(map(repr, names)) if any(names) else nameless
                 raise ValueError(f"{argument}: {name!r} is no name of a target; there is {there}")
-    tasks = {}
-    for name in names:
-        kind = kinds.get(name, Classification.kind) if isinstance(kinds, Mapping) else kinds
-        number = classes.get(name) if isinstance(classes, Mapping) else classes
-        is_vain = isinstance(classes, Mapping) or Classification.kind not in _kinds(kinds, names)
+    kind_of, tasks = _by_name(kinds, names, Classification.kind), {}
+    for (name, kind), number in zip(kind_of.items(), _by_name(classes, names).values(), strict=True):
+        is_vain = isinstance(classes, Mapping) or Classification.kind not in kind_of.values()
         if kind != Classification.kind and number is not None and is_vain:
             raise ValueError(
                 f"num_classes: it has no effect with task={kind!r}, whose targets tell by their width how many outputs "
@@ -59,9 +57,9 @@ def find_question(reading: Reading, *owners: Any) -> Question:
     return Several(tuple(tasks.items())) if any(names) else tasks[""]
 
 
-def _kinds(kinds: Any, names: Sequence[str]) -> list[str]:
-    """Return the task of each target."""
-    return [kinds.get(name, Classification.kind) for name in names] if isinstance(kinds, Mapping) else [kinds]
+def _by_name(given: Any, names: Sequence[str], otherwise: Any = None) -> dict[str, Any]:
+    """Return what is given for each target: one for all, or by name, and ``otherwise`` for the others."""
+    return {name: given.get(name, otherwise) if isinstance(given, Mapping) else given for name in names}
 
 
 def _find_task(kind: str, num_classes: int | None, owners: Sequence[Any], *, is_clustered: bool) -> Task:

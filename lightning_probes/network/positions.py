@@ -125,7 +125,7 @@ def meeting(space: tuple[int, ...], grid: tuple[int, ...], *, is_map: bool) -> t
     Raises:
         NoPositionsError: there is none.
     """
-    if is_map and len(space) == len(grid):
+    if len(space) == len(grid) and (is_map or len(grid) == 2):
         return space, 0
     if len(space) == len(grid) == 1:
         (tokens,), (labelled,) = space, grid
@@ -133,8 +133,6 @@ def meeting(space: tuple[int, ...], grid: tuple[int, ...], *, is_map: bool) -> t
         # would stand beside other tokens. A front end halves them at least.
         if tokens % labelled == 0 or 2 * tokens <= labelled + 2:
             return space, 0
-    elif len(space) == len(grid):
-        return space, 0
     elif len(space) == 1 and space[0] != grid[0]:  # Else these may be several numbers a token.
         height, width = grid
         for skipped in range(min(_MOST_REGISTERS + 1, space[0])):

@@ -206,7 +206,8 @@ def _known(question: Question, found: Solution, data: str, share: float | None) 
 
 def by_target(known: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return what is known of a layer's probe for each task, by the names of their targets."""
-    return {target: {**known, **own} for target, own in known[BY_TARGET].items()} if BY_TARGET in known else {"": known}
+    shared = {key: value for key, value in known.items() if key != BY_TARGET}
+    return {target: {**shared, **own} for target, own in known.get(BY_TARGET, {"": {}}).items()}
 
 
 def fitted_on_of(known: Mapping[str, Any]) -> dict[str, Any]:

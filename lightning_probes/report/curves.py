@@ -17,7 +17,7 @@ from lightning_probes.distributed import Ranks
 from lightning_probes.network.extractor import LayerExtractor
 from lightning_probes.options import first_of
 from lightning_probes.probes.dataset import LayerBatch
-from lightning_probes.probes.fit import BY_TARGET, by_target
+from lightning_probes.probes.fit import by_target
 from lightning_probes.probes.heads import StackedProbes
 from lightning_probes.probes.remaining import REMAINING
 from lightning_probes.report.label_counts import LabelCounts
@@ -184,8 +184,7 @@ def rows_of(
             further = scores.metrics.get(layer, {}).get(target, {})
             measures |= dict.fromkeys(further, math.nan) if math.isnan(measures["error"]) else further
             named = {"target": target} if target else {}
-            shared = {key: value for key, value in each.get(target, known).items() if key != BY_TARGET}
-            common = {"layer": layer, **named, **shared, "stage": stage}
+            common = {"layer": layer, **named, **each.get(target, known), "stage": stage}
             common |= {**point, "labels": labels.get(target), "samples": samples}
             for metric, value in measures.items():
                 is_error = metric == "error"

@@ -66,7 +66,7 @@ class Labels(NamedTuple):
     """Hold the number of samples that count, in a tensor without dimensions."""
     each: int = 1
     """Give how many rows in a row are of one sample, such as its tokens; intervals count samples."""
-    parts: tuple[Any, ...] = ()
+    parts: tuple[Labels, ...] = ()
     """Hold the labels of each of several tasks."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, get_args
 
@@ -25,7 +25,7 @@ from lightning_probes.network.provenance import Provenance
 from lightning_probes.network.tokens import TokenChoice
 from lightning_probes.network.torch_internals import compiled_parts
 from lightning_probes.options import Axes, Reading, RowLayout, Tokens, first_of, patterns
-from lightning_probes.probes.dataset import LayerBatch
+from lightning_probes.probes.dataset import LayerBatch, hash_rows
 from lightning_probes.tasks.task import Question
 
 INPUT = "input"
@@ -120,6 +120,7 @@ class LayerExtractor:
         self._layout: dict[str, list[str]] = {}
         self._unfit: dict[str, str] = {}
         self._targets: Tensor | None = None
+        self._marks: Tensor | None = None
         self._found = Recording(0)
         self._counting = 0
 
@@ -256,6 +257,7 @@ class LayerExtractor:
                 no usable mask where the user said. Later batches like this are passed over.
         """
         self._targets = self.labels.read(batch, self._salt_of(batch) if self.labels.has_positions else None)
+        self._marks = None if data == TRAINING or self._targets is None else self._marks_of(batch)
         self._found = Recording(0)
         self.pairing = self.pairings.setdefault(data, Pairing(data))
         self.masks = None
@@ -431,12 +433,21 @@ class LayerExtractor:
         # A function of the user's may make labels on another device.
         devices = {x.device for x in found.features.values()}
         targets = targets.to(devices.pop()) if len(devices) == 1 else targets
-        return LayerBatch(found.features, targets, found.faults, count, self._each)
+        return LayerBatch(found.features, targets, found.faults, count, self._each, self._marks)
 
     def _salt_of(self, batch: Any) -> Tensor | None:
         """Return a number for each sample that depends on its input; ``None`` without such a tensor."""
         with suppress(Exception):  # A user's function may raise anything, and an input may be any kind of tensor.
             return bit_sums(pick(batch, self._reading["input"], "input"), 1)  # type: ignore[arg-type]
+        return None
+
+    def _marks_of(self, batch: Any) -> Tensor | None:
+        """Return a number for each sample that only its input has; ``None`` without such a tensor."""
+        with suppress(Exception):  # As above.
+            value: Tensor = pick(batch, self._reading["input"], "input")  # type: ignore[arg-type]
+            samples = len(self._targets) // self._each if self._targets is not None else 0
+            rows = value.detach().reshape(samples, -1)
+            return hash_rows(rows if rows.dtype in (torch.float32, torch.float64) else rows.float())
         return None
 
     def _picked_input(self, batch: Any) -> Any:
@@ -538,7 +549,7 @@ class LayerExtractor:
         order = dict.fromkeys([INPUT, *(layer for layer, _ in activations), *self._found.heard])
         heard = self._found.heard | dict.fromkeys(again - self._found.heard.keys(), 1)
         self._found.heard = {layer: heard[layer] for layer in order if layer in heard}
-        return LayerBatch(self._found.features, seen.targets, seen.faults | found.faults, seen.labels, seen.each)
+        return replace(seen, features=self._found.features, faults=seen.faults | found.faults)
 
     def settle(self) -> None:
         """Order the layers as the last closed batch, the first one, called them; leave out misfits.

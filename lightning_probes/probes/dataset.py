@@ -41,6 +41,8 @@ class LayerBatch:
         labels: what became of the labels of each task, by name; ``None`` for a batch that is run again, whose labels
             were counted before.
         each: how many neighbouring targets are of one sample.
+        marks: a number for each sample that only its input has, ``(batch,)``; ``None`` in training, or if the input is
+            not known.
     """
 
     features: dict[str, Tensor]
@@ -48,6 +50,7 @@ class LayerBatch:
     faults: dict[str, Exception] = field(default_factory=dict)
     labels: Mapping[str, LabelCount] | None = None
     each: int = 1
+    marks: Tensor | None = None
 
     @property
     def samples(self) -> int:
@@ -92,11 +95,11 @@ class LayerSamples(NamedTuple):
         tensor over the processes that share the samples; the folds do not count.
         """
         parts = self.features if isinstance(self.features, Parts) else (self.features,)
-        targets = _hash_rows(self.targets)
+        targets = hash_rows(self.targets)
         found = torch.zeros_like(targets[:0].sum())
         first = 0
         for part in parts:
-            own = _hash_rows(part).to(targets) * _GOLDEN + targets[first : first + len(part)]
+            own = hash_rows(part).to(targets) * _GOLDEN + targets[first : first + len(part)]
             first += len(part)
             # Without this a sum of rows would be one of columns, which rows of other samples may have as well.
             found += _scattered(_scattered(own)).sum()
@@ -401,11 +404,14 @@ class HalfPrecisionStore:
         return rows[filed.first :]
 
 
-def _hash_rows(x: Tensor) -> Tensor:
-    """Return a number for each row, which depends on its width, and on the bits of its values as floats in order."""
+def hash_rows(x: Tensor) -> Tensor:
+    """Return a number for each row of ``(rows, width)``, which depends on the bits of its values as floats in order.
+
+    Rows of other widths have other numbers.
+    """
     if not x.is_floating_point():
         # Targets of zeros and ones are kept in a byte each, and others of the same kind are not.
-        return torch.cat([_hash_rows(rows.float()) for rows in x.split(4096)])  # type: ignore[no-untyped-call]
+        return torch.cat([hash_rows(rows.float()) for rows in x.split(4096)])  # type: ignore[no-untyped-call]
     bits = x.contiguous().view(torch.int32)
     generator = torch.Generator("cpu").manual_seed(8 * x.shape[1] + x.element_size())
     ends = torch.iinfo(torch.long)

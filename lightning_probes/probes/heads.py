@@ -21,8 +21,8 @@ _CHUNKS = 4
 
 _STATISTICS = ("mean", "variance", "alive")
 
-Hand = Callable[[str, Tensor, Labels], None]
-"""Take a layer, the scores ``(outputs, rows)`` of its probe on a batch, and the labels of these rows."""
+Hand = Callable[[Sequence[str], Tensor, Labels], None]
+"""Take some layers, the scores ``(layers, outputs, rows)`` of their probes on a batch, and the labels of these rows."""
 
 
 class Stack:
@@ -183,7 +183,7 @@ class StackedProbes:
 
     @torch.no_grad()
     def score(self, batch: LayerBatch, hand: Hand | None = None) -> Tensor:
-        """Return the tally ``(statistics, layers)`` of a batch, and give each layer's scores to ``hand``.
+        """Return the tally ``(statistics, layers)`` of a batch, and give all scores to ``hand``.
 
         Nothing is updated.
         """
@@ -194,8 +194,7 @@ class StackedProbes:
             x = standardise_(x, run["mean"], run["variance"])
             scores, known = run.scores(x), labels.of(x.shape[1], x.dtype)
             if hand is not None:
-                for layer, own in zip(run.layers, scores, strict=True):
-                    hand(layer, own, known)
+                hand(run.layers, scores, known)
             tallies |= run.by_layer(self.question.tally(scores, known))
         return side_by_side(self.question, self.layers, tallies, batch.targets.device)
 

@@ -23,6 +23,7 @@ from lightning_probes.probes.remaining import REMAINING
 from lightning_probes.report.label_counts import LabelCounts
 from lightning_probes.report.layer_metrics import LayerMetrics
 from lightning_probes.report.method import CROSS_FITTED
+from lightning_probes.report.outcomes import OutcomeCollector, joined
 from lightning_probes.report.report import ProbeReport, Row
 from lightning_probes.tasks.task import Question
 
@@ -216,6 +217,7 @@ class Curves:
         notes: warnings about layers, for the report.
         labels: as given.
         metrics: as given.
+        outcomes: keeps what each scored sample got.
     """
 
     def __init__(
@@ -226,6 +228,7 @@ class Curves:
         metrics: LayerMetrics | None = None,
     ) -> None:
         self.metrics = metrics or LayerMetrics(network.metrics)
+        self.outcomes = OutcomeCollector()
         self.labels = labels or LabelCounts(network.labels)
         self.target_sums: list[float] = []
         self.set_aside: set[str] = set()
@@ -250,7 +253,9 @@ class Curves:
 
     def score(self, kind: Kind, curve: Curve, probes: StackedProbes, batch: LayerBatch) -> None:
         """Score probes that are published on a batch of evaluation, and add that to a curve."""
-        tally = self.metrics.score((kind, curve), probes, batch)
+        key, question = (kind, curve), probes.question
+        outcomes = self.outcomes.hand(key, question, batch, self._ranks)
+        tally = probes.score(batch, joined(self.metrics.hand(key, question), outcomes))
         self.add(kind, curve, tally, self._network.question.target_sums(batch.targets))
 
     def touch(self, kind: Kind, curve: Curve, layers: int) -> None:
@@ -319,6 +324,7 @@ class Curves:
     def clear(self, *kinds: Kind) -> None:
         """Discard the tallies of some kinds of probes, or of all; labels of training belong to those trained along."""
         self.metrics.clear(*kinds)
+        self.outcomes.clear(*kinds)
         self.labels.clear(keeps_training=bool(kinds) and Kind.TRAINED_ALONG not in kinds)
         for kind in kinds or list(self._sums):
             self._sums.pop(kind, None)
@@ -390,8 +396,28 @@ class Curves:
                 each = question.split_sums(scores.target_sums)
                 baselines = {target: task.baseline(each[target]) for target, task in question.parts.items()}
             report.enter(new, baselines)
+            if stage != "train":
+                self._enter_outcomes((kind, (stage, dataloader)), report, new, point)
             rows += new
         return rows
+
+    def _enter_outcomes(
+        self, key: tuple[Kind, Curve], report: ProbeReport, rows: list[Row], now: tuple[int, int]
+    ) -> None:
+        """Enter in ``report`` what each scored sample got, over all processes; if that fails, note it."""
+        ordered = sorted(rows, key=lambda row: row["depth"])
+        layers = list(dict.fromkeys(row["layer"] for row in ordered))
+        for target, outcomes in self.outcomes.conclude(key, layers, self._ranks).items():
+            errors = {
+                row["layer"]: row["value"]
+                for row in ordered
+                if row["metric"] == "error" and row.get("target", "") == target and math.isfinite(row["value"])
+            }
+            if (known := outcomes.of_errors(errors)).layers:
+                report.enter_outcomes(known, *key[1], target, now)
+        for note in self.outcomes.pop_notes():
+            if note not in self.notes:
+                self._tell(note)
 
     def _computed(self, key: tuple[Kind, Curve], about: Mapping[str, Row], now: tuple[int, int]) -> Mapping[str, Any]:
         """Compute the metrics that were asked for, over all processes; if that fails, set all layers aside."""

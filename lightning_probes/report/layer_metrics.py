@@ -17,8 +17,7 @@ from torchmetrics import Metric
 from lightning_probes.distributed import Ranks
 from lightning_probes.network.torch_internals import mark_as_fed, states_of
 from lightning_probes.options import first_of
-from lightning_probes.probes.dataset import LayerBatch
-from lightning_probes.probes.heads import StackedProbes
+from lightning_probes.probes.heads import Hand
 from lightning_probes.replay.frozen import seeded
 from lightning_probes.tasks.task import Labels, Question, Task
 
@@ -102,16 +101,15 @@ class LayerMetrics:
         self._notes += faults.values()
         self._made = made
 
-    def score(self, key: Key, probes: StackedProbes, batch: LayerBatch) -> Tensor:
-        """Return the tally of ``probes`` on a batch, and feed the metrics with what they predict.
+    def hand(self, key: Key, question: Question) -> Hand | None:
+        """Return what feeds the metrics with the scores of probes; ``None`` if no metric was asked for.
 
-        What a metric raises is not raised here.
+        What a metric raises is not raised there.
         """
         if not self._asked:
-            return probes.score(batch)
-        self.make(probes.question)
-        with seeded():
-            return probes.score(batch, partial(self._feed, key, probes.question))
+            return None
+        self.make(question)
+        return partial(self._feed_all, key, question)
 
     def make(self, question: Question) -> None:
         """Make the metrics as :meth:`try_out` does, and note what it raises: a run may be under way."""
@@ -122,6 +120,11 @@ class LayerMetrics:
             # Their rows are there all the same.
             self._numbers = {(target, name): [name] for target in question.parts for name in self._asked}
             self._notes.append(f"{error}; the values of all metrics are NaN")
+
+    def _feed_all(self, key: Key, question: Question, layers: Sequence[str], scores: Tensor, labels: Labels) -> None:
+        with seeded():
+            for layer, own in zip(layers, scores, strict=True):
+                self._feed(key, question, layer, own, labels)
 
     def _feed(self, key: Key, question: Question, layer: str, scores: Tensor, labels: Labels) -> None:
         scored = self._fed.setdefault(key, {}).setdefault(layer, {})

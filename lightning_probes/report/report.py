@@ -20,6 +20,7 @@ from lightning_probes.checkpoints import STATE_VERSION, CheckpointError, check_v
 from lightning_probes.options import one_of
 from lightning_probes.probes.linear import LayerProbe, LayerProbes
 from lightning_probes.report.method import Method, method_of
+from lightning_probes.report.outcomes import Outcomes
 from lightning_probes.report.plots import error_by_depth
 from lightning_probes.report.tables import (
     Table,
@@ -97,6 +98,10 @@ class ProbeReport:
             process gave to be summed over processes. Reports that differ only in their cost are equal.
         tasks: ``{target: what the probes were asked}``: ``classification``, ``multilabel`` or ``regression``; one
             target without a name is the empty one.
+        outcomes: what each scored sample got from the probe of each layer, of the starting point and of the last point:
+            one dict for each stage but ``train``, dataloader, target and point, whose ``losses`` are text, a bit for a
+            sample of a classification and two bytes otherwise; see :class:`~lightning_probes.report.outcomes.Outcomes`.
+            They are what :meth:`compare` and :meth:`best` compare, and take at most 16 MiB in memory a point.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -104,6 +109,7 @@ class ProbeReport:
     notes: list[str] = field(default_factory=list)
     cost: dict[str, float] = field(default_factory=dict, compare=False)
     tasks: dict[str, str] = field(default_factory=lambda: {"": "classification"})
+    outcomes: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # This is no field, so that it is neither saved nor compared.
@@ -154,6 +160,17 @@ class ProbeReport:
         self.rows = [row for row in self.rows if any(row[key] != value for key, value in point)] + rows
         for target, error in baselines.items():
             self.baseline[_of_target(rows[0]["stage"], target)] = error
+
+    def enter_outcomes(
+        self, outcomes: Outcomes, stage: str, dataloader: int, target: str, point: tuple[int, int]
+    ) -> None:
+        """Enter what each sample of a point got; only those of the starting point and of the last point are kept."""
+        place = {"stage": stage, "dataloader": dataloader, "target": target}
+        new = {**place, "epoch": point[0], "step": point[1], **outcomes.packed()}
+        same = [old for old in self.outcomes if all(old[key] == value for key, value in place.items())]
+        kept = {(old["step"], old["epoch"]): old for old in [*same, new]}
+        points = {point: old for point, old in kept.items() if point in ((0, 0), max(kept))}
+        self.outcomes = [old for old in self.outcomes if old not in same] + list(points.values())
 
     def select(self, **conditions: Any) -> list[Row]:
         """Return the rows with all of these values, for example ``select(stage="val", metric="error", epoch=3)``."""

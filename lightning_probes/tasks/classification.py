@@ -188,10 +188,7 @@ class Classification(Task):
     def tally_of(self, log_probabilities: Tensor, labels: Labels) -> Tensor:
         """Return the tally of log probabilities ``(layers, classes, samples)``, in nats."""
         layers = len(log_probabilities)
-        right = log_probabilities.gather(1, labels.answers.expand(layers, 1, -1))
-        # An answer is right if no other class is as likely as the right one. An argmax across classes is slower.
-        rivals = (log_probabilities >= right).sum(dim=1)
-        wrong = (rivals != 1) * labels.counted
+        wrong = _wrong(log_probabilities, labels)
         loss = -torch.einsum("lcn,nc->l", log_probabilities, labels.rows)
         known = [wrong.sum(dim=1), loss, labels.total.expand(layers)]
         if self.is_clustered:
@@ -208,6 +205,14 @@ class Classification(Task):
 
     def lag(self, online: list[float], published: list[float]) -> float:
         return (online[0] - published[0]) / published[-1] if published[-1] else math.nan
+
+    @property
+    def has_binary_losses(self) -> bool:
+        return True
+
+    def losses(self, scores: Tensor, labels: Labels) -> Tensor:
+        """Return 1 for a wrong answer and 0 for a right one."""
+        return _wrong(_log_softmax(scores), labels)
 
     def interval(self, tally: list[float]) -> tuple[float, float]:
         if self.is_clustered:
@@ -268,6 +273,14 @@ class Classification(Task):
     def objection(self, samples: int) -> str:
         few = f"{samples} samples are too few to tell {self.outputs} classes apart"
         return few if samples < self.outputs else ""
+
+
+def _wrong(log_probabilities: Tensor, labels: Labels) -> Tensor:
+    """Return which answers are wrong and count, as 1 and 0, ``(layers, samples)``."""
+    right = log_probabilities.gather(1, labels.answers.expand(len(log_probabilities), 1, -1))
+    # An answer is right if no other class is as likely as the right one. An argmax across classes is slower.
+    rivals = (log_probabilities >= right).sum(dim=1)
+    return (rivals != 1) * labels.counted
 
 
 def _log_softmax(scores: Tensor) -> Tensor:

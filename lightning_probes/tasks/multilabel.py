@@ -182,6 +182,11 @@ class Multilabel(TaskWithGaps):
             "balanced_error_by_label": [(a / n + b / m) / 2 if n and m else math.nan for a, n, b, m in labels],
         }
 
+    def losses(self, scores: Tensor, labels: Labels) -> Tensor:
+        """Return the share of the labels that are answered wrong; a missing entry is no wrong answer."""
+        wrong = (scores > 0) != (labels.rows.T > 0.5)
+        return torch.einsum("lon,on->ln", wrong.to(labels.answers), labels.answers) / self.outputs
+
     def interval(self, tally: list[float]) -> tuple[float, float]:
         """Return the interval of the share of wrong answers, moved to the error, from which missing entries part it."""
         wrong = sum(a + b for a, _, b, _ in self._by_label(tally))

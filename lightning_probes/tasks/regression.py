@@ -227,6 +227,10 @@ class Regression(TaskWithGaps):
         ]
         return {"error_by_output": errors, "rmse_by_output": distances}
 
+    def losses(self, scores: Tensor, labels: Labels) -> Tensor:
+        """Return squared distances, scaled by the first batch and averaged over outputs; 0 for a missing entry."""
+        return (scores - labels.rows.T).square_().mul_(labels.answers).mean(dim=1)
+
     def interval(self, tally: list[float]) -> tuple[float, float]:
         """Return the 95 % interval of the error by the delta method.
 

@@ -319,6 +319,20 @@ class Task(Question):
         """Return what is to be said of each output of a column, by name; empty where the error says it all."""
         return {}
 
+    @property
+    def has_binary_losses(self) -> bool:
+        """Return whether each of :meth:`losses` is 0 or 1."""
+        return False
+
+    @abstractmethod
+    def losses(self, scores: Tensor, labels: Labels) -> Tensor:
+        """Return what each row adds to the error, up to a factor that all rows and layers share, ``(layers, rows)``.
+
+        Args:
+            scores: ``(layers, outputs, rows)``.
+            labels: the targets of these rows; one that is left out adds 0.
+        """
+
     @abstractmethod
     def interval(self, tally: list[float]) -> tuple[float, float]:
         """Return the 95 % interval of the error of a column, which covers the choice of samples, not the fit."""

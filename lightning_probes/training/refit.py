@@ -317,7 +317,7 @@ class Refit:
             self._curves.add(Kind.ONLINE, curve, online.score(seen), target_sums)
         if watched is not None:
             with self.timed():
-                self._score_start(watched, curve, model, context)
+                self._score_start(watched, seen.marks, curve, model, context)
 
     def conclude(self) -> dict[str, dict[str, Any]]:
         """Finish a point: add the tallies of the fit, cross-fit if needed, and release what only this point needs.
@@ -528,15 +528,20 @@ class Refit:
             self._drop_start()
             self._say(f"no starting point: training cannot be run again on the first weights: {error}")
 
-    def _score_start(self, batch: RecordedBatch, curve: Curve, model: nn.Module, context: Context) -> None:
-        """Score the probes of the starting point on a batch of validation that is run again on the first weights."""
+    def _score_start(
+        self, batch: RecordedBatch, marks: Tensor | None, curve: Curve, model: nn.Module, context: Context
+    ) -> None:
+        """Score the probes of the starting point on a batch of validation that is run again on the first weights.
+
+        The samples of the batch have ``marks``.
+        """
         start = self._start
         if start.fitted is None or start.fault:
             return
         try:
             for seen in self._batches.run_again([batch], model, context, start.weights):
                 self._faults |= seen.faults
-                self._curves.score(Kind.START, curve, start.fitted.probes, seen)
+                self._curves.score(Kind.START, curve, start.fitted.probes, replace(seen, marks=marks))
         except Exception as error:  # Whatever a module raises must not end a training run.
             reason = str(error) if isinstance(error, CannotRunAgainError) else f"{type(error).__name__}: {error}"
             start.fault = f"validation cannot be run again: {reason}"

@@ -80,6 +80,7 @@ def tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 def found(model: LightningModule, probes: LinearProbeCallback) -> Found:
     report = probes.report
     known = {"rows": report.rows, "notes": report.notes, "cost": report.cost, "baseline": report.baseline}
+    known["outcomes"] = report.outcomes
     return {**known, "probes": dict(tensors(probes.state_dict()["probes"])), "weights": model.state_dict()}
 
 

@@ -19,6 +19,7 @@ from networks import Classifier, mlp
 
 from lightning_probes import ProbeReport, probe
 from lightning_probes.distributed import refuse
+from lightning_probes.report.outcomes import Outcomes
 
 pytestmark = pytest.mark.distributed
 
@@ -87,6 +88,7 @@ def check_same_everywhere(found: Found) -> None:
     for other in found[1:]:
         assert str(other["rows"]) == str(first["rows"])  # NaN equals NaN
         assert other["notes"] == first["notes"]
+        assert other["outcomes"] == first["outcomes"]
         assert other["probes"].keys() == first["probes"].keys()
         for name, tensor in other["probes"].items():
             torch.testing.assert_close(tensor, first["probes"][name], rtol=0, atol=0, equal_nan=True)
@@ -129,6 +131,16 @@ def test_several_processes_find_what_one_finds_whatever_is_asked(case: str, two:
             off = 2e-3 if case == "regression" else 1.01 / row["samples"]
             assert other["value"] == pytest.approx(row["value"], abs=off), row
             assert (other["samples"], other["labels"], other["l2"]) == (row["samples"], row["labels"], row["l2"])
+    assert [saved["units"] for saved in several["outcomes"]] == [saved["units"] for saved in one["outcomes"]]
+    for alone, together in zip(one["outcomes"], several["outcomes"], strict=True):
+        mine, theirs = Outcomes.unpacked(alone), Outcomes.unpacked(together)
+        assert mine.layers == theirs.layers
+        assert (mine.weights.sort().values == theirs.weights.sort().values).all()
+        # Process after process, in the order of the sampler; each loss is that of one process.
+        order = torch.cat([torch.arange(len(mine.weights))[rank::2] for rank in range(2)])
+        differ = (mine.losses[:, order] - theirs.losses).abs() > 2e-3 * (1 + mine.losses[:, order])
+        assert (differ.sum(dim=1) <= 1).all()
+    assert len({saved["samples"] for saved in several["outcomes"]}) == 1
 
 
 def test_metrics_are_those_of_the_samples_of_all_processes(two: dict[str, Found]) -> None:

@@ -634,11 +634,20 @@ class LayerExtractor:
             self.recorder.detach(layer)
         self.notes += [f"left out: {', '.join(layers)} ({reason})" for reason, layers in by_reason.items()]
 
-    def how(self, layer: str) -> dict[str, str]:
-        """Return ``{"rows", "reduction"}``: which rows of a layer are of a sample, and how they became features."""
+    def how(self, layer: str) -> dict[str, Any]:
+        """Return what a layer is and how its activation became features.
+
+        The keys are ``module``, its class, ``shape`` of the activation without its first dimension, ``rows``: which of
+        them are of a sample, and ``reduction``.
+        """
+        shape = self.recorder.shapes.get(layer)
+        module = self.modules.get(layer)
+        what = {"module": "" if module is None else type(module).__name__, "shape": list(shape or ())[1:]}
+        return {**what, **self._how(layer, shape)}
+
+    def _how(self, layer: str, shape: tuple[int, ...] | None) -> dict[str, str]:
         known, tokens = self._arrangement_of(layer), self.tokens.kinds.get(layer, "mean")
         rows = "" if known is None else known.described(tokens)
-        shape = self.recorder.shapes.get(layer)
         if self.labels.positions is not None:
             axes = None if shape is None else self.axes.of(layer, shape)
             reduction = "" if axes is None else self.labels.positions.described(shape or (), axes)

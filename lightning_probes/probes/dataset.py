@@ -147,6 +147,8 @@ class FeatureDataset:
         self._numbers_left_out = numbers_left_out
         self._targets: list[Tensor] = []
         self._places: list[Tensor] = []
+        self._counted: list[Tensor] = []
+        self._marks: list[Tensor | None] = []
         self._batches: dict[str, list[tuple[int, int]]] = {}
         self._shapes: dict[str, tuple[int, torch.dtype]] = {}
 
@@ -176,6 +178,8 @@ class FeatureDataset:
         else:
             places = (self.labelled - 1 + counted.cumsum(dim=0)).clamp(min=0)
         self._places.append(places.repeat_interleave(batch.each))
+        self._counted.append(counted)
+        self._marks.append(None if batch.marks is None else batch.marks.cpu())
         is_binary = bool(((targets == 0) | (targets == 1)).all())
         self._targets.append((targets.bool() if is_binary else targets.clone()).cpu())
         self.samples += len(counted)
@@ -184,6 +188,32 @@ class FeatureDataset:
             self._shapes.setdefault(layer, (x.shape[1], x.dtype))
             self._batches.setdefault(layer, []).append((len(self._targets) - 1, len(x)))
             self._store.put(layer, x)
+
+    @property
+    def marks(self) -> Tensor | None:
+        """Return the mark of each sample that has a place, on the host; ``None`` if any batch has none."""
+        if not self._marks or any(part is None for part in self._marks):
+            return None
+        marks = torch.cat([part for part in self._marks if part is not None])
+        if self._numbers_left_out:
+            return marks
+        return marks[torch.cat(self._counted)]
+
+    def by_sample(self, layer: str, values: Tensor) -> Tensor:
+        """Return the sums over the rows of each sample that has a place, of values of the rows, ``(..., rows)``."""
+        places = self.samples if self._numbers_left_out else self.labelled
+        sums = torch.zeros(*values.shape[:-1], places, dtype=values.dtype)
+        return sums.index_add_(-1, self._place_of(layer), values.cpu())
+
+    def _place_of(self, layer: str) -> Tensor:
+        """Return the place of each row of a layer."""
+        batches = self._batches[layer]
+        return torch.cat([self._places[i].repeat(rows // len(self._places[i])) for i, rows in batches])
+
+    def targets_of(self, layer: str) -> Tensor:
+        """Return the target of each row of a layer, on the host."""
+        each = [LayerBatch({}, self._targets[i]).targets_of(rows) for i, rows in self._batches[layer]]
+        return torch.cat(each)
 
     def reader(self, ranks: Ranks, device: torch.device | str) -> Callable[[str], LayerSamples | None]:
         """Return a function that hands out a layer's samples, once: a whole layer is freed when the caller drops it.
@@ -211,12 +241,9 @@ class FeatureDataset:
                 nothing = torch.zeros(0, width, dtype=dtype, device=device)
                 targets = torch.zeros(0, self._question.outputs, device=device)
                 return LayerSamples(layer, nothing, targets, folds[:0].to(device))
-            batches = self._batches[layer]
-            each = [LayerBatch({}, self._targets[i]).targets_of(rows) for i, rows in batches]
-            place = torch.cat([self._places[i].repeat(rows // len(self._places[i])) for i, rows in batches])
-            fold = folds[(place * ranks.number + ranks.rank) % samples]
+            fold = folds[(self._place_of(layer) * ranks.number + ranks.rank) % samples]
             features = self._features(layer, device)
-            return LayerSamples(layer, features, torch.cat(each).to(device), fold.to(device))
+            return LayerSamples(layer, features, self.targets_of(layer).to(device), fold.to(device))
 
         return read
 

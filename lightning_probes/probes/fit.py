@@ -42,6 +42,7 @@ class FittedProbes:
             :meth:`~lightning_probes.probes.dataset.LayerSamples.fingerprint`.
         crossed_tally: tally of the samples of this process, each scored by a probe fitted on other folds; ``None``
             without cross-fitting.
+        crossed_losses: ``{layer: {target: (errors, rows)}}``, what each of those samples' rows adds to the error there.
         target_sums: sums over the targets of the samples that this process fitted on; ``None`` for restored probes.
         faults: ``{layer: exception}`` of the layers that could not be fitted.
     """
@@ -54,6 +55,7 @@ class FittedProbes:
     faults: dict[str, Exception] = field(default_factory=dict)
     fingerprints: dict[str, int] = field(default_factory=dict)
     held_out: dict[str, Tensor] = field(default_factory=dict)
+    crossed_losses: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def share_of(self, ranks: Ranks) -> Tensor:
         """Return what a process contributes to sums over processes: process 0 the whole tally, the others zeros."""
@@ -183,7 +185,12 @@ def fit_layers(
     sums = dataset.target_sums.to(device, accumulator(device))
     probes = StackedProbes.of(layers, question, solutions)
     held_out = {layer: found.held_out for layer, found in solutions.items() if found.held_out is not None}
-    return FittedProbes(probes, known, tally, crossed_tally, sums, faults, fingerprints, held_out)
+    losses = {
+        layer: {name: one.crossed_losses for name, one in parts.items() if one.crossed_losses is not None}
+        for layer, found in solutions.items()
+        if (parts := found.parts or {"": found})
+    }
+    return FittedProbes(probes, known, tally, crossed_tally, sums, faults, fingerprints, held_out, losses)
 
 
 def _known(question: Question, found: Solution, data: str, share: float | None) -> dict[str, Any]:
@@ -298,7 +305,11 @@ def fit_probe(
             samples = (rows, own, part) if has.all() else (rows.where(has), own[has], part[has])
             begin = near.get(name) if isinstance(near, Mapping) else near
             found = _fit_task(task, *samples, gram, l2, begin, is_crossed=is_crossed, **bounds)
-            solutions[name] = replace(found, mean=mean, variance=variance)
+            losses = found.crossed_losses
+            if losses is not None:
+                among_all = counted.nonzero()[:, 0][has]
+                losses = losses.new_zeros(len(losses), len(targets)).index_copy_(1, among_all, losses)
+            solutions[name] = replace(found, mean=mean, variance=variance, crossed_losses=losses)
         return Solution.of(question, solutions)
 
 
@@ -315,14 +326,15 @@ def _fit_task(
     **bounds: Any,
 ) -> Solution:
     """Fit one task on standardised rows; the arguments are those of :func:`fit_probe`."""
-    start, held_out, crossed = None, None, None
+    start, held_out = None, None
+    crossed: tuple[Tensor | None, Tensor | None] = None, None
     if l2 is None:
         search = Folds(task, rows, y, part, gram=gram, near=near, **bounds)
         l2, start, held_out = search.choose()
-        crossed = search.cross_scored() if is_crossed else None
+        crossed = search.cross_scored() if is_crossed else crossed
         del search  # It holds samples.
     best = solve(task, rows, y, l2, start=start, gram=gram, **bounds)
-    return replace(best, crossed_tally=crossed, held_out=held_out)
+    return replace(best, crossed_tally=crossed[0], crossed_losses=crossed[1], held_out=held_out)
 
 
 def score(task: Task, solution: Solution, features: Tensor, targets: Tensor) -> Tensor:

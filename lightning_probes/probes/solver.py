@@ -67,6 +67,8 @@ class Solution:
         samples: number of the samples fitted on, in all processes; 0 if some of their features are not finite.
         crossed_tally: tally of the samples of this process, each scored by a probe that was fitted on the other folds,
             features standardised by all; ``None`` without cross-fitting.
+        crossed_losses: what each row of this process adds to the error there, ``(errors, rows)``; of several tasks they
+            are in the ``parts``.
         held_out: tally ``(statistics,)`` of held-out samples of all processes, at this strength, of the probes that
             chose it, each of which lacked one fold of them; ``None`` if it was not chosen.
         parts: the probe of each of several tasks, by the names of their targets, of which this one has the outputs one
@@ -84,6 +86,7 @@ class Solution:
     tally: Tensor
     samples: int
     crossed_tally: Tensor | None = None
+    crossed_losses: Tensor | None = None
     held_out: Tensor | None = None
     parts: Mapping[str, Solution] = field(default_factory=dict)
 
@@ -170,6 +173,15 @@ def tally_of(task: Task, x: Rows, targets: Tensor, v: Tensor) -> Tensor:
         scores = (v.flatten(0, 1) @ rows.T).view(*v.shape[:2], -1)
         found += task.tally(scores, task.prepare(targets[place], scores.dtype))
     return found
+
+
+def losses_of(task: Task, x: Rows, targets: Tensor, v: Tensor) -> Tensor:
+    """Return what each row adds to the error of a probe ``v``, ``(outputs, features + 1)``: ``(errors, rows)``."""
+    found = [v.new_zeros(task.errors, 0)]
+    for rows, place in x.chunks(_VALUES // max(len(v), 1)):
+        scores = (v @ rows.T)[None]
+        found.append(task.losses(scores, task.prepare(targets[place], scores.dtype))[0].to(v))
+    return torch.cat(found, dim=1)
 
 
 def tally_on(task: Task, x: Rows, targets: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

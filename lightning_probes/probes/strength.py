@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_probes.probes.dataset import FOLDS
 from lightning_probes.probes.rows import Rows
-from lightning_probes.probes.solver import FEW, Problems, in_span, tally_of
+from lightning_probes.probes.solver import FEW, Problems, in_span, losses_of, tally_of
 from lightning_probes.tasks.task import Task
 
 _Item = TypeVar("_Item")
@@ -138,17 +138,26 @@ class Folds:
         weight = start[:, :-1] if self._basis is None else start[:, :-1] @ self._basis.T
         return Choice(_strength(found), (weight, start[:, -1]), self._held[nothing].get(found))
 
-    def cross_scored(self) -> Tensor:
-        """Return the tally of the samples of this process, each scored by a probe fitted on the other folds."""
+    def cross_scored(self) -> tuple[Tensor, Tensor]:
+        """Score each sample of this process by a probe fitted on the other folds.
+
+        Returns:
+            Their tally ``(statistics,)``, and what each adds to the error, ``(errors, samples)``.
+        """
         folds = [frozenset([i]) for i, size in enumerate(self._sizes) if size]
         tally = self._task.no_tally(1, self._y.device)[:, 0]
+        losses = self._y.new_zeros(self._task.errors, len(self._y), dtype=self._x.dtype)
         if folds:
             chosen = self._search(folds)
             for step in sorted(set(chosen.values())):
                 alike = [fold for fold in folds if chosen[fold] == step]
                 self._fit([step], alike)
                 tally = tally + self._tally([step], alike, [i for fold in alike for i in fold])[:, 0]
-        return tally
+                for fold in alike:
+                    mask = torch.stack([self._masks[i] for i in fold]).any(dim=0)
+                    probe = self._probes[fold][step]
+                    losses[:, mask] = losses_of(self._task, self._x.where(mask), self._y[mask], probe)
+        return tally, losses
 
     def _held_out_of(self, lacking: frozenset[int]) -> list[frozenset[int]]:
         """Return the folds that a probe lacks besides ``lacking``, in each of the fits that choose its strength."""

@@ -55,7 +55,7 @@ class LayerFacts:
         self._network = network
         self._layers: list[str] = []
         self._totals: dict[str, int] = {}
-        self._how: dict[str, dict[str, str]] = {}
+        self._how: dict[str, dict[str, Any]] = {}
         self._first_depth = 0
         self._is_settled = False
 
@@ -405,16 +405,15 @@ class Curves:
         self, key: tuple[Kind, Curve], report: ProbeReport, rows: list[Row], now: tuple[int, int]
     ) -> None:
         """Enter in ``report`` what each scored sample got, over all processes; if that fails, note it."""
-        ordered = sorted(rows, key=lambda row: row["depth"])
-        layers = list(dict.fromkeys(row["layer"] for row in ordered))
-        for target, outcomes in self.outcomes.conclude(key, layers, self._ranks).items():
-            errors = {
-                row["layer"]: row["value"]
-                for row in ordered
-                if row["metric"] == "error" and row.get("target", "") == target and math.isfinite(row["value"])
-            }
-            if (known := outcomes.of_errors(errors)).layers:
-                report.enter_outcomes(known, *key[1], target, now)
+        errors: dict[str, dict[str, tuple[float, list[float]]]] = {}
+        parts = self._network.question.parts
+        for row in sorted(rows, key=lambda row: row["depth"]):
+            if row["metric"] == "error" and math.isfinite(row["value"]):
+                target = row.get("target", "")
+                each = row["error_by_output"] if parts[target].errors > 1 else [row["value"]]
+                errors.setdefault(target, {})[row["layer"]] = row["value"], each
+        for target, outcomes in self.outcomes.conclude(key, errors, self._ranks).items():
+            report.enter_outcomes(outcomes, *key[1], target, now)
         for note in self.outcomes.pop_notes():
             if note not in self.notes:
                 self._tell(note)

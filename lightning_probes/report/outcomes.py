@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_probes.distributed import Ranks
-from lightning_probes.probes.dataset import LayerBatch
+from lightning_probes.probes.dataset import FeatureDataset, LayerBatch
+from lightning_probes.probes.fit import FittedProbes
 from lightning_probes.probes.heads import Hand
 from lightning_probes.tasks.task import Labels, Question, Task
 
@@ -24,6 +25,9 @@ _LARGEST = 6e4
 
 _BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
 
+Errors = Mapping[str, tuple[float, Sequence[float]]]
+"""Map layers, in order of depth, to their error, and to those of the single outputs of which it is the mean."""
+
 Key = tuple[Any, Any]
 """Identify what is scored by the kind of the probes and the curve."""
 
@@ -34,8 +38,8 @@ class Outcomes:
 
     Attributes:
         layers: the layers, in order of depth.
-        losses: mean over a unit's answers of what they add to the error, ``(layers, units)`` in float32; a layer's error
-            is their mean, weighted by ``weights``.
+        losses: mean over a unit's answers of what they add to the error, ``(layers, units)`` in float32; the error
+            of a layer is their mean, weighted by ``weights``.
         weights: number of answers of each unit, ``(units,)`` in float32, none of them 0.
         is_binary: whether each unit has one answer, which is right (0) or wrong (1).
         samples: digest of the inputs of all units in their order; empty if it is not known what they were.
@@ -46,19 +50,6 @@ class Outcomes:
     weights: Tensor
     is_binary: bool
     samples: str = ""
-
-    def of_errors(self, errors: Mapping[str, float]) -> Outcomes:
-        """Return the outcomes of the layers in ``errors``, in their order, scaled so that these are their means.
-
-        What a loss adds to the error may be known up to a factor only, such as the spread of all targets.
-        """
-        layers = [layer for layer in errors if layer in self.layers]
-        losses = self.losses[[self.layers.index(layer) for layer in layers]]
-        if not self.is_binary and layers:
-            means = (losses.double() @ self.weights.double()) / self.weights.sum(dtype=torch.float64)
-            wanted = torch.tensor([errors[layer] for layer in layers], dtype=torch.float64)
-            losses = losses * torch.where(means > 0, wanted / means, 1.0)[:, None].float()
-        return replace(self, layers=tuple(layers), losses=losses)
 
     def is_of_samples_of(self, other: Outcomes) -> bool:
         """Return whether these are proven to be of the same samples in the same order."""
@@ -97,9 +88,9 @@ class Outcomes:
 class _Collected:
     """Collect the losses of one target's probes on the batches of a curve, where they were computed."""
 
-    losses: dict[str, list[Tensor]] = field(default_factory=dict)
     weights: list[Tensor] = field(default_factory=list)
     marks: list[Tensor | None] = field(default_factory=list)
+    losses: dict[str, list[Tensor]] = field(default_factory=dict)
     is_binary: bool = True
 
     def add(self, layers: Sequence[str], losses: Tensor, *, is_binary: bool) -> None:
@@ -115,7 +106,7 @@ class _Collected:
         if all(part is not None for part in self.marks):
             marks = torch.cat([part.cpu() for part in self.marks if part is not None])[counts]
         whole = {layer: parts for layer, parts in self.losses.items() if len(parts) == len(self.weights)}
-        losses = {layer: torch.cat([part.cpu() for part in parts])[counts] for layer, parts in whole.items()}
+        losses = {layer: torch.cat([part.cpu() for part in parts], dim=1)[:, counts] for layer, parts in whole.items()}
         return losses, weights[counts], marks, self.is_binary
 
 
@@ -144,7 +135,7 @@ class OutcomeCollector:
                         collected.weights.append(weights)
                         collected.marks.append(batch.marks)
                     collected.add(layers, losses, is_binary=is_binary)
-                    self._bytes += losses.numel() * losses.element_size() // (8 if is_binary else 1)
+                    self._bytes += losses[:, 0].numel() * losses.element_size() // (8 if is_binary else 1)
             except Exception as error:  # Comparisons must not cost a layer its errors.
                 self._refuse(key, f"keeping what each sample got raised {type(error).__name__}: {error}")
             if self._bytes > MOST_BYTES // ranks.number:
@@ -152,20 +143,38 @@ class OutcomeCollector:
 
         return take
 
+    def enter_crossed(self, key: Key, found: FittedProbes, dataset: FeatureDataset) -> None:
+        """Enter what the samples of a dataset got from probes that were cross-fitted on it."""
+        try:
+            collected: dict[str, _Collected] = {}
+            for layer, each in found.crossed_losses.items():
+                columns, targets = found.probes.question.columns(), dataset.targets_of(layer).float()
+                for target, losses in each.items():
+                    task = found.probes.question.parts[target]
+                    counted = task.is_counted(targets[:, columns[target]])
+                    answers = dataset.by_sample(layer, counted.to(losses))
+                    means = dataset.by_sample(layer, losses) / answers.clamp(min=1)
+                    is_binary = task.has_binary_losses and bool((answers <= 1).all())
+                    one = collected.setdefault(target, _Collected([answers], [dataset.marks]))
+                    one.add([layer], (means > 0.5 if is_binary else _halved(means))[None], is_binary=is_binary)
+            self._collected[key] = collected
+        except Exception as error:  # As above.
+            self._refuse(key, f"keeping what each sample got raised {type(error).__name__}: {error}")
+
     def _refuse(self, key: Key, reason: str) -> None:
         self._refused.add(key)
         self._collected.pop(key, None)
         note = f"layers are not compared on the same samples: {reason}"
         self._notes += [note] * (note not in self._notes)
 
-    def conclude(self, key: Key, layers: Iterable[str], ranks: Ranks) -> dict[str, Outcomes]:
+    def conclude(self, key: Key, errors: Mapping[str, Errors], ranks: Ranks) -> dict[str, Outcomes]:
         """Return the outcomes of each target over the samples of all processes; every process calls this.
 
         Only layers that ran in every batch of every process have outcomes.
 
         Args:
             key: as for :meth:`hand`.
-            layers: all layers, in order of depth.
+            errors: errors of the layers of each target, those of layers that were set aside left out.
             ranks: the processes.
         """
         own = {}
@@ -177,15 +186,17 @@ class OutcomeCollector:
         if any(is_refused for is_refused, _ in every):
             return {}
         found = {}
-        for target in dict.fromkeys(name for _, one in every for name in one):
+        for target, wanted in errors.items():
             parts = [one[target] for _, one in every if target in one]
-            shared = [layer for layer in layers if all(layer in losses for losses, *_ in parts)]
-            weights = torch.cat([part for _, part, *_ in parts])
+            shared = [layer for layer in wanted if all(layer in losses for losses, *_ in parts)]
+            weights = torch.cat([part for _, part, *_ in parts]) if parts else torch.zeros(0)
             if not shared or not len(weights):
                 continue
-            losses = torch.stack([torch.cat([part[layer].float() for part, *_ in parts]) for layer in shared])
             marks = [part for *_, part, _ in parts]
             is_binary = all(is_binary for *_, is_binary in parts)
+            whole = {layer: torch.cat([part[layer].float() for part, *_ in parts], dim=1) for layer in shared}
+            each = [whole[x][0] if is_binary else _scaled(whole[x], weights, *wanted[x]) for x in shared]
+            losses = torch.stack(each)
             found[target] = Outcomes(tuple(shared), losses, weights, is_binary, _digest(marks))
         return found
 
@@ -203,22 +214,39 @@ class OutcomeCollector:
 
 
 def _by_unit(task: Task, scores: Tensor, labels: Labels, batch: LayerBatch) -> tuple[Tensor, Tensor, bool]:
-    """Return the losses of each unit ``(layers, units)``, its number of answers ``(units,)``, and whether all are bits.
+    """Return the losses of each unit, ``(layers, errors, units)``, its answers, ``(units,)``, and whether all are bits.
 
     A layer may have several views of the batch, each of which has the answers of all positions of a sample.
     """
     losses, units, each = task.losses(scores, labels), batch.samples, batch.each
     counted = labels.counted.view(-1, units, each)
     answers = counted.sum(dim=(0, 2))
-    found = losses.view(len(losses), -1, units, each).sum(dim=(1, 3)) / answers.clamp(min=1)
+    found = losses.view(*losses.shape[:2], -1, units, each).sum(dim=(2, 4)) / answers.clamp(min=1)
     is_binary = task.has_binary_losses and counted.shape[0] == 1 and each == 1
-    kept = found > 0.5 if is_binary else found.clamp(max=_LARGEST).half()
+    kept = found > 0.5 if is_binary else _halved(found)
     return kept, answers / counted.shape[0], is_binary
+
+
+def _scaled(losses: Tensor, weights: Tensor, error: float, errors: Sequence[float]) -> Tensor:
+    """Return losses ``(units,)`` whose mean is ``error``, of ``(errors, units)``, each of which goes by its own error.
+
+    What a loss adds to an error may be known up to a factor only, such as the spread of all targets.
+    """
+    shares = weights.double() / weights.sum(dtype=torch.float64)
+    own, wanted = losses.double(), torch.tensor(errors, dtype=torch.float64)
+    means = own @ shares
+    sums = (own * torch.where(wanted.isfinite() & (means > 0), wanted / means, 0.0)[:, None]).sum(dim=0)
+    mean = sums @ shares
+    return (sums * (error / mean) if mean > 0 else sums).float()
+
+
+def _halved(losses: Tensor) -> Tensor:
+    return losses.clamp(max=_LARGEST).half()
 
 
 def joined(*hands: Hand | None) -> Hand | None:
     """Return what gives scores to all of some hands, one after the other; ``None`` if there is none."""
-    known: list[Callable[[Sequence[str], Tensor, Labels], None]] = [hand for hand in hands if hand is not None]
+    known = [hand for hand in hands if hand is not None]
 
     def take(layers: Sequence[str], scores: Tensor, labels: Labels) -> None:
         for hand in known:

@@ -80,6 +80,8 @@ class ProbeReport:
               ``data`` for a labelled set of its own, ``val, cross-fitted``, or ``online`` for a probe that was only
               trained along with the network;
             - ``converged``: whether the probe is at its optimum; ``None`` for an online probe;
+            - ``module``: class of the layer's module, empty for the input, and ``shape`` of its activation without its
+              first dimension;
             - ``rows``: which rows of the layer are of a sample, and ``reduction``: how they became features, both in
               a few words;
             - ``l2``: the strength of L2 that was chosen for the probe; ``None`` for an online probe;

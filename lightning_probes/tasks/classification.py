@@ -212,7 +212,7 @@ class Classification(Task):
 
     def losses(self, scores: Tensor, labels: Labels) -> Tensor:
         """Return 1 for a wrong answer and 0 for a right one."""
-        return _wrong(_log_softmax(scores), labels)
+        return _wrong(_log_softmax(scores), labels)[:, None]
 
     def interval(self, tally: list[float]) -> tuple[float, float]:
         if self.is_clustered:

@@ -185,7 +185,7 @@ class Multilabel(TaskWithGaps):
     def losses(self, scores: Tensor, labels: Labels) -> Tensor:
         """Return the share of the labels that are answered wrong; a missing entry is no wrong answer."""
         wrong = (scores > 0) != (labels.rows.T > 0.5)
-        return torch.einsum("lon,on->ln", wrong.to(labels.answers), labels.answers) / self.outputs
+        return torch.einsum("lon,on->ln", wrong.to(labels.answers), labels.answers)[:, None] / self.outputs
 
     def interval(self, tally: list[float]) -> tuple[float, float]:
         """Return the interval of the share of wrong answers, moved to the error, from which missing entries part it."""

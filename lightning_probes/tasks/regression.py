@@ -24,6 +24,9 @@ from lightning_probes.tasks.task import (
     lacking,
 )
 
+_APART = 16
+"""Bound the outputs whose losses are kept apart until the error of each is known."""
+
 _PAIRS = list(combinations_with_replacement(range(4), 2))
 _SUMS = 4 + len(_PAIRS)
 """Give the sums of a tally for each output: four, and those of their products."""
@@ -227,9 +230,17 @@ class Regression(TaskWithGaps):
         ]
         return {"error_by_output": errors, "rmse_by_output": distances}
 
+    @property
+    def errors(self) -> int:
+        return self.outputs if self.outputs <= _APART else 1
+
     def losses(self, scores: Tensor, labels: Labels) -> Tensor:
-        """Return squared distances, scaled by the first batch and averaged over outputs; 0 for a missing entry."""
-        return (scores - labels.rows.T).square_().mul_(labels.answers).mean(dim=1)
+        """Return squared distances, 0 for a missing entry; of more than 16 outputs their mean.
+
+        They are scaled by the first batch, and so is the share of each of many outputs in their mean.
+        """
+        distances = (scores - labels.rows.T).square_().mul_(labels.answers)
+        return distances if self.errors > 1 else distances.mean(dim=1, keepdim=True)
 
     def interval(self, tally: list[float]) -> tuple[float, float]:
         """Return the 95 % interval of the error by the delta method.

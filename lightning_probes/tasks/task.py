@@ -324,9 +324,16 @@ class Task(Question):
         """Return whether each of :meth:`losses` is 0 or 1."""
         return False
 
+    @property
+    def errors(self) -> int:
+        """Return of how many errors the error is the mean for which :meth:`losses` are apart: 1, or one an output."""
+        return 1
+
     @abstractmethod
     def losses(self, scores: Tensor, labels: Labels) -> Tensor:
-        """Return what each row adds to the error, up to a factor that all rows and layers share, ``(layers, rows)``.
+        """Return what each row adds to the error, or to that of each output, ``(layers, errors, rows)``.
+
+        It is known up to a factor that all rows and layers share.
 
         Args:
             scores: ``(layers, outputs, rows)``.

@@ -339,7 +339,7 @@ class Refit:
                     self._curves.add(Kind.ONLINE, ("train", 0), self._online, found.target_sums)
         self._strengths = self._strengths_now
         if self.fitted is not None:
-            self.fitted = replace(self.fitted, crossed_tally=None, target_sums=None, faults={})
+            self.fitted = replace(self.fitted, crossed_tally=None, crossed_losses={}, target_sums=None, faults={})
         self._crossed = set()
         self._online = None
         return self._start.conclude()
@@ -489,7 +489,8 @@ class Refit:
             features = {layer: self.budget.copy(x) for layer, x in seen.features.items()}
             num_bytes = sum(x.numel() * x.element_size() for x in features.values())
             targets = self.budget.copy(seen.targets)
-            kept.add(len(targets), LayerBatch(features, targets, each=seen.each), num_bytes)
+            marks = None if seen.marks is None else seen.marks.clone()
+            kept.add(len(targets), LayerBatch(features, targets, each=seen.each, marks=marks), num_bytes)
 
     def _cross_fit(self, kept: defaultdict[int, Reservoir[LayerBatch]]) -> None:
         """Score each sample of validation by probes that were fitted on others, and fit probes on all of them."""
@@ -507,6 +508,8 @@ class Refit:
                 # Targets count once, with the layers whose probes were fitted on training if any were.
                 sums = found.target_sums if self._is_all_crossed else torch.zeros_like(found.target_sums)
                 self._curves.add(Kind.PUBLISHED, ("val", dataloader), found.crossed_tally, sums)
+                if self._is_all_crossed:  # Else other layers were scored on other samples.
+                    self._curves.outcomes.enter_crossed((Kind.PUBLISHED, ("val", dataloader)), found, dataset)
                 # Of several loaders the first one gives the probes of the stage "train".
                 self.fitted = found if self.fitted is None else self.fitted.with_others(found)
 

@@ -1,0 +1,186 @@
+"""What each scored sample got from each layer's probe: that of the probe by hand, whose mean is the published error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from asked import ASKED
+from fits import Bare, make_trainer, small
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.callbacks import Callback
+from networks import Classifier, ResNet, images, loader
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_probes import LinearProbeCallback, ProbeReport, probe
+from lightning_probes.report import outcomes as module
+from lightning_probes.report.outcomes import Outcomes
+
+
+def kept(report: ProbeReport, **conditions: Any) -> list[dict[str, Any]]:
+    return [one for one in report.outcomes if all(one[key] == value for key, value in conditions.items())]
+
+
+def check_means(report: ProbeReport) -> None:
+    """The errors of all layers are the means of what their samples got."""
+    assert report.outcomes
+    for saved in report.outcomes:
+        one = Outcomes.unpacked(saved)
+        place = {key: saved[key] for key in ("stage", "dataloader", "epoch", "step")}
+        target = {"target": saved["target"]} if saved["target"] else {}
+        rows = report.select(metric="error", **place, **target)
+        assert list(one.layers) == [row["layer"] for row in sorted(rows, key=lambda row: row["depth"])]
+        for row, losses in zip(sorted(rows, key=lambda row: row["depth"]), one.losses.double(), strict=True):
+            mean = float((losses * one.weights).sum() / one.weights.sum())
+            # Half a unit in the last of the eleven digits of float16.
+            assert mean == pytest.approx(row["value"], rel=0 if one.is_binary else 2**-11, abs=1e-9)
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_the_error_is_the_mean_of_what_each_sample_got(asked: str, tmp_path: Path) -> None:
+    seed_everything(7, verbose=False)
+    probes = LinearProbeCallback(**ASKED[asked])
+    network = Classifier(ResNet(width=8, channels=1))
+    make_trainer(tmp_path, probes, max_epochs=3).fit(network, loader(96, shuffle=True), loader(50, seed=1))
+    check_means(probes.report)
+    # Of all points there are the first and the last, on the same samples in the same order.
+    for target in probes.report.tasks:
+        start, last = kept(probes.report, target=target)
+        assert (start["epoch"], last["epoch"]) == (0, 3)
+        assert Outcomes.unpacked(start).is_of_samples_of(Outcomes.unpacked(last))
+    is_binary = {one["target"]: one["is_binary"] for one in probes.report.outcomes}
+    assert is_binary == {target: target == "digit" or asked == "classification" for target in probes.report.tasks}
+    check_means(probe(network, loader(96, shuffle=True), loader(50, seed=1), **ASKED[asked]))
+
+
+def test_what_a_sample_got_is_whether_the_probe_by_hand_errs(tmp_path: Path) -> None:
+    network, data = small(), images(60, seed=1)
+    probes = LinearProbeCallback(input=None)
+    make_trainer(tmp_path, probes).fit(network, loader(96), DataLoader(data, batch_size=25))
+    (_, last) = (Outcomes.unpacked(one) for one in probes.report.outcomes)
+    seen: dict[str, torch.Tensor] = {}
+    for layer in last.layers:
+        network.get_submodule(layer).register_forward_hook(
+            lambda _, inputs, output, layer=layer: seen.update({layer: output.flatten(1)})
+        )
+    x, y = data.tensors
+    with torch.no_grad():
+        network.eval()(x)
+    for layer, losses in zip(last.layers, last.losses, strict=True):
+        answers = probes.probe(layer)(seen[layer]).argmax(dim=1)
+        assert ((answers != y) == losses.bool()).all(), layer
+
+
+def test_samples_without_a_label_have_no_outcome_and_loaders_are_apart(tmp_path: Path) -> None:
+    x, y = images(40, seed=2).tensors
+    few = TensorDataset(x, torch.where(torch.arange(40) % 3 == 0, -100, y))
+    loaders = [loader(50, seed=1), DataLoader(few, batch_size=16)]
+    probes = LinearProbeCallback()
+    make_trainer(tmp_path, probes, max_epochs=1).fit(small(), loader(96), loaders)
+    assert {one["dataloader"]: one["units"] for one in probes.report.outcomes} == {0: 50, 1: 26}
+    check_means(probes.report)
+
+
+class Augmented(Classifier):
+    """Its validation sees other images each time."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        x, y = batch
+        return (x, y) if self.training else (x + 0.01 * torch.randn_like(x), y)
+
+
+@pytest.mark.parametrize(
+    ("make", "shuffle", "proven"),
+    [(lambda net: Classifier(net), False, True), (lambda net: Classifier(net), True, False), (Augmented, False, False)],
+    ids=["same", "shuffled", "augmented"],
+)
+def test_start_and_last_point_are_of_the_same_samples_only_where_that_is_proven(
+    make: Callable[[nn.Module], LightningModule], shuffle: bool, proven: bool, tmp_path: Path
+) -> None:
+    probes = LinearProbeCallback()
+    val = loader(60, seed=1, shuffle=shuffle)
+    make_trainer(tmp_path, probes).fit(make(small().net), loader(96), val)
+    start, last = (Outcomes.unpacked(one) for one in probes.report.outcomes)
+    assert start.is_of_samples_of(last) is proven
+
+
+@pytest.mark.parametrize("asked", ["classification", "multilabel", "several"])
+def test_cross_fitted_samples_have_outcomes_too(asked: str, tmp_path: Path) -> None:
+    probes = LinearProbeCallback(**ASKED[asked])
+    make_trainer(tmp_path, probes).fit(Bare(), loader(96), [loader(60, seed=1), loader(50, seed=2)])
+    assert {row["fitted_on"]["data"] for row in probes.report.rows} == {"val, cross-fitted"}
+    assert len(probes.report.outcomes) == 2 * len(probes.report.tasks)
+    check_means(probes.report)
+
+
+def test_what_takes_too_much_is_not_kept_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_BYTES", 16)
+    probes = LinearProbeCallback()
+    make_trainer(tmp_path, probes).fit(small(), loader(96), loader(60, seed=1))
+    assert not probes.report.outcomes
+    (note,) = (note for note in probes.report.notes if "same samples" in note)
+    assert "takes more than" in note
+    assert all(row["value"] < 1 for row in probes.report.select(stage="val", metric="error"))
+
+
+def test_a_task_that_raises_costs_the_comparison_and_not_the_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raising(*_: Any) -> Any:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(module, "_by_unit", raising)
+    probes = LinearProbeCallback()
+    make_trainer(tmp_path, probes).fit(small(), loader(96), loader(60, seed=1))
+    assert any("RuntimeError: no" in note for note in probes.report.notes)
+    assert all(row["value"] < 1 for row in probes.report.select(stage="val", metric="error"))
+
+
+class Saving(Callback):
+    def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / f"{trainer.current_epoch}.ckpt")
+
+
+def test_outcomes_are_in_checkpoints_and_files_as_a_bit_each(tmp_path: Path) -> None:
+    probes = LinearProbeCallback()
+    make_trainer(tmp_path, probes, Saving()).fit(small(), loader(96), loader(200, seed=1))
+    report = ProbeReport.from_checkpoint(tmp_path / "1.ckpt")
+    assert report.outcomes == probes.report.outcomes
+    report.save(tmp_path / "report.json")
+    assert ProbeReport.load(tmp_path / "report.json").outcomes == report.outcomes
+    for one in report.outcomes:
+        # 25 bytes a layer, as text of 6 bits a character, in groups of four.
+        assert len(one["losses"]) == 4 * -(-25 * len(one["layers"]) // 3)
+    resumed = LinearProbeCallback()
+    make_trainer(tmp_path, resumed, max_epochs=3).fit(
+        small(), loader(96), loader(200, seed=1), ckpt_path=tmp_path / "0.ckpt"
+    )
+    start, last = resumed.report.outcomes
+    assert start == probes.report.outcomes[0]
+    assert last["epoch"] == 3
+
+
+def test_a_report_of_an_earlier_release_has_none() -> None:
+    report = ProbeReport.from_dict({key: value for key, value in asdict(ProbeReport()).items() if key != "outcomes"})
+    assert report.outcomes == []
+
+
+@given(st.integers(1, 5), st.integers(1, 40), st.booleans(), st.booleans(), st.randoms(use_true_random=False))
+def test_what_is_packed_comes_back(layers: int, units: int, is_binary: bool, is_even: bool, random: Any) -> None:
+    generator = torch.Generator().manual_seed(random.randrange(2**31))
+    losses = torch.rand(layers, units, generator=generator)
+    losses = (losses > 0.5).float() if is_binary else losses.half().float()
+    weights = torch.ones(units) if is_even else torch.randint(1, 9, (units,), generator=generator).float()
+    one = Outcomes(tuple(map(str, range(layers))), losses, weights, is_binary, "digest")
+    again = Outcomes.unpacked(json.loads(json.dumps(one.packed())))
+    assert (again.layers, again.is_binary, again.samples) == (one.layers, is_binary, "digest")
+    assert (again.losses == losses).all()
+    assert (again.weights == weights).all()

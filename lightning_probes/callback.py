@@ -87,6 +87,8 @@ class LinearProbeCallback(Callback):
             those that differ start afresh, with one warning.
         log_metrics: metrics that go to the loggers: ``error`` (always), ``lag``, and those of the task:
             ``cross_entropy`` (not of a regression), ``balanced_error`` (multilabel), ``rmse`` (regression).
+        findings: whether to log at the end of ``fit`` what is worth knowing of the errors, in a few sentences; see
+            :meth:`ProbeReport.findings <lightning_probes.ProbeReport.findings>`.
 
     Attributes:
         report: what was found, while training and afterwards.
@@ -111,6 +113,7 @@ class LinearProbeCallback(Callback):
         every_n_epochs: EveryNEpochs = 1,
         strict: bool = True,
         log_metrics: list[str] | None = None,
+        findings: bool = False,
         **reading: Unpack[Reading],
     ) -> None:
         self.selection: dict[str, Any] = {"layers": layers, "exclude": exclude, **reading}
@@ -130,6 +133,7 @@ class LinearProbeCallback(Callback):
         self._bounds = whole("fit_bytes", fit_bytes), flag("fit_on_device", fit_on_device)
         self._schedule = Schedule(every_n_epochs)
         self._is_strict = flag("strict", strict)
+        self._has_findings = flag("findings", findings)
         if self._data is not None:
             has_lag = "lag" in self._logs.metrics
             _refuse_without_effect(
@@ -353,7 +357,17 @@ class LinearProbeCallback(Callback):
         self._session.end(self.report)
         if self._is_fitting and (file := self._logs.keep(self.report, trainer)) is not None:
             self._progress.say(f"LinearProbeCallback: report in {file}")
+        if self._is_fitting and self._has_findings:
+            self._say_findings()
         self._is_fitting = False
+
+    def _say_findings(self) -> None:
+        try:
+            told = self.report.findings_as_text()
+        except Exception as error:  # What cannot be found out must not end a run.
+            rank_zero_warn(f"LinearProbeCallback: no findings: {type(error).__name__}: {error}")
+        else:
+            self._progress.say(told)
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, *, is_validation: bool) -> None:
         if trainer.state.fn != "fit" or (is_validation and self._is_prepared):

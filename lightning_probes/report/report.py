@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, overload
 from lightning_probes.checkpoints import STATE_VERSION, CheckpointError, check_version, read_checkpoint
 from lightning_probes.options import one_of
 from lightning_probes.probes.linear import LayerProbe, LayerProbes
+from lightning_probes.report.findings import Finding, find
 from lightning_probes.report.method import Method, method_of
 from lightning_probes.report.outcomes import Outcomes
+from lightning_probes.report.paired import Comparison, best_layers, compare_losses, smallest_difference
 from lightning_probes.report.plots import error_by_depth
 from lightning_probes.report.tables import (
     Table,
@@ -177,6 +179,106 @@ class ProbeReport:
     def select(self, **conditions: Any) -> list[Row]:
         """Return the rows with all of these values, for example ``select(stage="val", metric="error", epoch=3)``."""
         return [row for row in self.rows if all(row.get(key) == value for key, value in conditions.items())]
+
+    def compare(
+        self,
+        first: str,
+        second: str,
+        stage: str | None = None,
+        dataloader: int | None = None,
+        target: str | None = None,
+    ) -> Comparison:
+        """Compare the errors of two layers at the last point, on the same samples.
+
+        Args:
+            first: path of a layer, or ``input``.
+            second: another one.
+            stage: ``val`` or ``test``; the default is that of :meth:`curves`.
+            dataloader: index of the loader within the stage; the default is that of :meth:`curves`.
+            target: name of the target; the default is that of :meth:`curves`.
+
+        Returns:
+            The difference, its 95 % interval and the p of a paired test, see
+            :func:`~lightning_probes.report.paired.compare_losses`; printed it is a sentence.
+
+        Raises:
+            ValueError: a layer is unknown (the message has the nearest), has no value at that point, or what each sample
+                got was not kept; the message says why.
+        """
+        outcomes = self._outcomes_to_compare(stage, dataloader, target)
+        names = (first, second)
+        places = [
+            outcomes.layers.index(one_of(argument, layer, outcomes.layers))
+            for argument, layer in zip(("first", "second"), names, strict=True)
+        ]
+        losses = (outcomes.losses[place] for place in places)
+        return compare_losses(*losses, outcomes.weights, outcomes.is_binary, names)
+
+    def best(self, stage: str | None = None, dataloader: int | None = None, target: str | None = None) -> list[str]:
+        """Return the layer with the lowest error at the last point, then, by error, those that cannot be told from it.
+
+        The layer that is truly best is among them with a probability of at least 95 %, however many were compared, see
+        :func:`~lightning_probes.report.paired.best_layers`. The arguments are those of :meth:`compare`.
+
+        Raises:
+            ValueError: as for :meth:`compare`.
+        """
+        return best_layers(self._outcomes_to_compare(stage, dataloader, target))
+
+    def findings(
+        self, stage: str | None = None, dataloader: int | None = None, target: str | None = None
+    ) -> list[Finding]:
+        """Return what is worth knowing of the errors, at most seven sentences, each with its numbers and its test.
+
+        What is looked for, and how the tests share a probability of a twentieth of any false sentence:
+        :func:`~lightning_probes.report.findings.find`. Without a stage but ``train`` only facts are told. The arguments
+        are those of :meth:`curves`.
+
+        Raises:
+            ValueError: the stage or target is unknown.
+        """
+        stage, dataloader = self._resolve(stage, dataloader)
+        target = self._target(target)
+        curves = self.curves(stage, "error", dataloader, target)
+        last = list(curves)[-1] if curves else (0, 0)
+        now, start = (self._outcomes_at(stage, dataloader, target, point) for point in (last, (0, 0)))
+        if now is None or start is None or last == (0, 0) or not now.is_of_samples_of(start):
+            start = None
+        return find(
+            curves,
+            words=words_of(self.tasks[target]),
+            baseline=self.baseline.get(_of_target(stage, target)) if not dataloader else None,
+            now=now,
+            start=start,
+            notes=self.notes,
+        )
+
+    def findings_as_text(self) -> str:
+        """Return the findings of each target as lines of at most 80 characters, under a heading; or that there are none."""
+        lines: list[str] = []
+        for target in self._shown():
+            of = f" of {target}" if target else ""
+            told = notes_as_text([str(finding) for finding in self.findings(target=target)], f"Findings{of}:")
+            lines += told or [f"Findings{of}: nothing that a test bears out"]
+        return "\n".join(lines)
+
+    def _outcomes_at(self, stage: str, dataloader: int, target: str, point: tuple[int, int]) -> Outcomes | None:
+        """Return what each sample of a point got; ``None`` if that was not kept."""
+        place = {"stage": stage, "dataloader": dataloader, "target": target, "epoch": point[0], "step": point[1]}
+        found = (saved for saved in self.outcomes if all(saved[key] == value for key, value in place.items()))
+        saved = next(found, None)
+        return None if saved is None else Outcomes.unpacked(saved)
+
+    def _outcomes_to_compare(self, stage: str | None, dataloader: int | None, target: str | None) -> Outcomes:
+        stage, dataloader = self._resolve(stage, dataloader)
+        target = self._target(target)
+        curves = self.curves(stage, "error", dataloader, target)
+        last = list(curves)[-1] if curves else (0, 0)
+        if (found := self._outcomes_at(stage, dataloader, target, last)) is not None:
+            return found
+        why = "it was saved by an earlier release, or a note says why" if curves else f"it has no {stage} errors"
+        why = "the samples of training are those that probes were fitted on" if stage == "train" else why
+        raise ValueError(f"the report does not know what each sample of {stage} got: {why}")
 
     def curves(
         self,
@@ -469,6 +571,8 @@ class ProbeReport:
             there = ", ".join(f"{stage} {metric} (dataloader {index})" for stage, metric, index in found) or "nothing"
             of = f" of {target!r}" if target else ""
             raise ValueError(f"the report has no {stage} {metric}{of} (dataloader {dataloader}); it has {there}")
+        is_compared = metric == "error"
+        outcomes = self._outcomes_at(stage, dataloader, target, list(curves)[-1]) if is_compared else None
         return error_table(
             curves,
             metric=metric,
@@ -477,6 +581,8 @@ class ProbeReport:
             method=self._method(curves, stage),
             baseline=self.baseline.get(_of_target(stage, target)) if metric == "error" else None,
             has_interval=stage != "train",
+            best=best_layers(outcomes) if outcomes is not None else [],
+            gap=None if outcomes is None else (smallest_difference(outcomes), len(outcomes.weights)),
             notes=self.notes,
         )
 

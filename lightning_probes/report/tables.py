@@ -22,6 +22,8 @@ WIDTH = 80
 
 _NAME_WIDTH = 30
 _NO_VALUE = "-"
+_BEST = "*"
+_ALIKE = "~"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def error_table(
     method: Method,
     baseline: float | None = None,
     has_interval: bool = True,
+    best: Sequence[str] = (),
+    gap: tuple[float, int] | None = None,
     notes: Sequence[str] = (),
 ) -> Table:
     """Build the table of some curves, with a row per layer and a column per point in training.
@@ -98,6 +102,9 @@ def error_table(
         method: how the errors were measured.
         baseline: error of the best constant answer; by default there is no such row.
         has_interval: whether the errors have confidence intervals.
+        best: layers to mark: that with the lowest error at the last point, then those that cannot be told from it.
+        gap: smallest difference between two layers that is told from none on the same samples, and the number of these;
+            ``None`` if layers are not compared on the same samples.
         notes: the notes of the report.
     """
     last = {layer: row for curve in curves.values() for layer, row in curve.items()}
@@ -111,18 +118,22 @@ def error_table(
     constant = words_of(task).baseline
     left = max(len(constant), *map(len, names.values()))
     column = max(7, 1 + max(map(len, [*times.values(), *cells])))
-    shown = spread(list(curves), (WIDTH - left - 10 - 12 * has_interval) // column)
-    last_column = [12] * has_interval
+    last_columns = [12] * has_interval + [2] * bool(best)
+    shown = spread(list(curves), (WIDTH - left - 10 - sum(last_columns)) // column)
+    marks = dict.fromkeys(best, _ALIKE) | dict.fromkeys(best[:1], _BEST)
     rows = [
         [names[layer], str(last[layer]["features"])]
         + [_cell(curves[point].get(layer), metric) for point in shown]
-        + [_between(last[layer]) for _ in last_column]
+        + [_between(last[layer])] * has_interval
+        + [marks.get(layer, "")] * bool(best)
         for layer in layers
     ]
     if baseline is not None:
-        rows.append([constant, *[""] * len(shown), _percent(baseline), *("" for _ in last_column)])
+        rows.append([constant, *[""] * len(shown), _percent(baseline), *("" for _ in last_columns)])
     sentences = list(method.sentences)
-    if has_interval:
+    if gap is not None:
+        sentences += _of_same_samples(best, *gap)
+    elif has_interval:
         sentences += _caveat(ordered)
     if any(math.isnan(row["value"]) for row in ordered):
         reason = "a note says why" if notes else "its values were not finite"
@@ -132,8 +143,10 @@ def error_table(
     return Table(
         title=f"probe {unit}, {where}{when}",
         warning=method.warning,
-        header=["layer", "features", *(times[point] for point in shown), *("95 % range" for _ in last_column)],
-        widths=[left, 10, *[column] * len(shown), *last_column],
+        header=["layer", "features", *(times[point] for point in shown)]
+        + ["95 % range"] * has_interval
+        + [""] * bool(best),
+        widths=[left, 10, *[column] * len(shown), *last_columns],
         rows=rows,
         layers=layers,
         shortened=_shortened(path, layers) if set(names.values()) != set(layers) else "",
@@ -148,10 +161,10 @@ def wrap(text: str, width: int) -> list[str]:
     return [line.replace("\xa0", " ") for line in kept]
 
 
-def notes_as_text(notes: Sequence[str]) -> list[str]:
+def notes_as_text(notes: Sequence[str], heading: str = "Notes:") -> list[str]:
     """Return a heading and the notes, each after a dash, as lines of at most 80 characters; empty without notes."""
     lines = [f"{'  ' if i else '- '}{line}" for note in notes for i, line in enumerate(wrap(note, WIDTH - 2))]
-    return ["Notes:", *lines] if lines else []
+    return [heading, *lines] if lines else []
 
 
 def notes_as_html(notes: Sequence[str]) -> str:
@@ -195,6 +208,19 @@ def spread(points: list[Point], room: int) -> list[Point]:
     if len(points) <= room:
         return points
     return [points[round(i * (len(points) - 1) / (room - 1))] for i in range(room)]
+
+
+def _of_same_samples(best: Sequence[str], gap: float, samples: int) -> list[str]:
+    """Say which layers are marked, and how far apart two errors must be to mean something."""
+    others = f"; {_ALIKE}: not to be told from it" if len(best) > 1 else "; no other comes near it"
+    told = [f"{_BEST} lowest error{others} (95 %, of all layers at once)."] if best else []
+    if math.isnan(gap):
+        return told
+    return [
+        *told,
+        f"Between two layers, do not make anything of less than {100 * gap:.1f} points (95 %, on the same {samples:,} "
+        "samples, the median over neighbours); report.compare(a, b) tests two.",
+    ]
 
 
 def _caveat(rows: Sequence[Mapping[str, Any]]) -> list[str]:

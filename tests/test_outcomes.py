@@ -42,6 +42,11 @@ def check_means(report: ProbeReport) -> None:
             mean = float((losses * one.weights).sum() / one.weights.sum())
             # Half a unit in the last of the eleven digits of float16.
             assert mean == pytest.approx(row["value"], rel=0 if one.is_binary else 2**-11, abs=1e-9)
+        assert one.constant is not None
+        if not saved["dataloader"]:
+            baseline = report.baseline[f"{saved['stage']}/{saved['target']}".rstrip("/")]
+            mean = float((one.constant.double() * one.weights).sum() / one.weights.sum())
+            assert mean == pytest.approx(baseline, rel=0 if one.is_binary else 2**-11, abs=1e-9)
 
 
 @pytest.mark.parametrize("asked", ASKED)
@@ -157,8 +162,8 @@ def test_outcomes_are_in_checkpoints_and_files_as_a_bit_each(tmp_path: Path) -> 
     report.save(tmp_path / "report.json")
     assert ProbeReport.load(tmp_path / "report.json").outcomes == report.outcomes
     for one in report.outcomes:
-        # 25 bytes a layer, as text of 6 bits a character, in groups of four.
-        assert len(one["losses"]) == 4 * -(-25 * len(one["layers"]) // 3)
+        # 25 bytes a layer and one for the majority class, as text of 6 bits a character, in groups of four.
+        assert len(one["losses"]) == 4 * -(-25 * (1 + len(one["layers"])) // 3)
     resumed = LinearProbeCallback()
     make_trainer(tmp_path, resumed, max_epochs=3).fit(
         small(), loader(96), loader(200, seed=1), ckpt_path=tmp_path / "0.ckpt"
@@ -179,8 +184,9 @@ def test_what_is_packed_comes_back(layers: int, units: int, is_binary: bool, is_
     losses = torch.rand(layers, units, generator=generator)
     losses = (losses > 0.5).float() if is_binary else losses.half().float()
     weights = torch.ones(units) if is_even else torch.randint(1, 9, (units,), generator=generator).float()
-    one = Outcomes(tuple(map(str, range(layers))), losses, weights, is_binary, "digest")
+    one = Outcomes(tuple(map(str, range(layers))), losses, weights, is_binary, "digest", losses[0] if is_even else None)
     again = Outcomes.unpacked(json.loads(json.dumps(one.packed())))
     assert (again.layers, again.is_binary, again.samples) == (one.layers, is_binary, "digest")
     assert (again.losses == losses).all()
+    assert again.constant is None if one.constant is None else bool((again.constant == losses[0]).all())  # type: ignore[union-attr]
     assert (again.weights == weights).all()

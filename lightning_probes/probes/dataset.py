@@ -199,16 +199,31 @@ class FeatureDataset:
             return marks
         return marks[torch.cat(self._counted)]
 
-    def by_sample(self, layer: str, values: Tensor) -> Tensor:
-        """Return the sums over the rows of each sample that has a place, of values of the rows, ``(..., rows)``."""
+    @property
+    def places(self) -> Tensor:
+        """Return the place of the sample of each target, ``(rows,)``."""
+        return self._place_of(None)
+
+    def by_sample(self, layer: str | None, values: Tensor) -> Tensor:
+        """Return the sums over the rows of each sample that has a place, of values of the rows, ``(..., rows)``.
+
+        The rows are those of a layer, or with ``None`` those of the targets.
+        """
         places = self.samples if self._numbers_left_out else self.labelled
         sums = torch.zeros(*values.shape[:-1], places, dtype=values.dtype)
         return sums.index_add_(-1, self._place_of(layer), values.cpu())
 
-    def _place_of(self, layer: str) -> Tensor:
-        """Return the place of each row of a layer."""
+    def _place_of(self, layer: str | None) -> Tensor:
+        """Return the place of each row of a layer, or of each target."""
+        if layer is None:
+            return torch.cat(self._places)
         batches = self._batches[layer]
         return torch.cat([self._places[i].repeat(rows // len(self._places[i])) for i, rows in batches])
+
+    @property
+    def targets(self) -> Tensor:
+        """Return the targets ``(rows, outputs)`` of all samples, on the host."""
+        return torch.cat([part.float() if part.dtype == torch.bool else part for part in self._targets])
 
     def targets_of(self, layer: str) -> Tensor:
         """Return the target of each row of a layer, on the host."""

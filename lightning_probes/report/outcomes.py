@@ -6,7 +6,8 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class Outcomes:
         weights: number of answers of each unit, ``(units,)`` in float32, none of them 0.
         is_binary: whether each unit has one answer, which is right (0) or wrong (1).
         samples: digest of the inputs of all units in their order; empty if it is not known what they were.
+        constant: losses of the best constant answer, ``(units,)``; ``None`` if they are not known.
     """
 
     layers: tuple[str, ...]
@@ -50,20 +52,23 @@ class Outcomes:
     weights: Tensor
     is_binary: bool
     samples: str = ""
+    constant: Tensor | None = None
 
     def is_of_samples_of(self, other: Outcomes) -> bool:
         """Return whether these are proven to be of the same samples in the same order."""
         return bool(self.samples) and self.samples == other.samples and bool((self.weights == other.weights).all())
 
     def packed(self) -> dict[str, Any]:
-        """Return plain types: losses as text of one bit each if they are binary, else of two bytes each."""
-        losses = _with_bits(self.losses) if self.is_binary else self.losses.half()
+        """Return plain types: losses, last the constant's, as text of one bit each if they are binary, else two bytes."""
+        losses = self.losses if self.constant is None else torch.cat([self.losses, self.constant[None]])
+        losses = _with_bits(losses) if self.is_binary else losses.half()
         return {
             "layers": list(self.layers),
             "units": len(self.weights),
             "losses": _as_text(losses),
             "weights": "" if bool((self.weights == 1).all()) else _as_text(self.weights),
             "is_binary": self.is_binary,
+            "has_constant": self.constant is not None,
             "samples": self.samples,
         }
 
@@ -74,22 +79,48 @@ class Outcomes:
         Raises:
             KeyError, ValueError, RuntimeError: ``saved`` holds something else.
         """
-        layers, units = tuple(saved["layers"]), saved["units"]
+        layers, units, has_constant = tuple(saved["layers"]), saved["units"], saved["has_constant"]
+        number = len(layers) + has_constant
         if saved["is_binary"]:
-            rows = _from_text(saved["losses"], torch.uint8).view(len(layers), -1)
+            rows = _from_text(saved["losses"], torch.uint8).view(number, -1)
             losses = (rows[:, :, None] & _BITS).ne(0).flatten(1)[:, :units].float()
         else:
-            losses = _from_text(saved["losses"], torch.float16).view(len(layers), units).float()
+            losses = _from_text(saved["losses"], torch.float16).view(number, units).float()
         weights = _from_text(saved["weights"], torch.float32) if saved["weights"] else torch.ones(units)
-        return cls(layers, losses, weights, saved["is_binary"], saved["samples"])
+        constant = losses[-1] if has_constant else None
+        return cls(layers, losses[: len(layers)], weights, saved["is_binary"], saved["samples"], constant)
+
+
+class _Units(NamedTuple):
+    """Hold what is known of some units whatever the layer, where it was computed."""
+
+    weights: Tensor
+    """Hold the number of answers of each unit, ``(units,)``, of which none count where it is 0."""
+    marks: Tensor | None
+    """Hold the mark of each unit's input, ``(units,)``; ``None`` if it is not known."""
+    right: Tensor
+    """Hold the targets as :meth:`~lightning_probes.tasks.task.Task.right` returns them, ``(rows, ...)``."""
+    counted: Tensor
+    """Mark the rows that count, ``(rows,)``."""
+    unit: Tensor
+    """Hold the unit of each row, ``(rows,)``."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Units]) -> _Units:
+        """Return the units of all parts, one after another, on the host."""
+        each = ([part.weights for part in parts], [part.right for part in parts], [part.counted for part in parts])
+        weights, right, counted = (torch.cat([tensor.cpu() for tensor in tensors]) for tensors in each)
+        firsts = accumulate((len(part.weights) for part in parts), initial=0)
+        unit = torch.cat([part.unit.cpu() + first for part, first in zip(parts, firsts, strict=False)])
+        marks = [part.marks.cpu() for part in parts if part.marks is not None]
+        return cls(weights, torch.cat(marks) if len(marks) == len(parts) else None, right, counted, unit)
 
 
 @dataclass
 class _Collected:
-    """Collect the losses of one target's probes on the batches of a curve, where they were computed."""
+    """Collect the losses of one target's probes on the batches of a curve, ``(errors, units)`` for each layer."""
 
-    weights: list[Tensor] = field(default_factory=list)
-    marks: list[Tensor | None] = field(default_factory=list)
+    units: list[_Units] = field(default_factory=list)
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     is_binary: bool = True
 
@@ -98,16 +129,11 @@ class _Collected:
         for layer, own in zip(layers, losses, strict=True):
             self.losses.setdefault(layer, []).append(own)
 
-    def joined(self) -> tuple[dict[str, Tensor], Tensor, Tensor | None, bool]:
-        """Return ``{layer: losses}`` of the layers that ran in all batches, weights, and marks, of units that count."""
-        weights = torch.cat([part.cpu() for part in self.weights])
-        counts = weights > 0
-        marks = None
-        if all(part is not None for part in self.marks):
-            marks = torch.cat([part.cpu() for part in self.marks if part is not None])[counts]
-        whole = {layer: parts for layer, parts in self.losses.items() if len(parts) == len(self.weights)}
-        losses = {layer: torch.cat([part.cpu() for part in parts], dim=1)[:, counts] for layer, parts in whole.items()}
-        return losses, weights[counts], marks, self.is_binary
+    def joined(self) -> tuple[_Units, dict[str, Tensor], bool]:
+        """Return all units, ``{layer: losses}`` of the layers that ran in all batches, and whether these are bits."""
+        whole = {layer: parts for layer, parts in self.losses.items() if len(parts) == len(self.units)}
+        losses = {layer: torch.cat([part.cpu() for part in parts], dim=1) for layer, parts in whole.items()}
+        return _Units.joined(self.units), losses, self.is_binary
 
 
 class OutcomeCollector:
@@ -129,15 +155,14 @@ class OutcomeCollector:
             try:
                 for target, (task, own, part) in question.answers(scores, labels).items():
                     collected = self._collected.setdefault(key, {}).setdefault(target, _Collected())
-                    losses, weights, is_binary = _by_unit(task, own, part, batch)
                     if target not in begun:
                         begun.add(target)
-                        collected.weights.append(weights)
-                        collected.marks.append(batch.marks)
+                        collected.units.append(_units_of(task, part, batch))
+                    losses, is_binary = _by_unit(task, own, part, batch)
                     collected.add(layers, losses, is_binary=is_binary)
                     self._bytes += losses[:, 0].numel() * losses.element_size() // (8 if is_binary else 1)
             except Exception as error:  # Comparisons must not cost a layer its errors.
-                self._refuse(key, f"keeping what each sample got raised {type(error).__name__}: {error}")
+                self._refuse(key, _raised(error))
             if self._bytes > MOST_BYTES // ranks.number:
                 self._refuse(key, f"what each sample got takes more than {MOST_BYTES // 2**20} MiB")
 
@@ -145,21 +170,23 @@ class OutcomeCollector:
 
     def enter_crossed(self, key: Key, found: FittedProbes, dataset: FeatureDataset) -> None:
         """Enter what the samples of a dataset got from probes that were cross-fitted on it."""
+        question = found.probes.question
         try:
             collected: dict[str, _Collected] = {}
-            for layer, each in found.crossed_losses.items():
-                columns, targets = found.probes.question.columns(), dataset.targets_of(layer).float()
-                for target, losses in each.items():
-                    task = found.probes.question.parts[target]
-                    counted = task.is_counted(targets[:, columns[target]])
-                    answers = dataset.by_sample(layer, counted.to(losses))
-                    means = dataset.by_sample(layer, losses) / answers.clamp(min=1)
-                    is_binary = task.has_binary_losses and bool((answers <= 1).all())
-                    one = collected.setdefault(target, _Collected([answers], [dataset.marks]))
+            for target, place in question.columns().items():
+                task, own = question.parts[target], dataset.targets[:, place]
+                labels = task.prepare(own, own.dtype)
+                weights = dataset.by_sample(None, labels.counted)
+                units = _Units(weights, dataset.marks, task.right(labels), labels.counted > 0, dataset.places)
+                collected[target] = one = _Collected([units])
+                for layer, each in found.crossed_losses.items():
+                    losses, views = each[target], len(dataset.targets_of(layer)) / len(own)
+                    means = dataset.by_sample(layer, losses) / (views * weights).clamp(min=1)
+                    is_binary = task.has_binary_losses and views == 1 and bool((weights <= 1).all())
                     one.add([layer], (means > 0.5 if is_binary else _halved(means))[None], is_binary=is_binary)
             self._collected[key] = collected
         except Exception as error:  # As above.
-            self._refuse(key, f"keeping what each sample got raised {type(error).__name__}: {error}")
+            self._refuse(key, _raised(error))
 
     def _refuse(self, key: Key, reason: str) -> None:
         self._refused.add(key)
@@ -167,37 +194,49 @@ class OutcomeCollector:
         note = f"layers are not compared on the same samples: {reason}"
         self._notes += [note] * (note not in self._notes)
 
-    def conclude(self, key: Key, errors: Mapping[str, Errors], ranks: Ranks) -> dict[str, Outcomes]:
+    def conclude(
+        self, key: Key, question: Question, errors: Mapping[str, Errors], baselines: Mapping[str, float], ranks: Ranks
+    ) -> dict[str, Outcomes]:
         """Return the outcomes of each target over the samples of all processes; every process calls this.
 
         Only layers that ran in every batch of every process have outcomes.
 
         Args:
             key: as for :meth:`hand`.
+            question: what the probes were asked.
             errors: errors of the layers of each target, those of layers that were set aside left out.
+            baselines: ``{target: error of the best constant answer}``.
             ranks: the processes.
         """
         own = {}
         try:
-            own = {target: one.joined() for target, one in self._collected.get(key, {}).items() if one.weights}
+            own = {target: one.joined() for target, one in self._collected.get(key, {}).items() if one.units}
         except Exception as error:  # The others wait.
-            self._refuse(key, f"keeping what each sample got raised {type(error).__name__}: {error}")
+            self._refuse(key, _raised(error))
         every = ranks.gather((key in self._refused, own))
         if any(is_refused for is_refused, _ in every):
             return {}
         found = {}
         for target, wanted in errors.items():
             parts = [one[target] for _, one in every if target in one]
-            shared = [layer for layer in wanted if all(layer in losses for losses, *_ in parts)]
-            weights = torch.cat([part for _, part, *_ in parts]) if parts else torch.zeros(0)
-            if not shared or not len(weights):
+            shared = [layer for layer in wanted if parts and all(layer in losses for _, losses, _ in parts)]
+            if not shared:
                 continue
-            marks = [part for *_, part, _ in parts]
-            is_binary = all(is_binary for *_, is_binary in parts)
-            whole = {layer: torch.cat([part[layer].float() for part, *_ in parts], dim=1) for layer in shared}
-            each = [whole[x][0] if is_binary else _scaled(whole[x], weights, *wanted[x]) for x in shared]
-            losses = torch.stack(each)
-            found[target] = Outcomes(tuple(shared), losses, weights, is_binary, _digest(marks))
+            is_binary, units = all(part for *_, part in parts), _Units.joined([part for part, *_ in parts])
+            whole = {layer: torch.cat([part[layer].float() for _, part, _ in parts], dim=1) for layer in shared}
+            task, counts = question.parts[target], units.weights > 0
+            if not bool(counts.any()):
+                continue
+            constant = task.constant_losses(units.right, units.counted)
+            constant = constant.new_zeros(len(constant), len(counts)).index_add_(1, units.unit, constant)
+            constant = constant / units.weights.clamp(min=1)
+            weights = units.weights[counts].float()
+            each = {layer: (losses[:, counts], *wanted[layer]) for layer, losses in whole.items()}
+            each[""] = constant[:, counts], baselines[target], [baselines[target]] * len(constant)
+            scaled = [x[0] if is_binary else _scaled(x, weights, error, apart) for x, error, apart in each.values()]
+            digest = "" if units.marks is None else hashlib.sha256(_bytes_of(units.marks[counts])).hexdigest()
+            *losses, constant = scaled
+            found[target] = Outcomes(tuple(shared), torch.stack(losses), weights, is_binary, digest, constant)
         return found
 
     def pop_notes(self) -> list[str]:
@@ -213,18 +252,28 @@ class OutcomeCollector:
             self._bytes = 0
 
 
-def _by_unit(task: Task, scores: Tensor, labels: Labels, batch: LayerBatch) -> tuple[Tensor, Tensor, bool]:
-    """Return the losses of each unit, ``(layers, errors, units)``, its answers, ``(units,)``, and whether all are bits.
+def _raised(error: Exception) -> str:
+    return f"keeping what each sample got raised {type(error).__name__}: {error}"
+
+
+def _units_of(task: Task, labels: Labels, batch: LayerBatch) -> _Units:
+    """Return the units of a batch, of the labels of a layer, which may have several views of it."""
+    rows, counted = len(batch.targets), labels.counted[: len(batch.targets)]
+    unit = torch.arange(rows, device=counted.device) // batch.each
+    weights = counted.view(batch.samples, batch.each).sum(dim=1)
+    return _Units(weights, batch.marks, task.right(labels)[:rows], counted > 0, unit)
+
+
+def _by_unit(task: Task, scores: Tensor, labels: Labels, batch: LayerBatch) -> tuple[Tensor, bool]:
+    """Return the losses of each unit, ``(layers, errors, units)``, and whether all are bits.
 
     A layer may have several views of the batch, each of which has the answers of all positions of a sample.
     """
     losses, units, each = task.losses(scores, labels), batch.samples, batch.each
     counted = labels.counted.view(-1, units, each)
-    answers = counted.sum(dim=(0, 2))
-    found = losses.view(*losses.shape[:2], -1, units, each).sum(dim=(2, 4)) / answers.clamp(min=1)
+    found = losses.view(*losses.shape[:2], -1, units, each).sum(dim=(2, 4)) / counted.sum(dim=(0, 2)).clamp(min=1)
     is_binary = task.has_binary_losses and counted.shape[0] == 1 and each == 1
-    kept = found > 0.5 if is_binary else _halved(found)
-    return kept, answers / counted.shape[0], is_binary
+    return (found > 0.5 if is_binary else _halved(found)), is_binary
 
 
 def _scaled(losses: Tensor, weights: Tensor, error: float, errors: Sequence[float]) -> Tensor:
@@ -253,12 +302,6 @@ def joined(*hands: Hand | None) -> Hand | None:
             hand(layers, scores, labels)
 
     return take if known else None
-
-
-def _digest(marks: Sequence[Tensor | None]) -> str:
-    if any(part is None for part in marks):
-        return ""
-    return hashlib.sha256(b"".join(_bytes_of(part) for part in marks if part is not None)).hexdigest()
 
 
 def _with_bits(losses: Tensor) -> Tensor:

@@ -202,8 +202,8 @@ class ProbeReport:
             :func:`~lightning_probes.report.paired.compare_losses`; printed it is a sentence.
 
         Raises:
-            ValueError: a layer is unknown (the message has the nearest), has no value at that point, or what each sample
-                got was not kept; the message says why.
+            ValueError: a layer is unknown (the message has the nearest) or has no value at that point, or what each
+                sample got was not kept; the message says why.
         """
         outcomes = self._outcomes_to_compare(stage, dataloader, target)
         names = (first, second)
@@ -211,8 +211,8 @@ class ProbeReport:
             outcomes.layers.index(one_of(argument, layer, outcomes.layers))
             for argument, layer in zip(("first", "second"), names, strict=True)
         ]
-        losses = (outcomes.losses[place] for place in places)
-        return compare_losses(*losses, outcomes.weights, outcomes.is_binary, names)
+        one, other = (outcomes.losses[place] for place in places)
+        return compare_losses(one, other, outcomes.weights, outcomes.is_binary, names)
 
     def best(self, stage: str | None = None, dataloader: int | None = None, target: str | None = None) -> list[str]:
         """Return the layer with the lowest error at the last point, then, by error, those that cannot be told from it.
@@ -250,11 +250,12 @@ class ProbeReport:
             baseline=self.baseline.get(_of_target(stage, target)) if not dataloader else None,
             now=now,
             start=start,
+            constant=None if now is None else now.constant,
             notes=self.notes,
         )
 
     def findings_as_text(self) -> str:
-        """Return the findings of each target as lines of at most 80 characters, under a heading; or that there are none."""
+        """Return the findings of each target under a heading, as lines of at most 80 characters; or that none is."""
         lines: list[str] = []
         for target in self._shown():
             of = f" of {target}" if target else ""

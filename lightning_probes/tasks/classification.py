@@ -214,6 +214,15 @@ class Classification(Task):
         """Return 1 for a wrong answer and 0 for a right one."""
         return _wrong(_log_softmax(scores), labels)[:, None]
 
+    def right(self, labels: Labels) -> Tensor:
+        """Return the class of each row, ``(rows,)``."""
+        return labels.answers.flatten().to(torch.int32)
+
+    def constant_losses(self, right: Tensor, counted: Tensor) -> Tensor:
+        """Return 1 where the class is not the most frequent one, ``(1, rows)``."""
+        commonest = torch.bincount(right[counted], minlength=1).argmax()
+        return ((right != commonest) & counted).float()[None]
+
     def interval(self, tally: list[float]) -> tuple[float, float]:
         if self.is_clustered:
             return clustered_interval(tally[0], tally[1 : 1 + CLUSTERED])

@@ -187,6 +187,16 @@ class Multilabel(TaskWithGaps):
         wrong = (scores > 0) != (labels.rows.T > 0.5)
         return torch.einsum("lon,on->ln", wrong.to(labels.answers), labels.answers)[:, None] / self.outputs
 
+    def right(self, labels: Labels) -> Tensor:
+        """Return 0 and 1, or -1 for a missing entry, ``(rows, outputs)``."""
+        return torch.where(labels.answers > 0, labels.rows.T, -1.0).T.to(torch.int8)
+
+    def constant_losses(self, right: Tensor, counted: Tensor) -> Tensor:
+        """Return the share of the labels of which the commonest answer is wrong, ``(1, rows)``."""
+        entries, ones = right >= 0, right == 1
+        commonest = 2 * ones.sum(dim=0) > entries.sum(dim=0)
+        return ((ones != commonest) & entries).float().sum(dim=1)[None] / self.outputs
+
     def interval(self, tally: list[float]) -> tuple[float, float]:
         """Return the interval of the share of wrong answers, moved to the error, from which missing entries part it."""
         wrong = sum(a + b for a, _, b, _ in self._by_label(tally))

@@ -230,6 +230,15 @@ class Regression(TaskWithGaps):
         ]
         return {"error_by_output": errors, "rmse_by_output": distances}
 
+    def right(self, labels: Labels) -> Tensor:
+        """Return the scaled targets, NaN for a missing entry, ``(rows, outputs)``."""
+        return torch.where(labels.answers.T > 0, labels.rows, math.nan).float()
+
+    def constant_losses(self, right: Tensor, counted: Tensor) -> Tensor:
+        """Return the squared distances from the mean, ``(errors, rows)``."""
+        distances = (right - right.nanmean(dim=0)).square().nan_to_num(nan=0.0).T
+        return distances if self.errors > 1 else distances.mean(dim=0, keepdim=True)
+
     @property
     def errors(self) -> int:
         return self.outputs if self.outputs <= _APART else 1

@@ -341,6 +341,19 @@ class Task(Question):
         """
 
     @abstractmethod
+    def right(self, labels: Labels) -> Tensor:
+        """Return the targets of rows as :meth:`constant_losses` takes them, ``(rows, ...)``, in few bytes."""
+
+    @abstractmethod
+    def constant_losses(self, right: Tensor, counted: Tensor) -> Tensor:
+        """Return what each row adds to the error of the best constant answer to all rows, as :meth:`losses` does.
+
+        Args:
+            right: the targets, as :meth:`right` returns them, of all rows.
+            counted: which rows count, ``(rows,)``; one that does not adds 0.
+        """
+
+    @abstractmethod
     def interval(self, tally: list[float]) -> tuple[float, float]:
         """Return the 95 % interval of the error of a column, which covers the choice of samples, not the fit."""
 

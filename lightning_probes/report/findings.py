@@ -60,7 +60,7 @@ class Kind(Enum):
     BEST = "best"
     """Mark the layer with the lowest error."""
     EXIT = "exit"
-    """Mark layers after which the last layer gains nothing."""
+    """Mark layers after which nothing is gained, from the last that gains."""
     NOTHING = "nothing"
     """Mark layers inside the network that add nothing."""
     FRONT = "front"
@@ -260,20 +260,19 @@ class _Look:
         return f"{self.error}{'s' * (len(some) > 1 and self.error == 'error')} {_percents(some)}"
 
     def spans(self, indices: Sequence[int]) -> str:
-        """Name layers by their spans: "net.4 to net.9, net.12"."""
-        spans: list[list[int]] = []
+        """Name layers by their spans, at most the three longest: "net.2, net.4 to net.9 and net.12"."""
+        spans: list[tuple[int, int]] = []
         for i in indices:
-            if spans and i == spans[-1][1] + 1:
-                spans[-1][1] = i
-            else:
-                spans.append([i, i])
+            begin = spans.pop()[0] if spans and i == spans[-1][1] + 1 else i
+            spans.append((begin, i))
         shown = sorted(sorted(spans, key=lambda span: span[0] - span[1])[:3])
-        names = [
-            self.layers[a] if a == b else f"{self.layers[a]} {'and' if b == a + 1 else 'to'} {self.layers[b]}"
-            for a, b in shown
-        ]
-        more = len(indices) - sum(b - a + 1 for a, b in shown)
-        return ", ".join(names) + f" and {more} more" * (more > 0)
+        names: list[str] = []
+        for a, b in shown:
+            ends = [self.layers[a], self.layers[b]][: b - a + 1]
+            names += ends if b - a < 2 else [" to ".join(ends)]
+        if more := len(indices) - sum(b - a + 1 for a, b in shown):
+            names.append(f"{more} more")
+        return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 class _Kind(NamedTuple):
@@ -290,8 +289,8 @@ def _bypassed(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
     """Find spans that are worse, by five points, than a layer before them and the layer right after.
 
     What a layer knows has passed all before it if there is no skip: errors may rise and fall then, but they hardly fall
-    back at one stroke. So the layer after a span has to take back three quarters of what the span lost. Where the span
-    has fewer features than both sides, that is reason enough, and no bypass is claimed.
+    back at one stroke. So after a span three quarters of what it lost have to be back, half of it in one layer. Where
+    the span has fewer features than both sides, that is reason enough, and no bypass is claimed.
     """
     errors, count = look.errors, len(look.layers)
     pairs = count * (count - 1)
@@ -335,11 +334,12 @@ def _bypassed(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
 
 
 def _is_back(look: _Look, before: int, begin: int, after: int) -> bool:
-    """Return whether the layer after a span takes back what the span lost, and not by more features."""
+    """Return whether the layer after a span takes back at once what the span lost, and not by more features."""
     errors, features = look.errors, look.features
     lost = float(errors[begin:after].max() - errors[before])
     has_features = 2 * max(features[begin:after]) > min(features[before], features[after])
-    return has_features and float(errors[after] - errors[before]) <= lost / 4
+    is_at_once = float(errors[after - 1] - errors[after]) >= lost / 2
+    return has_features and is_at_once and float(errors[after] - errors[before]) <= lost / 4
 
 
 def _at_baseline(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
@@ -435,29 +435,34 @@ def _best(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
 
 
 def _early_exit(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
-    """Find the first layer that the last one does not improve on by the margin.
+    """Find the first layer on which no later one improves by the margin; the tests go up from the last layer.
 
-    The tests go up from the last layer. A linear layer at the cut is the probe itself, so its error is that of the cut.
+    The probe is a linear layer at the cut, so its error is that of a network that stops there.
     """
     errors, last = look.errors, len(look.layers) - 1
     if last < _SHORTEST or look.layers[last] in taken:
         return []
-    p = _shared(p_of(look.not_lower[last, :last]).flip(0), in_order=True).flip(0)
-    alike = (p <= alpha) & (errors[:last] <= _ALIKE * errors[last])
-    found = alike.nonzero().flatten().tolist()
+    # That no later layer is better is sure if it is of each of them.
+    p = p_of(look.not_lower).tril(-1).max(0).values[:last]
+    p = _shared(p.flip(0), in_order=True).flip(0)
+    lowest = errors.flip(0).cummin(0).values.flip(0)[1:]
+    found = ((p <= alpha) & (errors[:last] <= _ALIKE * lowest)).nonzero().flatten().tolist()
     if not found or last - found[0] < max(_SHORTEST, last / 10):
         return []
     cut = found[0]
-    if errors[cut] <= errors[last] - MARGIN:
-        # That the last layer is worse than this one is another finding.
+    if cut == int(errors.argmin()) and errors[cut] <= errors[last] - MARGIN:
+        # That this layer is better than all others is another finding.
         return []
     sure = _corrected(float(p[cut]), alpha)
+    best = cut + 1 + int(errors[cut + 1 :].argmin())
+    most = f"the best of the {last - cut} layers after it, {look.layers[best]}, has {_percents(errors[best])}"
+    final = f", the last, {look.layers[last]}, {_percents(errors[last])}" if best != last else ", the last"
     return [
         Finding(
             Kind.EXIT,
-            f"After {look.layers[cut]} the network could stop: the {look.error} of a linear layer there is "
-            f"{_percents(errors[cut])}, and {_percents(errors[last])} at {look.layers[last]}, the last of {last - cut} "
-            f"layers after it (less than one point better; {look.evidence.test}, {in_words(sure)}).",
+            f"After {look.layers[cut]} nothing more is gained: a linear layer there has {look.in_errors([cut])}; "
+            f"{most}{final} (none is better by one point; {look.evidence.test}, {in_words(sure)}). The network could "
+            "stop there.",
             look.named(range(cut, last + 1)),
             sure,
         )

@@ -13,7 +13,8 @@ import torch
 from benchmarks.findings import WORLDS, false_findings
 from torch import Tensor
 
-from lightning_probes.report.findings import Curves, Finding, Kind, find
+from lightning_probes.report.findings import Finding, Kind, find
+from lightning_probes.report.look import Curves
 from lightning_probes.report.outcomes import Outcomes
 from lightning_probes.tasks.intervals import wilson_interval
 from lightning_probes.tasks.kinds import words_of
@@ -250,7 +251,10 @@ def test_a_front_of_learning_that_moves_is_named(is_paired: bool) -> None:
 
     finding = one(Kind.FRONT, found(at(2), at(2), at(5), at(8), at(12), is_paired=is_paired))
     assert finding.layers == names(2, 11)
-    assert "up to net.1 at step 0, up to net.7 at step 300 and net.11 at step 400" in finding.sentence
+    path = "were all layers up to net.1 at step 0, all up to net.7 at step 300, and all up to net.11 at step 400"
+    assert path in finding.sentence
+    new = one(Kind.FRONT, found(at(0), at(5), at(8), at(12), is_paired=is_paired))
+    assert "was no layer at step 0, all up to net.4 at step 100" in new.sentence
 
 
 @PAIRED

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_probes.options import first_of
-from lightning_probes.report.evidence import (
-    LEAST_UNITS,
-    UNPAIRED,
-    Evidence,
-    Paired,
-    Unpaired,
-    p_of,
-    row_evidence,
-    unpaired_z,
-)
-from lightning_probes.report.method import ONLINE
+from lightning_probes.report.evidence import UNPAIRED, p_of, row_evidence, unpaired_z
+from lightning_probes.report.look import MARGIN, Curves, Look, percents
 from lightning_probes.report.outcomes import Outcomes
 from lightning_probes.report.paired import ALPHA, best_layers, in_words
-from lightning_probes.tasks.intervals import NORMAL
 from lightning_probes.tasks.task import Words
-
-MARGIN = 0.01
-"""Take errors for equal, where an absence is claimed, if they differ by less than this: one point."""
 
 MOST = 7
 """Say at most this many sentences."""
@@ -44,12 +30,9 @@ _ALIKE = 1.25
 _SHORTEST = 3
 """Say of a span that it adds nothing only if it has at least so many layers, and a tenth of all."""
 
-Row = Mapping[str, Any]
-Curves = Mapping[tuple[int, int], Mapping[str, Row]]
-
 
 class Kind(Enum):
-    """Tell apart what a finding is about."""
+    """Tell apart what a finding is about; the most useful first."""
 
     BYPASS = "bypass"
     """Mark layers that are worse than layers on both sides."""
@@ -60,11 +43,11 @@ class Kind(Enum):
     BEST = "best"
     """Mark the layer with the lowest error."""
     EXIT = "exit"
-    """Mark layers after which the last layer gains nothing."""
-    NOTHING = "nothing"
-    """Mark layers inside the network that add nothing."""
+    """Mark layers after which nothing is gained, from the last that gains."""
     FRONT = "front"
     """Mark layers through which learning moved."""
+    NOTHING = "nothing"
+    """Mark layers inside the network that add nothing."""
     START = "start"
     """Mark layers whose errors are what they were before training."""
     UNCONVERGED = "unconverged"
@@ -136,180 +119,49 @@ def find(
     """
     if not curves:
         return []
-    look = _Look(curves, words, baseline, now, start, constant, notes)
+    look = Look(curves, words, baseline, now, start, constant, notes)
     found: list[Finding] = []
     if look.can_test:
         taken: set[str] = set()
         for kind in _KINDS:
-            new = [replace(finding, kind=kind.kind) for finding in kind.find(look, kind.alpha, taken)]
+            new = kind.find(look, kind.alpha, taken)
             found += new
             # What one finding says of a layer need not be said in other words.
             taken.update(layer for finding in new if kind.is_last_word for layer in finding.layers)
     return [*found, *_facts(look)][:MOST]
 
 
-class _Moment(NamedTuple):
-    """Hold the errors of the layers at one moment, and how sure they are."""
-
-    point: tuple[int, int]
-    errors: Tensor
-    deviations: Tensor
-
-
-class _Look:
-    """Hold what all kinds of findings look at: the layers with a value at the last moment, in order of depth."""
-
-    def __init__(
-        self,
-        curves: Curves,
-        words: Words,
-        baseline: float | None,
-        now: Outcomes | None,
-        start: Outcomes | None,
-        constant: Tensor | None,
-        notes: Sequence[str],
-    ) -> None:
-        self.words, self.notes = words, notes
-        self.baseline = math.nan if baseline is None else baseline
-        self.last_point = list(curves)[-1]
-        self.rows = sorted(curves[self.last_point].values(), key=lambda row: row["depth"])
-        valued = [row for row in self.rows if math.isfinite(row["value"])]
-        self.layers = [row["layer"] for row in valued]
-        self.now = _of_layers(now, self.layers)
-        self.start = _of_layers(start, self.layers) if self.now is not None else None
-        self.constant = constant if self.now is not None else None
-        self._curves, self._valued = curves, valued
-
-    @property
-    def can_test(self) -> bool:
-        """Tell whether errors have intervals, of probes that do not lag, on enough samples."""
-        return bool(
-            self._valued
-            and not self.is_lagging
-            and all(row.get("low") is not None for row in self._valued)
-            and min(row["samples"] for row in self._valued) >= LEAST_UNITS
-            and (self.now is None or len(self.now.weights) >= LEAST_UNITS)
-        )
-
-    @property
-    def is_lagging(self) -> bool:
-        return any(_fitted_on(row) == ONLINE for row in self._valued)
-
-    @property
-    def features(self) -> list[int]:
-        return [row.get("features") or 0 for row in self._valued]
-
-    @cached_property
-    def evidence(self) -> Evidence:
-        """Hold how the layers compare now."""
-        return Paired(self.now) if self.now is not None else Unpaired(self.last.errors, self.last.deviations)
-
-    @property
-    def errors(self) -> Tensor:
-        """Return the errors of the rows, which what was kept of the samples may be a part of."""
-        return self.last.errors
-
-    @cached_property
-    def not_lower(self) -> Tensor:
-        """Hold z for "the error of i is not lower than that of j by the margin", ``(layers i, layers j)``."""
-        return self.evidence.above(-MARGIN)
-
-    @cached_property
-    def higher(self) -> Tensor:
-        """Hold z for "the error of i is higher than that of j", ``(layers i, layers j)``."""
-        return self.evidence.above(0.0)
-
-    @cached_property
-    def last(self) -> _Moment:
-        return self._moment(self.last_point)
-
-    @cached_property
-    def moments(self) -> list[_Moment]:
-        """Hold the moments at which errors were measured as at the last, in order of time."""
-        kind = _fitted_on(self._valued[0])
-        return [
-            self._moment(point)
-            for point, rows in self._curves.items()
-            if point == self.last_point or any(_fitted_on(row) == kind for row in rows.values())
-        ]
-
-    @property
-    def first(self) -> _Moment | None:
-        """Return the moment before training, if it is there and is not the only one."""
-        begin = self.moments[0]
-        return begin if begin.point[1] == 0 and len(self.moments) > 1 else None
-
-    def _moment(self, point: tuple[int, int]) -> _Moment:
-        rows = [self._curves[point].get(layer, {}) for layer in self.layers]
-        errors = torch.tensor([row.get("value", math.nan) for row in rows], dtype=torch.float64)
-        deviations = torch.tensor([_deviation(row) for row in rows], dtype=torch.float64)
-        return _Moment(point, errors, deviations)
-
-    def named(self, indices: Iterable[int]) -> tuple[str, ...]:
-        """Return the names of some layers."""
-        return tuple(self.layers[i] for i in indices)
-
-    @property
-    def error(self) -> str:
-        """Name the error as the task does."""
-        return self.words.error.partition(" (")[0]
-
-    def in_errors(self, indices: Iterable[int]) -> str:
-        """Return "errors 8.1 to 8.6 %" of some layers."""
-        some = self.errors[list(indices)]
-        return f"{self.error}{'s' * (len(some) > 1 and self.error == 'error')} {_percents(some)}"
-
-    def spans(self, indices: Sequence[int]) -> str:
-        """Name layers by their spans: "net.4 to net.9, net.12"."""
-        spans: list[list[int]] = []
-        for i in indices:
-            if spans and i == spans[-1][1] + 1:
-                spans[-1][1] = i
-            else:
-                spans.append([i, i])
-        shown = sorted(sorted(spans, key=lambda span: span[0] - span[1])[:3])
-        names = [
-            self.layers[a] if a == b else f"{self.layers[a]} {'and' if b == a + 1 else 'to'} {self.layers[b]}"
-            for a, b in shown
-        ]
-        more = len(indices) - sum(b - a + 1 for a, b in shown)
-        return ", ".join(names) + f" and {more} more" * (more > 0)
-
-
 class _Kind(NamedTuple):
-    """Hold a kind of finding: how it is found, and which part of the probability of a false sentence is its own."""
+    """Hold how a kind of finding is found, and which part of the probability of a false sentence is its own."""
 
-    kind: Kind
-    find: Callable[[_Look, float, set[str]], list[Finding]]
+    find: Callable[[Look, float, set[str]], list[Finding]]
     alpha: float
     is_last_word: bool = False
     """Tell whether layers that are named need no other word of kinds that claim an absence."""
 
 
-def _bypassed(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
+def _bypassed(look: Look, alpha: float, taken: set[str]) -> list[Finding]:
     """Find spans that are worse, by five points, than a layer before them and the layer right after.
 
     What a layer knows has passed all before it if there is no skip: errors may rise and fall then, but they hardly fall
-    back at one stroke. So the layer after a span has to take back three quarters of what the span lost. Where the span
-    has fewer features than both sides, that is reason enough, and no bypass is claimed.
+    back at one stroke. So after a span three quarters of what it lost have to be back, half of it in one layer. Where
+    the span has fewer features than both sides, that is reason enough, and no bypass is claimed.
     """
-    errors, count = look.errors, len(look.layers)
-    pairs = count * (count - 1)
-    p = (p_of(look.higher) * pairs).clamp(max=1.0)
-    best_before = errors.cummin(0).indices.tolist()
+    errors, count = look.errors.tolist(), len(look.layers)
+    p = (p_of(look.higher) * count * (count - 1)).clamp(max=1.0).tolist()
+    best_before = look.errors.cummin(0).indices.tolist()
     spans: list[tuple[int, int, int, float]] = []
     after = count - 1
     while after > 1:
         begin, worst = after, 0.0
         while begin > 1:
             i, sides = begin - 1, (best_before[begin - 2], after)
-            surest = max(float(p[i, side]) for side in sides)
-            if surest > alpha or errors[i] < max(float(errors[side]) for side in sides) + _BYPASS:
+            least_sure = max(p[i][side] for side in sides)
+            if least_sure > alpha or errors[i] < max(errors[side] for side in sides) + _BYPASS:
                 break
-            begin, worst = i, max(worst, surest)
-        before = best_before[begin - 1]
-        if begin < after and _is_back(look, before, begin, after):
-            spans.append((before, begin, after, worst))
+            begin, worst = i, max(worst, least_sure)
+        if begin < after and _is_back(look, best_before[begin - 1], begin, after):
+            spans.append((best_before[begin - 1], begin, after, worst))
             after = begin
         else:
             after -= 1
@@ -325,8 +177,8 @@ def _bypassed(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
         Finding(
             Kind.BYPASS,
             f"{_subject(look, range(begin, after), 'knows', 'know')} less than layers on both sides ("
-            f"{look.in_errors(range(begin, after))}, but {_percents(errors[before])} at {look.layers[before]} and "
-            f"{_percents(errors[after])} at {look.layers[after]}; {look.evidence.test}, {in_words(sure)}): the mark of "
+            f"{look.in_errors(range(begin, after))}, but {percents(errors[before])} at {look.layers[before]} and "
+            f"{percents(errors[after])} at {look.layers[after]}; {look.evidence.test}, {in_words(sure)}): the mark of "
             f"a skip connection that bypasses them.{more}",
             look.named(within),
             sure,
@@ -334,15 +186,16 @@ def _bypassed(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
     ]
 
 
-def _is_back(look: _Look, before: int, begin: int, after: int) -> bool:
-    """Return whether the layer after a span takes back what the span lost, and not by more features."""
+def _is_back(look: Look, before: int, begin: int, after: int) -> bool:
+    """Return whether the layer after a span takes back at once what the span lost, and not by more features."""
     errors, features = look.errors, look.features
     lost = float(errors[begin:after].max() - errors[before])
     has_features = 2 * max(features[begin:after]) > min(features[before], features[after])
-    return has_features and float(errors[after] - errors[before]) <= lost / 4
+    is_at_once = float(errors[after - 1] - errors[after]) >= lost / 2
+    return has_features and is_at_once and float(errors[after] - errors[before]) <= lost / 4
 
 
-def _at_baseline(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
+def _at_baseline(look: Look, alpha: float, taken: set[str]) -> list[Finding]:
     """Find layers whose error is not below that of the best constant answer by the margin.
 
     To be above it, as probes are that were fitted to noise, is to know no more, too. The test is paired where the
@@ -368,14 +221,14 @@ def _at_baseline(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
         Finding(
             Kind.BASELINE,
             f"{who} more than the {look.words.baseline} ({look.in_errors(found)}, baseline "
-            f"{_percents(look.baseline)}; less than one point better, {test}, {in_words(sure)}).",
+            f"{percents(look.baseline)}; less than one point better, {test}, {in_words(sure)}).",
             look.named(found),
             sure,
         )
     ]
 
 
-def _got_worse(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
+def _got_worse(look: Look, alpha: float, taken: set[str]) -> list[Finding]:
     """Find layers whose error is higher, by a point, than when two thirds of training were done."""
     moments = look.moments
     if len(moments) < 4:
@@ -394,7 +247,7 @@ def _got_worse(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
         Finding(
             Kind.WORSE,
             f"{_subject(look, found, 'has', 'have')} got worse in the last third of training{which} "
-            f"from {_percents(then.errors[most])} at step {then.point[1]:,} to {_percents(last.errors[most])} at step "
+            f"from {percents(then.errors[most])} at step {then.point[1]:,} to {percents(last.errors[most])} at step "
             f"{last.point[1]:,} ({UNPAIRED}, {in_words(sure)}).",
             look.named(found),
             sure,
@@ -402,7 +255,7 @@ def _got_worse(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
     ]
 
 
-def _best(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
+def _best(look: Look, alpha: float, taken: set[str]) -> list[Finding]:
     """Say which layer has the lowest error, which others may be the best, and whether it beats the last layer."""
     errors, count = look.errors, len(look.layers)
     if count < 2:
@@ -410,61 +263,67 @@ def _best(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
     best, last = int(errors.argmin()), count - 1
     p = (p_of(look.higher[:, best]) * (count - 1)).clamp(max=1.0)
     if look.now is not None:
-        alike = [look.layers.index(layer) for layer in best_layers(look.now)[1:]]
+        alike = [look.layers.index(layer) for layer in best_layers(look.now)]
     else:
-        alike = [i for i in errors.argsort().tolist() if i != best and p[i] > ALPHA]
+        alike = (p > ALPHA).nonzero().flatten().tolist()
+    alike = sorted(set(alike) - {best})
     is_beaten = float(p[last]) <= alpha and last not in alike
-    name, lowest = look.layers[best], _percents(errors[best])
+    name, lowest = look.layers[best], percents(errors[best])
     if not is_beaten and (best == last or len(alike) > count / 2):
         # That the last layer is the best goes without saying, and so that most are as good.
         return []
-    others = f"; not to be told from it: {look.spans(sorted(alike))}" if alike else ""
+    others = f"; not to be told from it: {look.spans(alike)}" if alike else ""
     if is_beaten:
         sure = _corrected(float(p[last]), alpha)
         gap = 100 * float(errors[last] - errors[best])
         sentence = (
             f"{name} has the lowest {look.error}, {lowest}: {gap:.1f} points lower than the last layer, "
-            f"{look.layers[last]} ({_percents(errors[last])}; {look.evidence.test}, {in_words(sure)}){others}."
+            f"{look.layers[last]} ({percents(errors[last])}; {look.evidence.test}, {in_words(sure)}){others}."
         )
         return [Finding(Kind.BEST, sentence, look.named([best]), sure)]
     sentence = (
         f"{name} has the lowest {look.error}, {lowest}, but is not surely better than the last layer, "
-        f"{look.layers[last]} ({_percents(errors[last])}; {look.evidence.test}){others}."
+        f"{look.layers[last]} ({percents(errors[last])}; {look.evidence.test}){others}."
     )
     return [Finding(Kind.BEST, sentence, look.named([best]), None)]
 
 
-def _early_exit(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
-    """Find the first layer that the last one does not improve on by the margin.
+def _early_exit(look: Look, alpha: float, taken: set[str]) -> list[Finding]:
+    """Find the first layer on which no later one improves by the margin; the tests go up from the last layer.
 
-    The tests go up from the last layer. A linear layer at the cut is the probe itself, so its error is that of the cut.
+    The probe is a linear layer at the cut, so its error is that of a network that stops there.
     """
     errors, last = look.errors, len(look.layers) - 1
     if last < _SHORTEST or look.layers[last] in taken:
         return []
-    p = _shared(p_of(look.not_lower[last, :last]).flip(0), in_order=True).flip(0)
-    alike = (p <= alpha) & (errors[:last] <= _ALIKE * errors[last])
-    found = alike.nonzero().flatten().tolist()
+    # That no later layer is better is sure if it is of each of them.
+    p = p_of(look.not_lower).tril(-1).max(0).values[:last]
+    p = _shared(p.flip(0), in_order=True).flip(0)
+    lowest = errors.flip(0).cummin(0).values.flip(0)[1:]
+    found = ((p <= alpha) & (errors[:last] <= _ALIKE * lowest)).nonzero().flatten().tolist()
     if not found or last - found[0] < max(_SHORTEST, last / 10):
         return []
     cut = found[0]
-    if errors[cut] <= errors[last] - MARGIN:
-        # That the last layer is worse than this one is another finding.
+    if cut >= int(errors.argmin()) and errors[cut] <= errors[last] - MARGIN:
+        # That a layer up to here is better than all others is another finding.
         return []
     sure = _corrected(float(p[cut]), alpha)
+    best = cut + 1 + int(errors[cut + 1 :].argmin())
+    most = f"the best of the {last - cut} layers after it, {look.layers[best]}, has {percents(errors[best])}"
+    final = f", the last, {look.layers[last]}, {percents(errors[last])}" if best != last else ", the last"
     return [
         Finding(
             Kind.EXIT,
-            f"After {look.layers[cut]} the network could stop: the {look.error} of a linear layer there is "
-            f"{_percents(errors[cut])}, and {_percents(errors[last])} at {look.layers[last]}, the last of {last - cut} "
-            f"layers after it (less than one point better; {look.evidence.test}, {in_words(sure)}).",
+            f"After {look.layers[cut]} nothing more is gained: a linear layer there has {look.in_errors([cut])}; "
+            f"{most}{final} (none is better by one point; {look.evidence.test}, {in_words(sure)}). The network could "
+            "stop there.",
             look.named(range(cut, last + 1)),
             sure,
         )
     ]
 
 
-def _adds_nothing(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
+def _adds_nothing(look: Look, alpha: float, taken: set[str]) -> list[Finding]:
     """Find long spans inside the network of which no layer improves by the margin on the layer before the span."""
     errors, count = look.errors, len(look.layers)
     shortest = max(_SHORTEST, math.ceil(count / 10))
@@ -495,7 +354,7 @@ def _adds_nothing(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
         Finding(
             Kind.NOTHING,
             f"{_subject(look, range(before + 1, end + 1), 'adds', 'add')} nothing to {look.layers[before]} "
-            f"({_percents(errors[before])} there, {_percents(errors[end])} at the end of them; each less than one "
+            f"({percents(errors[before])} there, {percents(errors[end])} at the end of them; each less than one "
             f"point better, {look.evidence.test}, {in_words(sure)}). Where a skip spans them they may be cut; where "
             f"none does, a network can need layers from which its probes gain nothing.{more}",
             look.named(within),
@@ -504,7 +363,7 @@ def _adds_nothing(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
     ]
 
 
-def _front(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
+def _front(look: Look, alpha: float, taken: set[str]) -> list[Finding]:
     """Find learning that moves through depth: ever more layers, from the first on, err less than half-way.
 
     Half-way is the middle between the baseline and the lowest error at the end. The front is the last layer of which,
@@ -537,23 +396,21 @@ def _front(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
         return []
     sure = _corrected(float(falls.max()), alpha)
 
-    def place(front: int) -> str:
-        return look.layers[front - 1] if front else "none"
-
-    reached = f"{place(fronts[middle])} at step {mid.point[1]:,} and {place(last)} at step {end.point[1]:,}"
+    reached = [f"{look.layers[fronts[i] - 1]} at step {moments[i].point[1]:,}" for i in (middle, -1)]
+    begun = f"were all layers up to {look.layers[first - 1]}" if first else "was no layer"
     return [
         Finding(
             Kind.FRONT,
-            f"Learning moved through depth: below {_percents(level)} {look.error}, half-way from the "
-            f"{look.words.baseline} to the best, were all layers up to {place(first)} at step {start.point[1]:,}, up "
-            f"to {reached} (the errors of all between fell; {UNPAIRED}, {in_words(sure)}).",
+            f"Learning moved through depth: below {percents(level)} {look.error}, half-way from the "
+            f"{look.words.baseline} to the best, {begun} at step {start.point[1]:,}, all up to {reached[0]}, and all "
+            f"up to {reached[1]} (each error between fell; {UNPAIRED}, {in_words(sure)}).",
             look.named(range(first, last)),
             sure,
         )
     ]
 
 
-def _at_start(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
+def _at_start(look: Look, alpha: float, taken: set[str]) -> list[Finding]:
     """Find layers whose errors differ from those before training by less than the margin, from the first on."""
     if look.first is None:
         return []
@@ -575,7 +432,8 @@ def _at_start(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
     p[learns] = _shared(p_of(z[learns]), in_order=True)
     is_alike = torch.maximum(was, has) <= _ALIKE * torch.minimum(was, has)
     found = ((p <= alpha) & is_alike).nonzero().flatten().tolist()
-    if not found or set(look.named(found)) <= taken:
+    # A layer or two of many are not worth a sentence.
+    if len(found) < max(1, len(learns) / 10) or set(look.named(found)) <= taken:
         return []
     sure = _corrected(float(p[found].max()), alpha)
     every = len(found) == len(learns) > 1
@@ -583,7 +441,7 @@ def _at_start(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
     return [
         Finding(
             Kind.START,
-            f"{who} ({look.in_errors(found)}, at the start {_percents(was[found])}; equivalent within one point, "
+            f"{who} ({look.in_errors(found)}, at the start {percents(was[found])}; equivalent within one point, "
             f"{test}, {in_words(sure)}).",
             look.named(found),
             sure,
@@ -591,24 +449,24 @@ def _at_start(look: _Look, alpha: float, taken: set[str]) -> list[Finding]:
     ]
 
 
-def _changed(look: _Look, found: Sequence[int]) -> str:
+def _changed(look: Look, found: Sequence[int]) -> str:
     return f"Training changed nothing of what {look.spans(found)} know{'s' * (len(found) == 1)}"
 
 
 _KINDS = (
-    _Kind(Kind.BYPASS, _bypassed, 0.005, is_last_word=True),
-    _Kind(Kind.BASELINE, _at_baseline, 0.01, is_last_word=True),
-    _Kind(Kind.WORSE, _got_worse, 0.005),
-    _Kind(Kind.BEST, _best, 0.005),
-    _Kind(Kind.EXIT, _early_exit, 0.01, is_last_word=True),
-    _Kind(Kind.FRONT, _front, 0.002),
-    _Kind(Kind.NOTHING, _adds_nothing, 0.005),
-    _Kind(Kind.START, _at_start, 0.008),
+    _Kind(_bypassed, 0.005, is_last_word=True),
+    _Kind(_at_baseline, 0.01, is_last_word=True),
+    _Kind(_got_worse, 0.005),
+    _Kind(_best, 0.005),
+    _Kind(_early_exit, 0.01, is_last_word=True),
+    _Kind(_front, 0.002),
+    _Kind(_adds_nothing, 0.005),
+    _Kind(_at_start, 0.008),
 )
 """List the kinds that are tested, the most useful first, and split .05 among them."""
 
 
-def _facts(look: _Look) -> list[Finding]:
+def _facts(look: Look) -> list[Finding]:
     """Tell, without a test, of probes that are not at their optimum, and of layers without a value."""
     found = []
     if look.is_lagging:
@@ -665,32 +523,6 @@ def _corrected(p: float, alpha: float) -> float:
     return min(p * ALPHA / alpha, 1.0)
 
 
-def _of_layers(outcomes: Outcomes | None, layers: Sequence[str]) -> Outcomes | None:
-    """Return what these layers got, in this order; ``None`` if it is not known of all of them."""
-    if outcomes is None or not set(layers) <= set(outcomes.layers):
-        return None
-    places = [outcomes.layers.index(layer) for layer in layers]
-    losses = outcomes.losses if places == list(range(len(outcomes.layers))) else outcomes.losses[places]
-    return replace(outcomes, layers=tuple(layers), losses=losses) if bool(losses.isfinite().all()) else None
-
-
-def _fitted_on(row: Row) -> str:
-    return str((row.get("fitted_on") or {}).get("data", ""))
-
-
-def _deviation(row: Row) -> float:
-    """Return the standard error that a row's interval tells, by its longer half; NaN without an interval."""
-    low, high, value = row.get("low"), row.get("high"), row.get("value", math.nan)
-    return math.nan if low is None or high is None else max(high - value, value - low) / NORMAL
-
-
-def _subject(look: _Look, indices: Sequence[int], one: str, many: str) -> str:
+def _subject(look: Look, indices: Sequence[int], one: str, many: str) -> str:
     """Return layers and the verb that follows: "Layers net.4 to net.9 know"."""
     return f"Layer{'s' * (len(indices) > 1)} {look.spans(indices)} {one if len(indices) == 1 else many}"
-
-
-def _percents(errors: Tensor | float) -> str:
-    """Write one error, or the range of several, in per cent."""
-    some = torch.as_tensor(errors, dtype=torch.float64).flatten() * 100
-    low, high = f"{float(some.min()):.1f}", f"{float(some.max()):.1f}"
-    return f"{low} %" if low == high else f"{low} to {high} %"

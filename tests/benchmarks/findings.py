@@ -205,8 +205,8 @@ def show_coverage(args: argparse.Namespace) -> None:
                     f"{samples:,} answers, {expected} discordant, {part:.0%} of them one way: {100 * held:.1f}{seen}",
                     flush=True,
                 )
-    for samples in (50, 200, 1_000, 6_000):
-        for share in SHARES:
+    for samples in (50, 200, 1_000):
+        for share in (SHARES[0], SHARES[-1]):
             for gap in (0.0, 0.1):
                 held = coverage_of_numbers(samples, share, gap, args.simulations)
                 print(f"{samples:,} numbers, shared {share}, {gap} apart: {100 * held:.1f}", flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from lightning_probes.figures import axes as on
+from lightning_probes.figures.axes import draw_references, dress, name_layers, say_empty, scale_values, width_of
 from lightning_probes.figures.colours import Ink, in_order, ink_of
 from lightning_probes.figures.content import Content, spread
 from lightning_probes.figures.names import Block, blocks, labels, shorten
@@ -47,7 +47,7 @@ def by_depth(content: Content, ax: Axes | None = None) -> Axes:
     rows = spread(range(len(content.moments)), _MOST_LINES)
     drawn = [content.drawn(content.values[i]) for i in rows]
     bounds = [content.drawn(bound) for bound in content.interval or ()]
-    references = on.scale_values(axes, content, list(chain(*drawn)), list(chain(*bounds)), ink)
+    references = scale_values(axes, content, list(chain(*drawn)), list(chain(*bounds)), ink)
 
     depths = range(len(content.layers))
     gaps = [i for i, value in enumerate(drawn[-1]) if math.isnan(value)]
@@ -59,18 +59,18 @@ def by_depth(content: Content, ax: Axes | None = None) -> Axes:
         if is_last and bounds:
             low, high = bounds
             axes.fill_between(depths, low, high, color=colour, alpha=0.2, linewidth=0, label="95 % interval")
-    on.draw_references(axes, content, references, ink)
+    draw_references(axes, content, references, ink)
     _mark_best(axes, content, drawn[-1], ink)
     if gaps:
         style = {"marker": "x", "markersize": 6, "color": ink.text, "linestyle": "", "clip_on": False}
         axes.plot(gaps, [0.0] * len(gaps), transform=axes.get_xaxis_transform(), label="set aside", zorder=5, **style)
     if len(gaps) == len(depths):
-        on.say_empty(axes, ink)
+        say_empty(axes, ink)
     axes.set_xlim(-0.5 if len(depths) < 10 else -1, len(depths) - (0.5 if len(depths) < 10 else 0))
     _band(axes, groups, ink)
-    on.name_layers(axes.xaxis, names, "layer, in the order of the calls", is_tilted=True)
+    name_layers(axes.xaxis, names, "layer, in the order of the calls", is_tilted=True)
     axes.set_ylabel(content.labelled())
-    on.dress(axes, content, ink, lift=16.0 if groups else 6.0, beside=1.0 if ax is None else 0.0)
+    dress(axes, content, ink, lift=16.0 if groups else 6.0, beside=1.0 if ax is None else 0.0)
     if ax is None:
         legend = axes.figure.legend(loc="outside right upper", frameon=False, fontsize=8, labelcolor=ink.text)
     else:
@@ -99,7 +99,7 @@ def _mark_best(axes: Axes, content: Content, values: Sequence[float], ink: Ink) 
 def _band(axes: Axes, groups: Sequence[Block], ink: Ink) -> None:
     """Shade every other block of layers, and name above the axes those that their names fit over."""
     # At 7 points about sixteen characters fit into an inch.
-    room = 16 * on.width_of(axes) / max(sum(group.last - group.first + 1 for group in groups), 1)
+    room = 16 * width_of(axes) / max(sum(group.last - group.first + 1 for group in groups), 1)
     for i, group in enumerate(group for group in groups if group.last > group.first):
         if i % 2:
             axes.axvspan(group.first - 0.5, group.last + 0.5, color=ink.faint, alpha=0.6, linewidth=0, zorder=0)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LogNorm, Normalize
 from numpy.typing import NDArray
 
-from lightning_probes.figures import axes as on
+from lightning_probes.figures.axes import dress, height_of, name_layers, name_moments
 from lightning_probes.figures.colours import Ink, ink_of, is_dark, of_errors, of_scores
 from lightning_probes.figures.content import Content
 from lightning_probes.figures.names import blocks, labels
@@ -70,9 +70,9 @@ def as_map(content: Content, ax: Axes | None = None) -> Axes:
     what = content.unit + ", a column a moment: not to scale" * (not is_even)
     if known.size < cells.size:
         what += "\nhatched: no value"
-    on.name_layers(axes.yaxis, names, "layer, in the order of the calls", is_tilted=False)
-    on.name_moments(axes, content.moments, list(range(moments)), what)
-    on.dress(axes, content, ink)
+    name_layers(axes.yaxis, names, "layer, in the order of the calls", is_tilted=False)
+    name_moments(axes, content.moments, list(range(moments)), what)
+    dress(axes, content, ink)
     axes.tick_params(length=2)
     axes.spines[:].set_visible(False)
     return axes
@@ -100,7 +100,7 @@ def _bar(axes: Axes, image: Any, content: Content, scale: Scale, ink: Ink) -> No
     """Draw the colour bar, with the unit, and with what to compare with: as a line, or in words if it is beyond."""
     low, high = image.norm.vmin, image.norm.vmax
     # A bar of a sixth of an inch, as high as the axes.
-    bar = axes.figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05, aspect=max(10.0, 6.5 * on.height_of(axes)))
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05, aspect=max(10.0, 6.5 * height_of(axes)))
     label = [content.labelled()]
     for name, value in content.references.items():
         label.append(f"{name}: {number(value, is_share=content.is_share)}")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 
-from lightning_probes.figures import axes as on
+from lightning_probes.figures.axes import draw_references, dress, height_of, name_moments, say_empty, scale_values
 from lightning_probes.figures.colours import in_order, ink_of
 from lightning_probes.figures.content import Content, spread
 from lightning_probes.figures.names import shorten
@@ -62,7 +62,7 @@ def over_time(content: Content, ax: Axes | None = None) -> Axes:
     # [moment][layer] becomes [layer][moment].
     lines = list(zip(*(content.drawn(values) for values in content.values), strict=True))
     bounds = list(chain(*map(content.drawn, content.interval or ())))
-    references = on.scale_values(axes, content, list(chain(*lines)), bounds, ink)
+    references = scale_values(axes, content, list(chain(*lines)), bounds, ink)
 
     at = [moment.at for moment in content.moments]
     how = _scale_time(axes, at)
@@ -77,11 +77,11 @@ def over_time(content: Content, ax: Axes | None = None) -> Axes:
         axes.plot(at, line, color=colour, label=layer, **style)
         if 0 <= end < len(at) - 1:
             axes.plot(at[end], line[end], color=ink.text, marker="x", markersize=6, zorder=5)
-    drawn = on.draw_references(axes, content, references, ink)
+    drawn = draw_references(axes, content, references, ink)
     if max(ends) < 0:
-        on.say_empty(axes, ink)
+        say_empty(axes, ink)
 
-    height = on.height_of(axes)
+    height = height_of(axes)
     most = max(2, min(_MOST_LABELS, int(height / _LINE_HEIGHT) - len(drawn)))
     _, short = shorten(content.layers, _NAME_WIDTH)
     tags: list[Tag] = []
@@ -95,9 +95,9 @@ def over_time(content: Content, ax: Axes | None = None) -> Axes:
     tags += [Tag(label, at[-1], value, ink.muted, False) for label, value in drawn.items()]
     _tag(axes, tags, _LINE_HEIGHT / height)
     key = f"\n{len(lines)} layers, the {'lighter' if ink.is_dark else 'darker'} the deeper; {len(named)} are named"
-    on.name_moments(axes, content.moments, at, content.unit + how + key * (len(named) < sum(end >= 0 for end in ends)))
+    name_moments(axes, content.moments, at, content.unit + how + key * (len(named) < sum(end >= 0 for end in ends)))
     axes.set_ylabel(content.labelled())
-    on.dress(axes, content, ink)
+    dress(axes, content, ink)
     return axes
 
 

@@ -254,7 +254,8 @@ def match_paths(paths: Sequence[str], patterns: str | Sequence[str], argument: s
     matched: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         # A path may hold characters that mean something in a glob.
-        hits = {path for path in paths if path == pattern or _globs(pattern.split("."), path.split("."))}
+        is_path = pattern in paths
+        hits = {pattern} if is_path else {path for path in paths if _globs(pattern.split("."), path.split("."))}
         if not hits:
             near = get_close_matches(pattern, paths, n=5, cutoff=0.4) or list(paths[:5])
             raise ValueError(f"{argument}: {pattern!r} matches no layer; nearest: {', '.join(near) or 'none'}")

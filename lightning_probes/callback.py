@@ -355,6 +355,8 @@ class LinearProbeCallback(Callback):
             # The run that was resumed had nothing left to train.
             self.report = ProbeReport.from_dict(self._restored["report"])
         self._session.end(self.report)
+        if self._is_fitting:
+            self._logs.end(self.report, trainer)
         if self._is_fitting and (file := self._logs.keep(self.report, trainer)) is not None:
             self._progress.say(f"LinearProbeCallback: report in {file}")
         if self._is_fitting and self._has_findings:
@@ -408,6 +410,7 @@ class LinearProbeCallback(Callback):
         epoch, step = self._schedule.now(trainer) if trainer.state.fn == "fit" else self._session.now
         start, rows = self._session.publish(self.report, epoch, step, self._schedule.logged_step(trainer))
         self._logs.write(start, rows, trainer, pl_module, self._ranks)
+        self._logs.draw(self.report, rows, trainer)
 
 
 def _refuse_without_effect(given: Mapping[str, bool]) -> None:

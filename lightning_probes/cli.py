@@ -23,8 +23,8 @@ except ModuleNotFoundError as error:
 
 from lightning_probes.callback import LinearProbeCallback
 from lightning_probes.checkpoints import CheckpointError, find_checkpoints, read_checkpoint
+from lightning_probes.figures.drawing import require_matplotlib
 from lightning_probes.posthoc.probe import Interruption, probe
-from lightning_probes.report.plots import new_picture
 from lightning_probes.report.report import ProbeReport
 
 INTERRUPTED = 130
@@ -285,7 +285,7 @@ def _selection(trainer: Trainer) -> dict[str, Any]:
 def _warn_unless_it_can_draw() -> None:
     """Warn if matplotlib is missing that there will be no figure, and name the package to install."""
     try:
-        new_picture(1, 1)
+        require_matplotlib()
     except ModuleNotFoundError as error:
         rank_zero_warn(f"probe: a report, but no figure: {error}")
 

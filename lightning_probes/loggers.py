@@ -1,17 +1,18 @@
-"""Log the rows of a report through Lightning's loggers, and save the report beside what the loggers write."""
+"""Log rows and figures of a report through Lightning's loggers, and save the report beside what the loggers write."""
 
 from __future__ import annotations
 
+import math
 import os
-import re
-import sys
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torchmetrics.utilities import rank_zero_warn
 
+from lightning_probes.charts import Charts, series_of
 from lightning_probes.distributed import Ranks
+from lightning_probes.images import Images
 from lightning_probes.options import is_list
 from lightning_probes.report.report import ProbeReport, Row
 
@@ -46,12 +47,14 @@ class Logs:
         self.prefix = f"{name}_" if name else ""
         self.metrics = list(dict.fromkeys(["error", *asked]))
         self._has_own_loaders = has_own_loaders
-        self._has_layout = False
+        self._charts = Charts(self.prefix)
+        self._images = Images(self.prefix)
         self._complaints: set[str] = set()
 
     def begin(self) -> None:
-        """Begin a new run, whose TensorBoard folder has no layout of charts yet."""
-        self._has_layout = False
+        """Begin a new run, which has neither charts nor figures yet."""
+        self._charts.begin()
+        self._images.begin()
 
     def tell_apart(self, others: Iterable[Logs]) -> None:
         """Make sure that no other callback of the Trainer logs under the same name.
@@ -77,13 +80,36 @@ class Logs:
             module: the LightningModule that is trained or evaluated.
             ranks: the processes that log the same values.
         """
+        self._try("logging", lambda: self._write(start, rows, trainer, module, ranks))
+
+    def draw(self, report: ProbeReport, rows: Sequence[Row], trainer: Any) -> None:
+        """Give the loggers that take figures those of a report, from the first process, as :class:`Images` says.
+
+        An exception becomes a warning.
+
+        Args:
+            report: the report.
+            rows: the rows that were published last.
+            trainer: the Lightning Trainer.
+        """
+        if trainer.is_global_zero:
+            self._try("drawing", lambda: self._images.draw(report, rows, trainer.loggers))
+
+    def end(self, report: ProbeReport, trainer: Any) -> None:
+        """Give loggers the figures of the last point of a fit, if they lack them; an exception becomes a warning."""
+        if trainer.is_global_zero:
+            self._try("drawing", lambda: self._images.end(report, trainer.loggers))
+            self._try("logging", lambda: self._charts.end(_experiments_of(trainer)))
+
+    def _try(self, what: str, act: Callable[[], None]) -> None:
+        """Act, and warn of an exception, once of each: a logger that cannot write must not end a training run."""
         try:
-            self._write(start, rows, trainer, module, ranks)
-        except Exception as error:  # A logger that cannot write must not end a training run.
-            said = f"{type(error).__name__}: {error}"
+            act()
+        except Exception as error:
+            said = f"{what} raised {type(error).__name__}: {error}"
             if said not in self._complaints:
                 self._complaints.add(said)
-                rank_zero_warn(f"LinearProbeCallback: logging raised {said}; everything is in the report")
+                rank_zero_warn(f"LinearProbeCallback: {said}; everything is in the report")
 
     def _write(self, start: Iterable[Row], rows: Iterable[Row], trainer: Any, module: Any, ranks: Ranks) -> None:
         loaders = {"val": trainer.num_val_batches, "test": trainer.num_test_batches}
@@ -99,10 +125,12 @@ class Logs:
         if found := self._values(start, several):
             for logger in trainer.loggers:
                 logger.log_metrics({**found, "epoch": 0}, step=0)
-        if trainer.is_global_zero and not self._has_layout:
-            asked = dict.fromkeys(row["metric"] for row in rows if row["metric"] not in self._known)
-            self._write_layout(trainer.loggers, asked)
-            self._has_layout = True
+        if trainer.is_global_zero:
+            for row in filter(self._is_logged, [*start, *rows]):
+                if row["stage"] != "test":
+                    series = series_of(row, _loader_of(row, several))
+                    self._charts.add(series, row["layer"], row["depth"], self._name(row, several))
+            self._charts.write(_experiments_of(trainer))
 
     def keep(self, report: ProbeReport, trainer: Any) -> Path | None:
         """Save a report, from the first process, in the folder of the first logger that has one.
@@ -130,39 +158,41 @@ class Logs:
             return None
 
     def _values(self, rows: Iterable[Row], several: Container[str]) -> dict[str, float]:
-        """Return ``{logged name: value}`` of the metrics to log; ``several`` are the stages with several loaders.
+        """Return ``{logged name: value}`` of the metrics to log, and of the least error of the layers.
 
-        Metrics of torchmetrics are in the report only if they were asked for.
+        Args:
+            rows: the rows.
+            several: the stages with several loaders.
         """
-        values = {}
+        rows = list(rows)
+        values = {self._name(row, several): row["value"] for row in filter(self._is_logged, rows)}
+        has_others = any(row["stage"] != "train" for row in rows)
         for row in rows:
-            if row["metric"] in self.metrics or row["metric"] not in self._known:
-                loader = f"/dataloader_idx_{row['dataloader']}" if row["stage"] in several else ""
-                target = f"{row['target']}/" if "target" in row else ""
-                name = f"{self.prefix}probe_{row['metric']}_{row['stage']}/{target}{row['layer']}{loader}"
-                values[name] = row["value"]
+            # The error on what probes were fitted on says little of which layer is best.
+            if row["metric"] == "error" and not (row["stage"] == "train" and has_others):
+                target = f"/{row['target']}" if "target" in row else ""
+                best = f"{self.prefix}probe_best_error_{row['stage']}{target}{_loader_of(row, several)}"
+                # A layer that was set aside is no better than any other.
+                values[best] = min((values.get(best, math.nan), row["value"]), key=lambda x: (math.isnan(x), x))
         return values
 
-    def _write_layout(self, loggers: Iterable[Any], asked: Iterable[str]) -> None:
-        """Lay out TensorBoard's Custom Scalars page: one chart per metric and stage, with one line per layer.
+    def _is_logged(self, row: Row) -> bool:
+        """Return whether a row is logged; metrics of torchmetrics are in the report only if they were asked for."""
+        return row["metric"] in self.metrics or row["metric"] not in self._known
 
-        TensorBoard uses only the last layout of a run. This one goes to a sub-run of its own, so that the user's own
-        layout stays in use.
-        """
-        experiments = [getattr(logger, "experiment", None) for logger in loggers]
-        # TensorBoard may not be installed, and whoever has a SummaryWriter has already imported its module.
-        if (tensorboard := sys.modules.get("torch.utils.tensorboard")) is None:
-            return
-        charts = {
-            f"{metric}, {stage}": ["Multiline", [rf"^{re.escape(f'{self.prefix}probe_{metric}_{stage}')}/.*"]]
-            for metric in [*self.metrics, *asked]
-            for stage in ("train", "val")
-            if stage == "val" or metric in self._known
-        }
-        for experiment in experiments:
-            if isinstance(experiment, tensorboard.SummaryWriter):
-                with tensorboard.SummaryWriter(f"{experiment.log_dir.rstrip('/')}/{self.prefix}probes") as writer:
-                    writer.add_custom_scalars({f"{self.prefix}linear probes": charts})
+    def _name(self, row: Row, several: Container[str]) -> str:
+        """Return the name that the value of a row is logged under."""
+        target = f"{row['target']}/" if "target" in row else ""
+        return f"{self.prefix}probe_{row['metric']}_{row['stage']}/{target}{row['layer']}{_loader_of(row, several)}"
+
+
+def _loader_of(row: Row, several: Container[str]) -> str:
+    """Return what ends the logged names of a loader; empty if its stage has no others."""
+    return f"/dataloader_idx_{row['dataloader']}" if row["stage"] in several else ""
+
+
+def _experiments_of(trainer: Any) -> list[Any]:
+    return [getattr(logger, "experiment", None) for logger in trainer.loggers]
 
 
 def folder_of(logger: Any) -> Path | None:

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def values(probes: LinearProbeCallback, stage: str = "val", since: int = 1, **co
 
 
 def probe_keys(trainer: Trainer) -> set[str]:
-    return {key for key in trainer.callback_metrics if "probe_" in key}
+    return {key for key in trainer.callback_metrics if "probe_" in key and "_best_error_" not in key}
 
 
 # Names
@@ -470,7 +470,7 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
-        if "probe_" in tag
+        if "probe_" in tag and "_best_error_" not in tag
     }
 
 
@@ -491,7 +491,7 @@ def test_csv_and_tensorboard_hold_one_point_for_each_epoch_layer_and_stage(tmp_p
     in_csv = {
         name: [(int(line["step"]), float(line[name])) for line in lines if line[name]]
         for name in lines[0]
-        if "probe_" in name
+        if "probe_" in name and "_best_error_" not in name
     }
     assert in_csv == expected
 
@@ -510,10 +510,32 @@ class OwnLayout(Callback):
 
 
 def read_layout(folder: Path) -> layout_pb2.Layout:
-    (event,) = EventAccumulator(str(folder)).Reload().Tensors("custom_scalars__config__")
+    *_, event = EventAccumulator(str(folder)).Reload().Tensors("custom_scalars__config__")  # TensorBoard uses the last
     layout = layout_pb2.Layout()
     layout.ParseFromString(event.tensor_proto.string_val[0])
     return layout
+
+
+def lines_of(category: Any, tags: Iterable[str]) -> dict[str, list[str]]:
+    """Tags of the lines of each chart."""
+    found: dict[str, list[str]] = {}
+    for chart in category.chart:
+        assert len(chart.multiline.tag) <= 8
+        matching = [tag for pattern in chart.multiline.tag for tag in tags if re.match(pattern, tag)]
+        assert len(matching) == len(chart.multiline.tag)
+        found[chart.title] = matching
+    return found
+
+
+def expected_lines(prefix: str) -> dict[str, list[str]]:
+    (*_, depth), layers = range(len(LAYERS)), LAYERS
+    return {
+        f"{metric}, {stage}: layers 0-{depth} ({layers[0]} … {layers[-1]})": [
+            f"{prefix}probe_{metric}_{stage}/{layer}" for layer in layers
+        ]
+        for metric in ("error", "cross_entropy")
+        for stage in ("train", "val")
+    }
 
 
 def test_charts_are_in_a_sub_run_and_leave_the_users_layout_alone(tmp_path: Path) -> None:
@@ -522,16 +544,33 @@ def test_charts_are_in_a_sub_run_and_leave_the_users_layout_alone(tmp_path: Path
     make_trainer(tmp_path, probes, OwnLayout(), logger=logger).fit(small(), loader(), loader(32))
     assert [category.title for category in read_layout(folder_of(logger)).category] == ["mine"]
     (category,) = read_layout(folder_of(logger) / "digit_probes").category
-    tags = read_scalars(folder_of(logger))
-    drawn = {}
-    for chart in category.chart:
-        (pattern,) = chart.multiline.tag
-        drawn[chart.title] = {tag for tag in tags if re.match(pattern, tag)}
-    assert drawn == {
-        f"{metric}, {stage}": {f"digit_probe_{metric}_{stage}/{layer}" for layer in LAYERS}
-        for metric in ("error", "cross_entropy")
-        for stage in ("train", "val")
-    }
+    assert lines_of(category, read_scalars(folder_of(logger))) == expected_lines("digit_")
+
+
+def test_charts_are_in_the_run_itself_where_the_user_has_none(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    for _ in range(2):  # A second run in the same folder finds a layout there, which is its own.
+        probes = LinearProbeCallback(log_metrics=["cross_entropy"])
+        make_trainer(tmp_path, probes, logger=logger).fit(small(), loader(), loader(32))
+        logger = TensorBoardLogger(tmp_path, version=logger.version)
+    (category,) = read_layout(folder_of(logger)).category
+    assert category.title == "linear probes"
+    assert lines_of(category, read_scalars(folder_of(logger))) == expected_lines("")
+    assert not [path for path in folder_of(logger).iterdir() if path.is_dir() and path.name == "probes"]
+
+
+def test_a_layout_that_the_user_writes_at_the_end_stays_in_use(tmp_path: Path) -> None:
+    class LateLayout(OwnLayout):
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
+
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            super().on_fit_start(trainer, pl_module)
+
+    logger = TensorBoardLogger(tmp_path)
+    make_trainer(tmp_path, LinearProbeCallback(), LateLayout(), logger=logger).fit(small(), loader())
+    layouts = EventAccumulator(str(folder_of(logger))).Reload().Tensors("custom_scalars__config__")
+    assert b"mine" in layouts[-1].tensor_proto.string_val[0]
+    assert [category.title for category in read_layout(folder_of(logger) / "probes").category] == ["linear probes"]
 
 
 def test_every_run_of_a_callback_has_its_charts(tmp_path: Path) -> None:
@@ -539,7 +578,7 @@ def test_every_run_of_a_callback_has_its_charts(tmp_path: Path) -> None:
     for run in ("one", "other"):
         logger = TensorBoardLogger(tmp_path, name=run)
         make_trainer(tmp_path, probes, logger=logger).fit(small(), loader())
-        assert len(read_layout(folder_of(logger) / "probes").category) == 1
+        assert len(read_layout(folder_of(logger)).category) == 1
 
 
 # Checkpoints, and outside fit
@@ -628,7 +667,7 @@ def test_same_class_works_in_lightning_and_in_pytorch_lightning(tmp_path: Path) 
         trainer = package.Trainer(max_epochs=2, default_root_dir=tmp_path, callbacks=[probes], **QUIET)
         trainer.fit(model := Model(), loader(), loader(32))
         assert not any(module._forward_hooks for module in model.modules())
-        assert set(trainer.callback_metrics) - {"val_loss"} == {
+        assert set(trainer.callback_metrics) - {"val_loss", "probe_best_error_val"} == {
             f"probe_error_{stage}/{layer}" for stage in ("train", "val") for layer in LAYERS
         }
         found.append(probes.report)

@@ -95,7 +95,7 @@ def test_tensorboard_holds_a_curve_for_each_layer_and_stage(runs: list[tuple[Pat
     curves = {
         tag: [event.value for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
-        if tag.startswith("probe_")
+        if tag.startswith("probe_error_")
     }
     expected: dict[str, list[Any]] = {}
     for row in report.select(metric="error"):

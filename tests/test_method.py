@@ -84,7 +84,7 @@ def test_with_validation_the_training_error_alone_is_headed() -> None:
         assert "Probes fitted to their optimum on 96 samples of training, scored on 32 others." in table
     assert report.table("train").splitlines()[1] == f"! {TRAINED_ON}, and the probes fitted on"
     assert "scored on the same." in report.table("train")
-    assert report.plot("train").axes[0].get_title().splitlines()[1].startswith("on samples")
+    assert report.plot(stage="train").axes[0].get_title().splitlines()[1].startswith("on samples")
     assert [note for note in report.notes if LOADER in note] == []
 
 
@@ -164,7 +164,10 @@ def test_many_layers_with_long_names_are_told_apart_in_80_columns(kind: str, rep
     page = report._repr_html_()
     assert all(page.count(f">{row['layer']}<") == 1 for row in report.curves()[0, 0].values())
     ticks = [label.get_text() for label in report.plot().axes[0].get_xticklabels()]
-    assert len(set(ticks)) == 40
+    # The first of a block has the block's number, and the others what tells them apart in it.
+    assert len(ticks) == 40
+    assert [tick.split(".")[0] for tick in ticks if not tick.startswith(".")] == ["input", *map(str, range(13))]
+    assert all(len(set(ticks[i : i + 3])) == 3 for i in range(1, 40, 3))
     assert max(map(len, ticks)) <= 24
 
 
@@ -198,7 +201,7 @@ def test_own_axes_are_drawn_into_and_returned() -> None:
     figure = Figure()
     left, right = figure.subplots(1, 2)
     assert report.plot(ax=left) is left
-    assert report.plot("train", ax=right) is right
+    assert report.plot(stage="train", ax=right) is right
     own = report.plot().axes[0]
     assert [line.get_label() for line in left.lines] == [line.get_label() for line in own.lines]
     assert left.get_legend() is not None
@@ -218,7 +221,7 @@ def test_what_is_not_there_is_an_error_that_lists_what_is() -> None:
     ):
         report.table(stage="valid")
     with pytest.raises(ValueError, match=r"^stage: .* found 'valid'"):
-        report.plot("valid")
+        report.plot(stage="valid")
     with pytest.raises(ValueError, match=r"^the report has no test error .*; it has train cross_entropy .* val lag"):
         report.table("test")
     with pytest.raises(ValueError, match=r"^the report has no val error \(dataloader 3\); it has"):

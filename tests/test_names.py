@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_probes.report.names import shorten
+from lightning_probes.figures.names import shorten
 
 SEGMENTS = st.sampled_from(["layers", "0", "1", "10", "self_attention", "output_projection", "x" * 40, "a", "_orig"])
 PATHS = st.lists(st.lists(SEGMENTS, min_size=1, max_size=6).map(".".join), min_size=1, max_size=60, unique=True)

@@ -47,6 +47,8 @@ def test_the_start_is_logged_at_step_0_and_epoch_0(tmp_path: Path) -> None:
         for row in probes.report.select(epoch=0)
     }
     assert len(expected) == 2 * 2 * 2
+    errors = [row["value"] for row in probes.report.select(epoch=0, metric="error", stage="val")]
+    expected["digit_probe_best_error_val"] = pytest.approx(min(errors))
     events = EventAccumulator(str(loggers[0].log_dir)).Reload()
     at_0 = {tag: [e.value for e in events.Scalars(tag) if e.step == 0] for tag in events.Tags()["scalars"]}
     assert {tag: found[0] for tag, found in at_0.items() if "probe_" in tag and found} == expected

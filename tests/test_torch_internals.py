@@ -64,7 +64,6 @@ def test_nothing_private_of_others_is_used_anywhere_else() -> None:
     assert elsewhere == {
         "callback.py": {"callback._logs"},  # of another callback of the same class
         "network/batches.py": {"value._asdict"},  # documented, so that it cannot be a field's name
-        "report/report.py": {"self.plot(target=x)._repr_png_"},  # what a notebook asks for
         # Only a subclass can override them; without them `--untrained` needs a value, and the first of several
         # checkpoints gives no hyperparameters.
         "cli.py": {"super()._prepare_subcommand_parser", "super()._parse_ckpt_path", "parser._actions"},

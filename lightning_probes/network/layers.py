@@ -240,6 +240,29 @@ def match_layers(model: nn.Module, patterns: str | Sequence[str], argument: str)
     return _match(_paths(model), patterns, argument)
 
 
+def match_paths(paths: Sequence[str], patterns: str | Sequence[str], argument: str) -> list[str]:
+    """Return those of some paths that at least one pattern matches, in their order.
+
+    Args:
+        paths: paths of layers.
+        patterns: globs, or paths as they are.
+        argument: name of the user's argument that the patterns come from, for the error message.
+
+    Raises:
+        ValueError: a pattern matches nothing; the message names ``argument`` and the nearest paths.
+    """
+    matched: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        # A path may hold characters that mean something in a glob.
+        is_path = pattern in paths
+        hits = {pattern} if is_path else {path for path in paths if _globs(pattern.split("."), path.split("."))}
+        if not hits:
+            near = get_close_matches(pattern, paths, n=5, cutoff=0.4) or list(paths[:5])
+            raise ValueError(f"{argument}: {pattern!r} matches no layer; nearest: {', '.join(near) or 'none'}")
+        matched |= hits
+    return [path for path in paths if path in matched]
+
+
 def _match(names: dict[str, nn.Module], patterns: str | Sequence[str], argument: str) -> dict[str, nn.Module]:
     matched: dict[str, nn.Module] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:

@@ -10,20 +10,22 @@ import math
 import os
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
 
 from lightning_probes.checkpoints import STATE_VERSION, CheckpointError, check_version, read_checkpoint
-from lightning_probes.options import one_of
+from lightning_probes.figures.content import Content, Moment
+from lightning_probes.figures.drawing import FigureKind, draw, kind_of
+from lightning_probes.network.layers import match_paths
+from lightning_probes.options import first_of, one_of, patterns
 from lightning_probes.probes.linear import LayerProbe, LayerProbes
 from lightning_probes.report.findings import Finding, find
 from lightning_probes.report.method import Method, method_of
 from lightning_probes.report.outcomes import Outcomes
 from lightning_probes.report.paired import Comparison, best_layers, compare_losses, smallest_difference
-from lightning_probes.report.plots import error_by_depth
 from lightning_probes.report.tables import (
     Table,
     error_table,
@@ -31,19 +33,21 @@ from lightning_probes.report.tables import (
     notes_as_html,
     notes_as_text,
     point_name,
-    spread,
 )
 from lightning_probes.tasks.kinds import metrics_of, words_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from lightning_probes.report.picture import Picture
+    from lightning_probes.figures.picture import Picture
 
 Row = dict[str, Any]
 
 VERSION = 1
 """Number the form in which reports are saved."""
+
+_CROSS = "\N{MULTIPLICATION SIGN}"
+"""Mark in a figure's small print the reason of a gap, as the figure marks the gap."""
 
 _STAGES = ("val", "test", "train")
 
@@ -364,13 +368,16 @@ class ProbeReport:
         return f"ProbeReport({layers}, {points}{lowest}{f' ({method.warning})' * bool(method.warning)}, {notes})"
 
     def _repr_html_(self) -> str:
-        """Return the table and, if matplotlib is installed, the figure, as HTML for a notebook."""
+        """Return the table and, if matplotlib is installed, the figures, as HTML for a notebook.
+
+        The figures are errors by depth and, of several points, the map of layers and points.
+        """
         if not self.rows:
             return f"<p>ProbeReport: no rows yet</p>{notes_as_html(self.notes)}"
         try:
-            pictures = [base64.b64encode(self.plot(target=x)._repr_png_()).decode("ascii") for x in self._shown()]
-            image = '<img alt="probe error against depth" src="data:image/png;base64,{}">'
-            drawn = "".join(map(image.format, pictures))
+            several = len(self.curves()) > 1
+            kinds: list[FigureKind] = ["depth", "map"] if several else ["depth"]
+            drawn = "".join(_image(self.plot(kind, target=x), kind) for x in self._shown() for kind in kinds)
         except Exception as error:  # An error of drawing must not keep the table from being shown.
             drawn = f"<p>No figure: {html.escape(str(error))}</p>"
         *tables, last = self._tables()
@@ -469,56 +476,75 @@ class ProbeReport:
     @overload
     def plot(
         self,
-        stage: str | None = None,
-        dataloader: int | None = None,
-        references: Mapping[str, float] | None = None,
+        kind: FigureKind = "depth",
         ax: None = None,
         *,
+        stage: str | None = None,
         metric: str = "error",
+        dataloader: int | None = None,
         target: str | None = None,
+        layers: str | Sequence[str] | None = None,
+        references: Mapping[str, float] | None = None,
     ) -> Picture: ...
 
     @overload
     def plot(
         self,
-        stage: str | None = None,
-        dataloader: int | None = None,
-        references: Mapping[str, float] | None = None,
+        kind: FigureKind = "depth",
         *,
         ax: Axes,
+        stage: str | None = None,
         metric: str = "error",
+        dataloader: int | None = None,
         target: str | None = None,
+        layers: str | Sequence[str] | None = None,
+        references: Mapping[str, float] | None = None,
     ) -> Axes: ...
 
     def plot(
         self,
-        stage: str | None = None,
-        dataloader: int | None = None,
-        references: Mapping[str, float] | None = None,
+        kind: FigureKind = "depth",
         ax: Axes | None = None,
         *,
+        stage: str | None = None,
         metric: str = "error",
+        dataloader: int | None = None,
         target: str | None = None,
+        layers: str | Sequence[str] | None = None,
+        references: Mapping[str, float] | None = None,
     ) -> Picture | Axes:
-        """Draw error against depth, with one line per published point, at most eight, and the last point's interval.
+        """Draw error by depth, over time, or both as a map of colours.
+
+        The axis of errors begins at 0, unless all of them are far from it, and is logarithmic if they differ by more
+        than a factor of eight. What would squeeze them, such as a baseline far above, stands at the edge in words.
+        Layers that were set aside are marked; a note in the small print of a new figure says why.
 
         Args:
+            kind: ``depth``, a line for each of at most eight published points, the last with its 95 % interval;
+                ``time``, a line for each layer, named at its end; or ``map``, a row of colours for each layer and a
+                column for each point.
+            ax: matplotlib axes to draw into, of a figure that makes room for what stands around them, such as one of
+                ``plt.subplots(layout="constrained")``. By default a new figure is made, which also has, under its axes,
+                how the probes were fitted and scored, and the notes.
             stage: ``train``, ``val`` or ``test``; the default is that of :meth:`curves`.
-            dataloader: index of the loader within the stage; the default is that of :meth:`curves`.
-            references: further horizontal lines, ``{label: value}``, for example the network's own error in [0, 1].
-            ax: matplotlib axes to draw into. By default a new figure is made, which also has, under its axes, how the
-                probes were fitted and scored, and the notes.
             metric: another metric of the report to draw, as it is; it has no interval and no baseline.
+            dataloader: index of the loader within the stage; the default is that of :meth:`curves`.
             target: name of the target; the default is that of :meth:`curves`.
+            layers: the layers to draw: names, or globs over them as in
+                :class:`~lightning_probes.LinearProbeCallback`; by default all.
+            references: further values to compare with, ``{label: value}``, for example the network's own error in
+                [0, 1].
 
         Returns:
             ``ax`` if it is given, else the new matplotlib figure, which a notebook shows.
 
         Raises:
-            ValueError: the stage, metric or target is unknown, or the report has none of it to draw.
-            TypeError: ``ax`` is no matplotlib Axes.
+            ValueError: the kind, stage, metric, target or a layer is unknown, or the report has none of it to draw; the
+                message has the nearest right thing.
+            TypeError: ``ax`` is no matplotlib Axes, or ``layers`` no names.
             ModuleNotFoundError: matplotlib is not installed.
         """
+        kind_of(kind)
         stage, dataloader = self._resolve(stage, dataloader)
         target = self._target(target)
         curves = self.curves(stage, metric, dataloader, target)
@@ -526,32 +552,52 @@ class ProbeReport:
             what = "errors" if metric == "error" else metric
             raise ValueError(f"the report has no {stage} {what} to draw yet")
         depths = {layer: row["depth"] for curve in curves.values() for layer, row in curve.items()}
-        layers = sorted(depths, key=lambda layer: depths[layer])
+        shown = sorted(depths, key=lambda layer: depths[layer])
+        if layers is not None:
+            shown = match_paths(shown, patterns("layers", layers) or [], "layers")
         last = list(curves.values())[-1]
 
         def across(curve: Mapping[str, Row], key: str = "value") -> list[float]:
-            return [curve[layer][key] if layer in curve else math.nan for layer in layers]
+            return [curve[layer][key] if layer in curve else math.nan for layer in shown]
 
-        shown = spread(list(curves), 8)
         by_step = has_points_inside_epochs(curves)
         is_error, where = metric == "error", _of_target(stage, target)
         constant = self.baseline.get(where) if is_error else None
         baseline = {} if constant is None else {words_of(self.tasks[target]).baseline: constant}
-        quantity = metrics_of(self.tasks[target]).get(metric, metric)
+        known = metrics_of(self.tasks[target])
+        quantity = known.get(metric, metric)
         method = self._method(curves, stage)
-        axes = error_by_depth(
-            layers,
-            {point_name(point, by_step, curves[point]): across(curves[point]) for point in shown},
-            interval=(across(last, "low"), across(last, "high")) if is_error and stage != "train" else None,
-            references={**baseline, **(references or {})},
-            title=f"What each layer knows: linear probes, {where} {quantity}",
-            quantity=quantity,
-            is_share=is_error,
-            warning=method.warning,
-            below=[*method.sentences, *self.notes],
-            ax=ax,
+        best = min(shown, key=lambda layer: (math.isnan(value := _value(last, layer)), value))
+        asked = {"depth": "What each layer knows", "time": "When each layer learns", "map": "Where and when"}[kind]
+        of_loader = f", dataloader {dataloader}" if dataloader else ""
+        axes = draw(
+            kind,
+            Content(
+                layers=shown,
+                moments=[_moment(point, by_step, curve) for point, curve in curves.items()],
+                values=[across(curve) for curve in curves.values()],
+                interval=(across(last, "low"), across(last, "high")) if is_error and stage != "train" else None,
+                unit="step" if by_step else "epoch",
+                title=f"{asked}: linear probes, {where} {quantity}{of_loader}",
+                quantity=quantity,
+                is_share=is_error,
+                may_be_logarithmic=metric in known and metric != "lag",
+                references={**baseline, **(references or {})},
+                best=[best] if is_error and stage != "train" and not math.isnan(_value(last, best)) else [],
+                warning=method.warning,
+                below=[*method.sentences, *self._marked([x for x in shown if math.isnan(_value(last, x))])],
+            ),
+            ax,
         )
         return axes if ax is not None else axes.figure  # type: ignore[return-value]
+
+    def _marked(self, silent: Sequence[str]) -> list[str]:
+        """Return what the small print says of layers without a value, and the notes, marked where they say why."""
+        why = {layer: [note for note in self.notes if repr(layer) in note] for layer in silent}
+        marked = {note for notes in why.values() for note in notes}
+        bare = [layer for layer, notes in why.items() if not notes]
+        reason = [f"{_CROSS} {first_of(bare)}: no value at the last point."] if bare else []
+        return reason + [f"{_CROSS} {note}" if note in marked else note for note in self.notes]
 
     def _shown(self) -> list[str]:
         """Return the targets that have rows of the stage that is shown."""
@@ -606,6 +652,22 @@ class ProbeReport:
     def _stage(self) -> str:
         found = {row["stage"] for row in self.rows}
         return next((stage for stage in _STAGES if stage in found), "val")
+
+
+def _value(curve: Mapping[str, Row], layer: str) -> float:
+    """Return the value of a layer, which is NaN if it has none."""
+    return float(curve[layer]["value"]) if layer in curve else math.nan
+
+
+def _moment(point: tuple[int, int], by_step: bool, curve: Mapping[str, Row]) -> Moment:
+    name = point_name(point, by_step, curve)
+    return Moment(name, name.removeprefix("step ").removeprefix("epoch "), point[by_step])
+
+
+def _image(picture: Picture, kind: str) -> str:
+    """Return a figure as an image of HTML, which holds it."""
+    data = base64.b64encode(picture.png()).decode("ascii")
+    return f'<img alt="probe error, {kind}" style="max-width: 100%" src="data:image/png;base64,{data}">'
 
 
 def _of_target(stage: str, target: str) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import html
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_probes.figures.content import spread
+from lightning_probes.figures.names import shorten
+from lightning_probes.figures.text import wrap
 from lightning_probes.options import first_of
 from lightning_probes.report.method import Method
-from lightning_probes.report.names import shorten
 from lightning_probes.tasks.kinds import metrics_of, words_of
 
 Point = tuple[int, int]
@@ -155,12 +156,6 @@ def error_table(
     )
 
 
-def wrap(text: str, width: int) -> list[str]:
-    """Break a text into lines of at most ``width`` characters, and never between a number and its per cent sign."""
-    kept = textwrap.wrap(text.replace(" %", "\xa0%"), width, break_on_hyphens=False)
-    return [line.replace("\xa0", " ") for line in kept]
-
-
 def notes_as_text(notes: Sequence[str], heading: str = "Notes:") -> list[str]:
     """Return a heading and the notes, each after a dash, as lines of at most 80 characters; empty without notes."""
     lines = [f"{'  ' if i else '- '}{line}" for note in notes for i, line in enumerate(wrap(note, WIDTH - 2))]
@@ -200,14 +195,6 @@ def _time(point: Point, by_step: bool, curve: Mapping[str, Mapping[str, Any]]) -
     if network in ("untrained", "as given") and point in ((0, 0), (0, 1)):
         return str(network)
     return str(point[by_step]) if any(point) else "start"
-
-
-def spread(points: list[Point], room: int) -> list[Point]:
-    """Return at most ``max(room, 2)`` of the points: the first, the last, and evenly spaced ones between."""
-    room = max(room, 2)
-    if len(points) <= room:
-        return points
-    return [points[round(i * (len(points) - 1) / (room - 1))] for i in range(room)]
 
 
 def _of_same_samples(best: Sequence[str], gap: float, samples: int) -> list[str]:

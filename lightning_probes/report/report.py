@@ -567,7 +567,6 @@ class ProbeReport:
         known = metrics_of(self.tasks[target])
         quantity = known.get(metric, metric)
         method = self._method(curves, stage)
-        best = min(shown, key=lambda layer: (math.isnan(value := _value(last, layer)), value))
         asked = {"depth": "What each layer knows", "time": "When each layer learns", "map": "Where and when"}[kind]
         of_loader = f", dataloader {dataloader}" if dataloader else ""
         axes = draw(
@@ -583,13 +582,21 @@ class ProbeReport:
                 is_share=is_error,
                 may_be_logarithmic=metric in known and metric != "lag",
                 references={**baseline, **(references or {})},
-                best=[best] if is_error and stage != "train" and not math.isnan(_value(last, best)) else [],
+                best=self._marked_best(stage, dataloader, target) if is_error else [],
                 warning=method.warning,
                 below=[*method.sentences, *self._marked([x for x in shown if math.isnan(_value(last, x))])],
             ),
             ax,
         )
         return axes if ax is not None else axes.figure  # type: ignore[return-value]
+
+    def _marked_best(self, stage: str, dataloader: int, target: str) -> list[str]:
+        """Return the layers to mark: those of :meth:`best`, or the one with the least error if others cannot be told."""
+        point, last = list(self.curves(stage, "error", dataloader, target).items())[-1]
+        if (outcomes := self._outcomes_at(stage, dataloader, target, point)) is not None:
+            return best_layers(outcomes)
+        known = [layer for layer in last if not math.isnan(_value(last, layer))]
+        return [min(known, key=lambda layer: _value(last, layer))] if known and stage != "train" else []
 
     def _marked(self, silent: Sequence[str]) -> list[str]:
         """Return what the small print says of layers without a value, and the notes, marked where they say why."""

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import base64
-import errno
 import html
 import json
 import math
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +16,9 @@ from typing import TYPE_CHECKING, Any, overload
 from lightning_probes.checkpoints import STATE_VERSION, CheckpointError, check_version, read_checkpoint
 from lightning_probes.options import one_of
 from lightning_probes.probes.linear import LayerProbe, LayerProbes
+from lightning_probes.report.files import write_whole
 from lightning_probes.report.method import Method, method_of
+from lightning_probes.report.page import page_of
 from lightning_probes.report.plots import error_by_depth
 from lightning_probes.report.tables import (
     Table,
@@ -266,13 +265,22 @@ class ProbeReport:
             OSError: the file cannot be written; an earlier file of that name is unchanged.
         """
         text = json.dumps({"version": VERSION, **_without_nan(asdict(self))}, indent=1, allow_nan=False)
-        path = Path(os.path.realpath(path))  # os.replace would put a file in the place of a link.
-        if not path.parent.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-            written = Path(folder) / path.name
-            written.write_text(text + "\n", encoding="utf-8")
-            os.replace(written, path)
+        write_whole(path, text + "\n")
+
+    def save_html(self, path: str | Path) -> None:
+        """Save the report as a page: one HTML file that any browser opens from disk, and that asks for no other.
+
+        It shows the layers in the order of the calls, layers by moments, and the curve by depth at the moment that is
+        pointed at; of each layer all that :attr:`rows` say of it. A report without rows makes a page that says so.
+
+        Args:
+            path: the file, in a folder that exists; it is replaced only when all is written.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
+            OSError: the file cannot be written; an earlier file of that name is unchanged.
+        """
+        write_whole(path, page_of(self.rows, tasks=self.tasks, baseline=self.baseline, notes=self.notes))
 
     @classmethod
     def load(cls, path: str | Path) -> ProbeReport:

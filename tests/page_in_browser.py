@@ -1,10 +1,10 @@
 """Look at the page in headless Chromium: 5, 40 and 300 layers, wide and narrow, light and dark.
 
-python tests/page_in_browser.py FOLDER [--browser /usr/bin/chromium]
+python tests/page_in_browser.py FOLDER [--browser /usr/bin/chromium] [--layers 5 40 300]
 
-Needs ``pip install playwright``. It moves the slider, plays, points, searches and presses keys, and holds what the page then
-shows against the rows of the report; there may be no message in the console, and no request but for the page. Screenshots are
-left in the folder, to be looked at.
+Needs ``pip install playwright``. It moves the slider, plays, points, searches and presses keys, and holds what the page
+then shows against the rows of the report; there may be no message in the console, and no request but for the page.
+Screenshots are left in the folder, to be looked at.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import ROUND_HALF_UP, Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pages import Said, bridge, names
+from pages import Said, bridge, names, page_with
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from lightning_probes import ProbeReport
 from lightning_probes.report.files import write_whole
-from lightning_probes.report.page import page_of
 
 SIZES = {5: 6, 40: 30, 300: 100}
 """Moments, by the number of layers."""
@@ -38,12 +38,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the pages and the screenshots go")
     found = shutil.which("chromium") or shutil.which("google-chrome")
     parser.add_argument("--browser", default=found, help=f"the program (default {found})")
+    parser.add_argument("--layers", type=int, nargs="*", default=list(SIZES), help="which sizes (default all)")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=args.browser, args=["--no-sandbox"])
-        for layers, moments in SIZES.items():
-            report = bridge(names(layers), moments)
+        for layers in args.layers:
+            report = bridge(names(layers), SIZES[layers])
             file = args.folder / f"{layers}_layers.html"
             write_whole(file, page_with_findings(report, names(layers)))
             for window in WINDOWS:
@@ -58,10 +59,9 @@ def main() -> None:
 
 def page_with_findings(report: ProbeReport, layers: list[str]) -> str:
     """Return a page with a finding on the span inside, and two layers that are marked as best."""
-    span = tuple(layers[int(0.35 * len(layers)) + 1 : int(0.75 * len(layers)) + 1])
+    span = tuple(layers[int(0.35 * len(layers)) + 1 : math.ceil(0.75 * len(layers))])
     said = Said(f"{len(span)} layers from {span[0]} to {span[-1]} are worse than those on both sides.", span)
-    known = {"tasks": report.tasks, "baseline": report.baseline, "notes": report.notes}
-    return page_of(report.rows, **known, findings=[said], best=layers[-2:])
+    return page_with(report, [said], layers[-2:])
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def opened(browser: Browser, file: Path, window: str, theme: Any) -> Iterator[Pa
     asked: list[str] = []
     page.on("console", lambda message: heard.append(message.text))
     page.on("pageerror", lambda error: heard.append(str(error)))
-    page.on("dialog", lambda dialog: (heard.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    page.on("dialog", lambda dialog: heard.append(f"dialog: {dialog.message}"))
     page.on("request", lambda request: asked.append(request.url))
     page.goto(file.as_uri())
     yield page
@@ -105,10 +105,14 @@ def agrees(page: Page, report: ProbeReport, moment: int) -> None:
     curve = list(report.curves("val").values())[moment]
     lines = page.evaluate(
         """() => [...document.querySelectorAll("#lines .line")].map((line) => ({
-            says: line.getAttribute("aria-label"), colour: getComputedStyle(line.querySelector(".swatch")).backgroundColor }))"""
+            says: line.getAttribute("aria-label"),
+            colour: getComputedStyle(line.querySelector(".swatch")).backgroundColor,
+        }))"""
     )
     assert [line["says"] for line in lines] == [f"{layer}: {percent(row['value'])}" for layer, row in curve.items()]
-    known = [(row["value"], *rgb(line["colour"])) for row, line in zip(curve.values(), lines, strict=True) if is_number(row)]
+    known = [
+        (row["value"], *rgb(line["colour"])) for row, line in zip(curve.values(), lines, strict=True) if is_number(row)
+    ]
     lightness = [0.2126 * red + 0.7152 * green + 0.0722 * blue for _, red, green, blue in sorted(known)]
     # Channels are whole numbers, so that nearly equal errors may differ by one the other way.
     assert all(after <= before + 1 for before, after in pairwise(lightness)), "more errors are darker"
@@ -116,11 +120,13 @@ def agrees(page: Page, report: ProbeReport, moment: int) -> None:
         """(moment) => {
             const canvas = document.querySelector("#map canvas"), now = document.getElementById("now");
             const height = canvas.height / document.querySelectorAll("#lines .line").length;
-            const x = (now.offsetLeft + 1) * canvas.width / canvas.clientWidth;
-            const copy = Object.assign(document.createElement("canvas"), { width: canvas.width, height: canvas.height });
+            const x = now.offsetLeft * canvas.width / canvas.clientWidth;
+            const copy = document.createElement("canvas");
+            Object.assign(copy, { width: canvas.width, height: canvas.height });
             const pen = copy.getContext("2d", { willReadFrequently: true });
             pen.drawImage(canvas, 0, 0);
-            return [...document.querySelectorAll("#lines .line")].map((_, i) => [...pen.getImageData(x, (i + .3) * height, 1, 1).data]);
+            const lines = [...document.querySelectorAll("#lines .line")];
+            return lines.map((_, i) => [...pen.getImageData(x, (i + .3) * height, 1, 1).data]);
         }""",
         moment,
     )
@@ -132,7 +138,9 @@ def agrees(page: Page, report: ProbeReport, moment: int) -> None:
     assert path is not None
     across = [float(x) for x in re.findall(r"[ML]([\d.-]+) ", path)]
     values = [row["value"] for row in curve.values() if is_number(row)]
-    assert sorted(range(len(values)), key=lambda i: (values[i])) == sorted(range(len(across)), key=lambda i: (across[i], values[i]))
+    assert sorted(range(len(values)), key=lambda i: values[i]) == sorted(
+        range(len(across)), key=lambda i: (across[i], values[i])
+    )
 
 
 def moves(page: Page, report: ProbeReport, last: int) -> None:
@@ -188,7 +196,15 @@ def points(page: Page, report: ProbeReport, file: Path, last: int) -> None:
     agrees(page, report, moment)
     row = list(curves[moment].values())[line]
     hint = page.inner_text("#hint")
-    for said in (row["layer"], percent(row["value"]), percent(row["high"]), "lag", "remaining", "10,000", row["reduction"]):
+    for said in (
+        row["layer"],
+        percent(row["value"]),
+        percent(row["high"]),
+        "lag",
+        "remaining",
+        "10,000",
+        row["reduction"],
+    ):
         assert said in hint, (said, hint)
     page.screenshot(path=f"{file}_pointed.png")
     page.mouse.move(2, 2)
@@ -248,9 +264,14 @@ def reads(page: Page, report: ProbeReport, last: int) -> None:
     for moment in (last, 0):
         page.locator("#slider").fill(str(moment))
         settle(page)
-        rows = page.evaluate("[...document.querySelectorAll('#table tbody tr')].map((row) => [...row.children].map((cell) => cell.textContent))")
+        rows = page.evaluate(
+            """[...document.querySelectorAll("#table tbody tr")].map(
+                (row) => [...row.children].map((cell) => cell.textContent))"""
+        )
         curve = list(report.curves("val").values())[moment]
-        assert [(name, value) for name, _, value, *_ in rows] == [(layer, percent(row["value"])) for layer, row in curve.items()]
+        assert [(name, value) for name, _, value, *_ in rows] == [
+            (layer, percent(row["value"])) for layer, row in curve.items()
+        ]
     page.click("#as-table")
     page.locator("#slider").fill(str(last))
 
@@ -282,11 +303,18 @@ def changes_theme(page: Page) -> None:
 def strange(browser: Browser, folder: Path) -> None:
     """Show names that are HTML, long, or of other scripts; one layer at one moment; layers of NaN; and no rows."""
     tag = "</script><script>alert(1)</script>"
-    layers = ["input", tag, f"<img src=x onerror=alert(2)>.{tag}", "net." + "deep" * 29, "\u5c42.\u7b2c\u4e00", "a b.c\u2028d"]
+    layers = [
+        "input",
+        tag,
+        f"<img src=x onerror=alert(2)>.{tag}",
+        "net." + "deep" * 29,
+        "\u5c42.\u7b2c\u4e00",
+        "a b.c\u2028d",
+    ]
     reports = {"strange": bridge(layers, 3), "one": bridge(["net"], 1), "none": ProbeReport(notes=[tag])}
     reports["nan"] = bridge(names(5), 3)
     for row in reports["nan"].rows:
-        row["value"] = math.nan
+        row |= {"value": math.nan, "low": math.nan, "high": math.nan}
     for name, report in reports.items():
         file = folder / f"{name}.html"
         report.save_html(file)
@@ -320,7 +348,11 @@ def wait_until(page: Page, expression: str) -> None:
 def chosen(page: Page) -> int:
     """Return the number of the chosen line."""
     settle(page)
-    return int(page.evaluate("[...document.querySelectorAll('#lines .line')].findIndex((line) => line.ariaSelected === 'true')"))
+    return int(
+        page.evaluate(
+            "[...document.querySelectorAll('#lines .line')].findIndex((line) => line.ariaSelected === 'true')"
+        )
+    )
 
 
 def rgb(colour: str) -> list[float]:
@@ -334,8 +366,10 @@ def is_number(row: dict[str, Any]) -> bool:
 
 
 def percent(value: float) -> str:
-    """Return an error as the page writes it."""
-    return "set aside" if math.isnan(value) else f"{100 * float(f'{value:.5g}'):.1f} %"
+    """Return an error as the page writes it: of two numbers that are as near the greater, as scripts round."""
+    if math.isnan(value):
+        return "set aside"
+    return f"{Decimal(100 * float(f'{value:.5g}')).quantize(Decimal('0.1'), ROUND_HALF_UP)} %"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_probes import ProbeReport
+from lightning_probes.report.page import page_of
 from lightning_probes.tasks.intervals import wilson_interval
 
 SAMPLES = 10_000
@@ -82,3 +83,9 @@ def bridge(layers: Sequence[str], moments: int) -> ProbeReport:
             rows.append(row(layer, i, 0.9 * error, epoch, stage="train"))
     note = f"layer {lost!r} is set aside: NaN or Inf in its features"
     return ProbeReport(rows=rows, baseline={"val": 0.9}, notes=[note] if moments > 1 else [])
+
+
+def page_with(report: ProbeReport, findings: Sequence[Said], best: Sequence[str]) -> str:
+    """The page of a report, with findings and best layers that are given."""
+    tasks, baseline, notes = report.tasks, report.baseline, report.notes
+    return page_of(report.rows, tasks=tasks, baseline=baseline, notes=notes, findings=findings, best=best)

@@ -1,8 +1,8 @@
 """Make a page of a report: the network as a map, in one HTML file that asks nothing of any other.
 
-What is shown where stands in ``web/``: the page's text, its style and its scripts, which this module puts together with the
-numbers. The numbers are embedded as JSON, and every script and style is named to the browser by its hash, so that
-a name out of a report can neither end the JSON nor run.
+What is shown where stands in ``web/``: the page's text, its style and its scripts, which this module puts together with
+the numbers. The numbers are embedded as JSON, and the script and the style are named to the browser by their hashes, so
+that a name out of a report can neither end the JSON nor run.
 """
 
 from __future__ import annotations

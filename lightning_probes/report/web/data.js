@@ -41,12 +41,12 @@ function isOfSame(one, other) {
   return one.stage === other.stage && one.loader === other.loader && one.target === other.target;
 }
 
-/** The mean of some layers' numbers at a moment, as a collapsed module shows it; null without any. */
-function meanOf(matrix, layers, moment) {
+/** The mean of some layers' values at a moment, as a collapsed module shows it; null without any. */
+function meanOf(values, layers, moment) {
   let sum = 0;
   let number = 0;
   for (const layer of layers) {
-    const value = matrix?.[layer][moment] ?? null;
+    const value = values[layer][moment];
     if (value !== null) {
       sum += value;
       number += 1;

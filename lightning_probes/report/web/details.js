@@ -6,7 +6,7 @@ function factsOf(page, line, moment) {
   const value = page.valueOf(line, moment);
   const kind = page.kindOf(line, moment);
   const facts = [[view.quantity, value === null ? kind : `${inWords(value, view.isShare)}${between(page, line, moment)}`]];
-  if (line.isModule) return [...facts, ["layers", `${line.layers.length}, of which this is the mean`]];
+  if (line.isModule) return [...facts, ["layers", `${line.layers.length}, of which this is the mean`], ...rangeOf(page, line, moment)];
   const row = line.members[0];
   const told = (key) => factOf(view, key, row, moment);
   const lag = view.metric === "lag" ? null : beside(view, "lag", row, moment);
@@ -26,6 +26,12 @@ function factsOf(page, line, moment) {
   const isBest = best.has(line.layers[0]) ? [["best", "the best layer, or not to be told from it"]] : [];
   const why = kind === "set aside" ? reasonsFor(line.layers[0]).map((note) => ["why", note]) : [];
   return [...facts, ...isBest, ...why, ...found.filter(([, words]) => words !== null && words !== undefined && words !== "")];
+}
+
+/** The least and the greatest value of a module's layers. */
+function rangeOf({ view }, line, moment) {
+  const values = line.members.map((layer) => view.values[layer][moment]).filter((value) => value !== null);
+  return values.length ? [["range", [Math.min(...values), Math.max(...values)].map((value) => inWords(value, view.isShare)).join(" to ")]] : [];
 }
 
 function between(page, line, moment) {
@@ -80,7 +86,7 @@ function paintDetails(page) {
 /** Draw one line's values over time, with their intervals. */
 function timeCurve(page, line) {
   const { view, scale, moment } = page;
-  const [width, height, left] = [420, 150, 40];
+  const [width, height, left] = [420, 150, 46];
   const last = Math.max(1, view.moments.length - 1);
   const x = (i) => left + 6 + (i / last) * (width - left - 14);
   const y = (value) => 8 + (1 - Math.max(0, Math.min(1, scale.place(value)))) * (height - 30);

@@ -44,7 +44,9 @@ const page = {
 function layOut() {
   const shown = page.isOnlyMarked && page.marked?.size ? page.view.layers.filter((layer) => page.marked.has(layer)) : page.view.layers;
   Object.assign(page, linesOf(page.view, shown, page.collapsed));
-  page.isNarrow = window.innerWidth < 720;
+  page.isNarrow = isAtMost(720);
+  // The curve by depth stands below the others then, and has names of its own.
+  page.isStacked = isAtMost(980);
   page.blockWidth = page.isNarrow ? 14 : 19;
   page.scale = scaleOf(page.view, page.isLogarithmic);
   page.startMoment = page.view.moments.findIndex(({ epoch, step }) => !epoch && !step);
@@ -57,6 +59,10 @@ function layOut() {
   drawLegend(page);
   drawControls();
   paint();
+}
+
+function isAtMost(width) {
+  return window.matchMedia(`(max-width: ${width}px)`).matches;
 }
 
 function paint() {
@@ -142,7 +148,7 @@ function chooseLine(i) {
   const line = page.lines[Math.max(0, Math.min(page.lines.length - 1, i))];
   if (!line) return;
   [page.chosen] = line.layers;
-  if (page.isNarrow) drawDepth(page);
+  if (page.isStacked) drawDepth(page);
   paintSoon();
 }
 

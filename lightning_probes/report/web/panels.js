@@ -34,7 +34,8 @@ function blockButton(page, block) {
   const button = make("button", { type: "button", class: "block", title: says, "aria-label": says, "aria-expanded": !block.isClosed });
   const tall = (block.bottom - block.top) * height;
   place(button, { left: block.level * page.blockWidth, top: block.top * height, height: Math.max(2, tall - 1), width: page.blockWidth - 2 });
-  if (tall > 24) button.append(make("span", {}, cut(block.label, Math.floor(tall / 6.2))));
+  if (block.isClosed) button.textContent = tall > 12 ? "+" : "";
+  else if (tall > 24) button.append(make("span", {}, cut(block.label, Math.floor(tall / 6.2))));
   button.addEventListener("click", () => page.toggle(block.key));
   return button;
 }
@@ -182,7 +183,7 @@ function drawDepth(page) {
   const width = body.clientWidth;
   const tall = lines.length * height;
   body.style.height = `${tall}px`;
-  page.names = page.isNarrow ? 92 : 0;
+  page.names = page.isStacked ? (page.isNarrow ? 92 : 150) : 0;
   const inner = width - page.names - 12;
   page.x = (value) => page.names + 6 + Math.max(-0.02, Math.min(1.02, scale.place(value))) * inner;
   const ticks = scale.ticks(inner);
@@ -220,7 +221,7 @@ function drawValues(page, ticks, inner) {
 function namesBeside(page) {
   const chosen = page.chosenLine();
   return page.lines.flatMap((line, i) =>
-    isNamed(i, page.height, chosen) ? [makeSvg("text", { class: "beside", x: 0, y: (i + 0.5) * page.height }, cut(line.label, 14))] : []);
+    isNamed(i, page.height, chosen) ? [makeSvg("text", { class: "beside", x: 0, y: (i + 0.5) * page.height }, cut(page.height < LEAST_NAMED ? line.tail : line.label, page.isNarrow ? 14 : 24))] : []);
 }
 
 function baselineIn(page, tall) {
@@ -231,11 +232,11 @@ function baselineIn(page, tall) {
 }
 
 /** A path through the values of a moment; a layer without one breaks it. */
-function curveOf(page, moment, matrix = page.view.values) {
+function curveOf(page, moment) {
   let path = "";
   let isOpen = false;
   page.lines.forEach((line, i) => {
-    const value = meanOf(matrix, line.members, moment);
+    const value = page.valueOf(line, moment);
     if (value !== null) path += `${isOpen ? "L" : "M"}${page.x(value).toFixed(1)} ${((i + 0.5) * page.height).toFixed(1)}`;
     isOpen = value !== null;
   });
@@ -248,7 +249,8 @@ function bandOf(page, moment) {
   if (!view.low) return "";
   const runs = [[]];
   lines.forEach((line, i) => {
-    const ends = [view.low, view.high].map((matrix) => meanOf(matrix, line.members, moment));
+    // The mean of a module has no interval: its layers were scored on the same samples.
+    const ends = line.isModule || page.valueOf(line, moment) === null ? [null] : [view.low, view.high].map((matrix) => matrix[line.members[0]][moment]);
     if (ends.includes(null)) runs.push([]);
     else runs[runs.length - 1].push([i, ...ends.map(page.x)]);
   });

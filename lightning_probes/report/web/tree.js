@@ -98,7 +98,7 @@ function tailOf(name, blocks) {
 
 function moduleLine(view, layers, block) {
   const inside = layers.slice(block.from, block.to);
-  const label = `${inside.length} layers`;
+  const label = `${block.label} \u00b7 ${inside.length} layers`;
   return { name: block.path, label, tail: label, members: inside.map((layer) => view.at.get(layer)), layers: inside, level: block.level + 1, isModule: true };
 }
 

@@ -19,6 +19,7 @@ from networks import QUIET, Classifier, loader, mlp
 from pages import Said, bridge, names, page_with, row
 
 from lightning_probes import LinearProbeCallback, ProbeReport
+from lightning_probes.report import page
 from lightning_probes.report.page import FACTS, data_of
 
 TAG = "</script><script>alert(1)</script>"
@@ -132,22 +133,22 @@ def test_nothing_in_a_name_is_a_tag_and_nothing_may_be_asked_for() -> None:
     layers = ["input", TAG, f"<img src=x onerror=alert(2)>.{TAG}", "{{SCRIPT}}"]
     report = bridge(layers, 3)
     report.notes.append(TAG)
-    page = page_with(report, [Said(TAG, (TAG,))], [TAG])
+    strange = page_with(report, [Said(TAG, (TAG,))], [TAG])
     plain = page_with(bridge(["a", "b", "c", "d"], 3), [], [])
-    assert Elements(page).tags[0][0] == "html"
+    assert Elements(strange).tags[0][0] == "html"
     # The tags are those of a page with other names, but for the hashes in its policy.
-    assert [tag for tag, _ in Elements(page).tags] == [tag for tag, _ in Elements(plain).tags]
-    policy = next(about["content"] for tag, about in Elements(page).tags if about.get("http-equiv"))
+    assert [tag for tag, _ in Elements(strange).tags] == [tag for tag, _ in Elements(plain).tags]
+    policy = next(about["content"] for tag, about in Elements(strange).tags if about.get("http-equiv"))
     assert policy is not None
     assert policy.startswith("default-src 'none'; img-src data:; script-src 'sha256-")
     assert "unsafe" not in policy
-    assert re.findall(r"https?://[^\"' ]+", page) == ["http://www.w3.org/2000/svg"]
+    assert re.findall(r"https?://[^\"' ]+", strange) == ["http://www.w3.org/2000/svg"]
 
 
 def test_findings_and_best_layers_point_at_their_layers() -> None:
     findings = [Said("Two are worse.", tuple(names(5)[2:4])), Said("Nothing else.", ("gone",), "rest")]
-    page = page_with(bridge(names(5), 2), findings, ["stem.conv", "input", "gone"])
-    data = json.loads(Elements(page).scripts[0])
+    text = page_with(bridge(names(5), 2), findings, ["stem.conv", "input", "gone"])
+    data = json.loads(Elements(text).scripts[0])
     assert data["best"] == [1, 0]
     assert data["findings"] == [
         {"sentence": "Two are worse.", "kind": "span", "layers": [2, 3]},
@@ -232,6 +233,14 @@ def test_page_replaces_a_file_in_one_piece_and_says_which_folder_is_missing(tmp_
     report.save_html(file)
     assert read(file)["layers"] == names(3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "taken"]
+
+
+def test_files_of_the_page_are_all_used_and_fit_a_screen() -> None:
+    files = {path.name: path.read_text(encoding="utf-8") for path in Path(page.__file__).with_name("web").iterdir()}
+    assert files.keys() == {*page.SCRIPTS, "page.html", "page.css"}
+    assert max(len(line) for text in files.values() for line in text.splitlines()) <= 120
+    # What is not text never goes into the page.
+    assert not [name for name, text in files.items() if re.search(r"innerHTML|outerHTML|document\.write|eval\(", text)]
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

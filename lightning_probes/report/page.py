@@ -213,8 +213,9 @@ def _facts(layers: Sequence[str], curves: Mapping[Point, Mapping[str, Row]]) -> 
     for key in FACTS:
         by_layer = []
         for layer in layers:
-            told = [_plain(curve[layer].get(key)) if layer in curve else None for curve in curves.values()]
-            by_layer.append(told[0] if all(one == told[0] for one in told) else told)
+            told = [curve[layer].get(key) if layer in curve else None for curve in curves.values()]
+            is_constant = all(one == told[0] for one in told)
+            by_layer.append(_plain(told[0]) if is_constant else [_plain(one) for one in told])
         if any(told is not None for told in by_layer):
             facts[key] = by_layer
     return facts

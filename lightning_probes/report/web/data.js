@@ -55,6 +55,13 @@ function meanOf(values, layers, moment) {
   return number ? sum / number : null;
 }
 
+/** The 95 % interval of a line's value at a moment; null if it has none, as the mean of a module, or a NaN. */
+function intervalOf(view, line, moment) {
+  if (line.isModule || !view.low || view.values[line.members[0]][moment] === null) return null;
+  const ends = [view.low, view.high].map((matrix) => matrix[line.members[0]][moment]);
+  return ends.includes(null) ? null : ends;
+}
+
 function inWords(value, isShare) {
   if (value === null || value === undefined) return "\u2013";
   return isShare ? `${(100 * value).toFixed(1)} %` : short(value);

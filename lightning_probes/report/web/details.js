@@ -5,8 +5,11 @@ function factsOf(page, line, moment) {
   const { view } = page;
   const value = page.valueOf(line, moment);
   const kind = page.kindOf(line, moment);
-  const facts = [[view.quantity, value === null ? kind : `${inWords(value, view.isShare)}${between(page, line, moment)}`]];
-  if (line.isModule) return [...facts, ["layers", `${line.layers.length}, of which this is the mean`], ...rangeOf(page, line, moment)];
+  const facts = [
+    [view.quantity, value === null ? kind : `${inWords(value, view.isShare)}${between(page, line, moment)}`],
+  ];
+  if (line.isModule)
+    return [...facts, ["layers", `${line.layers.length}, of which this is the mean`], ...rangeOf(page, line, moment)];
   const row = line.members[0];
   const told = (key) => factOf(view, key, row, moment);
   const lag = view.metric === "lag" ? null : beside(view, "lag", row, moment);
@@ -25,19 +28,25 @@ function factsOf(page, line, moment) {
   ];
   const isBest = best.has(line.layers[0]) ? [["best", "the best layer, or not to be told from it"]] : [];
   const why = kind === "set aside" ? reasonsFor(line.layers[0]).map((note) => ["why", note]) : [];
-  return [...facts, ...isBest, ...why, ...found.filter(([, words]) => words !== null && words !== undefined && words !== "")];
+  return [
+    ...facts,
+    ...isBest,
+    ...why,
+    ...found.filter(([, words]) => words !== null && words !== undefined && words !== ""),
+  ];
 }
 
 /** The least and the greatest value of a module's layers. */
 function rangeOf({ view }, line, moment) {
   const values = line.members.map((layer) => view.values[layer][moment]).filter((value) => value !== null);
-  return values.length ? [["range", [Math.min(...values), Math.max(...values)].map((value) => inWords(value, view.isShare)).join(" to ")]] : [];
+  const ends = [Math.min(...values), Math.max(...values)].map((value) => inWords(value, view.isShare));
+  return values.length ? [["range", ends.join(" to ")]] : [];
 }
 
 function between(page, line, moment) {
   const { view } = page;
-  const ends = line.isModule || !view.low ? [null] : [view.low, view.high].map((matrix) => matrix[line.members[0]][moment]);
-  if (ends.includes(null)) return "";
+  const ends = intervalOf(view, line, moment);
+  if (!ends) return "";
   const [low, high] = ends.map((end) => inWords(end, view.isShare));
   return ` (95 %: ${low.replace(" %", "")} to ${high})`;
 }
@@ -90,7 +99,12 @@ function timeCurve(page, line) {
   const last = Math.max(1, view.moments.length - 1);
   const x = (i) => left + 6 + (i / last) * (width - left - 14);
   const y = (value) => 8 + (1 - Math.max(0, Math.min(1, scale.place(value)))) * (height - 30);
-  const svg = makeSvg("svg", { viewBox: `0 0 ${width} ${height}`, class: "over-time", role: "img", "aria-label": `${line.name} over time` });
+  const svg = makeSvg("svg", {
+    viewBox: `0 0 ${width} ${height}`,
+    class: "over-time",
+    role: "img",
+    "aria-label": `${line.name} over time`,
+  });
   for (const [value, label] of scale.ticks(height - 30, 18)) {
     svg.append(makeSvg("line", { class: "grid", x1: left, x2: width, y1: y(value), y2: y(value) }));
     svg.append(makeSvg("text", { x: left - 5, y: y(value), class: "end" }, label));
@@ -99,7 +113,9 @@ function timeCurve(page, line) {
   for (const [i, value] of points) if (value !== null) svg.append(...intervalAt(page, line, i, x, y));
   svg.append(makeSvg("path", { class: "curve", d: pathOver(points, x, y) }));
   for (const [i, value] of points) {
-    if (value !== null && (i === moment || points.length <= 30)) svg.append(makeSvg("circle", { class: i === moment ? "dot now" : "dot", cx: x(i), cy: y(value), r: i === moment ? 4.5 : 2.5 }));
+    const isNow = i === moment;
+    if (value === null || (!isNow && points.length > 30)) continue;
+    svg.append(makeSvg("circle", { class: isNow ? "dot now" : "dot", cx: x(i), cy: y(value), r: isNow ? 4.5 : 2.5 }));
   }
   svg.append(makeSvg("text", { x: x(0), y: height - 6 }, view.moments[0].name));
   if (last > 1) svg.append(makeSvg("text", { x: width - 4, y: height - 6, class: "end" }, view.moments[last].name));
@@ -107,18 +123,19 @@ function timeCurve(page, line) {
 }
 
 function intervalAt(page, line, i, x, y) {
-  const { view } = page;
-  const ends = line.isModule || !view.low ? [null] : [view.low, view.high].map((matrix) => matrix[line.members[0]][i]);
-  return ends.includes(null) ? [] : [makeSvg("line", { class: "interval", x1: x(i), x2: x(i), y1: y(ends[0]), y2: y(ends[1]) })];
+  const ends = intervalOf(page.view, line, i);
+  return ends ? [makeSvg("line", { class: "interval", x1: x(i), x2: x(i), y1: y(ends[0]), y2: y(ends[1]) })] : [];
 }
 
 function pathOver(points, x, y) {
   let isOpen = false;
-  return points.map(([i, value]) => {
-    const part = value === null ? "" : `${isOpen ? "L" : "M"}${x(i).toFixed(1)} ${y(value).toFixed(1)}`;
-    isOpen = value !== null;
-    return part;
-  }).join("");
+  return points
+    .map(([i, value]) => {
+      const part = value === null ? "" : `${isOpen ? "L" : "M"}${x(i).toFixed(1)} ${y(value).toFixed(1)}`;
+      isOpen = value !== null;
+      return part;
+    })
+    .join("");
 }
 
 /** Show the numbers of the moment as a table. */
@@ -128,14 +145,22 @@ function paintTable(page) {
   const { view, moment, startMoment, lines } = page;
   const heads = ["layer", "features", view.quantity, "95 % interval", "at the start", "samples"];
   const rows = lines.map((line) => {
-    const facts = line.isModule ? {} : Object.fromEntries(["features", "samples"].map((key) => [key, factOf(view, key, line.members[0], moment)]));
+    const told = (key) => (line.isModule ? null : factOf(view, key, line.members[0], moment));
     const value = page.valueOf(line, moment);
-    const kind = page.kindOf(line, moment);
-    return [line.name, facts.features, value === null ? kind : inWords(value, view.isShare), between(page, line, moment).replace(/ \(95 %: |\)/g, ""),
-      startMoment < 0 ? "" : inWords(page.valueOf(line, startMoment), view.isShare), facts.samples && grouped(facts.samples)];
+    return [
+      line.name,
+      told("features"),
+      value === null ? page.kindOf(line, moment) : inWords(value, view.isShare),
+      intervalOf(view, line, moment)
+        ?.map((end) => inWords(end, view.isShare))
+        .join(" to "),
+      startMoment < 0 ? "" : inWords(page.valueOf(line, startMoment), view.isShare),
+      told("samples") && grouped(told("samples")),
+    ];
   });
   const head = make("tr", {}, ...heads.map((name) => make("th", { scope: "col" }, name)));
-  const body = rows.map(([name, ...cells]) => make("tr", {}, make("th", { scope: "row" }, name), ...cells.map((cell) => make("td", {}, String(cell ?? "")))));
+  const cellOf = (cell) => make("td", {}, String(cell ?? ""));
+  const body = rows.map(([name, ...cells]) => make("tr", {}, make("th", { scope: "row" }, name), ...cells.map(cellOf)));
   const caption = make("caption", {}, `${view.quantity}, ${view.stage}, ${view.moments[moment].name}`);
   section.replaceChildren(make("table", {}, caption, make("thead", {}, head), make("tbody", {}, ...body)));
 }

@@ -42,7 +42,10 @@ const page = {
 // Drawing: `layOut` where lines or sizes change, `paint` where only the moment or the chosen layer does.
 
 function layOut() {
-  const shown = page.isOnlyMarked && page.marked?.size ? page.view.layers.filter((layer) => page.marked.has(layer)) : page.view.layers;
+  const shown =
+    page.isOnlyMarked && page.marked?.size
+      ? page.view.layers.filter((layer) => page.marked.has(layer))
+      : page.view.layers;
   Object.assign(page, linesOf(page.view, shown, page.collapsed));
   page.isNarrow = isAtMost(720);
   // The curve by depth stands below the others then, and has names of its own.
@@ -97,8 +100,12 @@ function paintSoon() {
 /** Mark the line that is pointed at and the chosen one, across all panels. */
 function paintRows() {
   for (const body of document.querySelectorAll(".panel > .body")) {
-    for (const [name, i] of [["pointed", page.pointedLine ?? -1], ["chosen", page.chosenLine()]]) {
-      const mark = body.querySelector(`:scope > .row.${name}`) ?? body.appendChild(make("div", { class: `row ${name}` }));
+    for (const [name, i] of [
+      ["pointed", page.pointedLine ?? -1],
+      ["chosen", page.chosenLine()],
+    ]) {
+      const mark =
+        body.querySelector(`:scope > .row.${name}`) ?? body.appendChild(make("div", { class: `row ${name}` }));
       mark.hidden = i < 0;
       place(mark, { top: i * page.height, height: page.height });
     }
@@ -109,21 +116,31 @@ function drawControls() {
   const { view } = page;
   const [layers, moments] = [view.layers.length, view.moments.length];
   const count = (number, what) => `${grouped(number)} ${what}${number === 1 ? "" : "s"}`;
-  byId("about").textContent = [`${view.quantity} of linear probes, ${view.stage}${view.target && `, ${view.target}`}`, count(layers, "layer"), count(moments, "moment")].join(" \u00b7 ");
-  byId("map-about").textContent = view.moments.length > 1 ? `${count(moments, "moment")}, after ${view.unit}; point at one` : "one moment";
+  byId("about").textContent = [
+    `${view.quantity} of linear probes, ${view.stage}${view.target && `, ${view.target}`}`,
+    count(layers, "layer"),
+    count(moments, "moment"),
+  ].join(" \u00b7 ");
+  byId("map-about").textContent =
+    view.moments.length > 1 ? `${count(moments, "moment")}, after ${view.unit}; point at one` : "one moment";
   // The slider must not move under the pointer while the words beside it change.
   byId("moment").style.minWidth = `${Math.min(34, Math.max(...view.moments.map((moment) => whenOf(moment).length)))}ch`;
   byId("slider").max = moments - 1;
   byId("slider").disabled = byId("play").disabled = moments < 2;
   byId("fold").hidden = page.division.length < 2;
-  byId("fold").setAttribute("aria-pressed", page.division.length > 0 && page.division.every((key) => page.collapsed.has(key)));
+  byId("fold").setAttribute(
+    "aria-pressed",
+    page.division.length > 0 && page.division.every((key) => page.collapsed.has(key)),
+  );
   byId("logarithmic").setAttribute("aria-pressed", page.scale.isLog);
   byId("logarithmic").disabled = view.values.flat().some((value) => value < 0);
   byId("warning").textContent = view.method.warning;
   byId("warning").hidden = !view.method.warning;
   byId("method").textContent = view.method.sentences.join(" ");
   byId("marked").hidden = page.marked === null;
-  byId("marked-count").textContent = page.marked ? `${view.layers.filter((layer) => page.marked.has(layer)).length} of ${layers}` : "";
+  byId("marked-count").textContent = page.marked
+    ? `${view.layers.filter((layer) => page.marked.has(layer)).length} of ${layers}`
+    : "";
   byId("only").setAttribute("aria-pressed", page.isOnlyMarked);
 }
 
@@ -162,12 +179,17 @@ function mark(layers, isOnly = false) {
 function search(words) {
   const asked = words.trim().toLowerCase();
   if (!asked) return mark(null);
-  return mark(new Set(page.view.layers.filter((layer) => data.layers[layer].toLowerCase().includes(asked))), page.isOnlyMarked);
+  return mark(
+    new Set(page.view.layers.filter((layer) => data.layers[layer].toLowerCase().includes(asked))),
+    page.isOnlyMarked,
+  );
 }
 
 function unmark() {
   byId("search").value = "";
-  document.querySelectorAll("#findings [aria-pressed=true]").forEach((link) => link.setAttribute("aria-pressed", false));
+  document
+    .querySelectorAll("#findings [aria-pressed=true]")
+    .forEach((link) => link.setAttribute("aria-pressed", false));
   mark(null);
 }
 
@@ -249,7 +271,8 @@ function onKey(event) {
   const act = KEYS[event.key];
   const isTyping = event.target.matches("select, input[type=search]");
   const isPressing = event.key === " " && event.target.matches("button, summary");
-  if (!act || event.ctrlKey || event.metaKey || event.altKey || isPressing || (isTyping && event.key !== "Escape")) return;
+  if (!act || event.ctrlKey || event.metaKey || event.altKey || isPressing || (isTyping && event.key !== "Escape"))
+    return;
   event.preventDefault();
   if (isTyping) event.target.blur();
   act();
@@ -264,7 +287,7 @@ function recall() {
   const last = page.view.moments.length - 1;
   page.chosenMoment = said.has("moment") ? Math.max(0, Math.min(last, Number(said.get("moment")) || 0)) : last;
   const named = data.layers.indexOf(said.get("layer"));
-  page.chosen = named < 0 ? data.best[0] ?? page.view.layers[page.view.layers.length - 1] : named;
+  page.chosen = named < 0 ? (data.best[0] ?? page.view.layers[page.view.layers.length - 1]) : named;
   if (said.has("search")) {
     byId("search").value = said.get("search");
     search(said.get("search"));
@@ -305,11 +328,17 @@ function isDark() {
 function offerChoices() {
   const keys = ["stage", "target", "loader", "metric"];
   const several = keys.filter((key) => new Set(views.map((view) => view[key])).size > 1);
-  byId("choices").replaceChildren(...several.map((key) => {
-    const list = make("select", { "data-key": key }, ...[...new Set(views.map((view) => view[key]))].map((value) => make("option", { value }, wordFor(key, value))));
-    list.addEventListener("change", () => setView(nearest(key, list.value)));
-    return make("label", {}, `${key} `, list);
-  }));
+  byId("choices").replaceChildren(
+    ...several.map((key) => {
+      const list = make(
+        "select",
+        { "data-key": key },
+        ...[...new Set(views.map((view) => view[key]))].map((value) => make("option", { value }, wordFor(key, value))),
+      );
+      list.addEventListener("change", () => setView(nearest(key, list.value)));
+      return make("label", {}, `${key} `, list);
+    }),
+  );
 }
 
 function wordFor(key, value) {
@@ -318,7 +347,8 @@ function wordFor(key, value) {
 
 /** Of the views with a value the one that differs least from the one that is shown. */
 function nearest(key, value) {
-  const alike = (view) => ["stage", "target", "loader", "metric"].filter((other) => view[other] === page.view[other]).length;
+  const alike = (view) =>
+    ["stage", "target", "loader", "metric"].filter((other) => view[other] === page.view[other]).length;
   const fitting = views.filter((view) => String(view[key]) === value);
   return fitting.reduce((found, view) => (alike(view) > alike(found) ? view : found));
 }
@@ -329,20 +359,32 @@ function sayChoices() {
 
 function listFindings() {
   byId("findings").hidden = !data.findings.length;
-  byId("findings").querySelector("ol").replaceChildren(...data.findings.map((finding) => {
-    const link = make("button", { type: "button", class: "finding", "aria-pressed": false, disabled: finding.layers.length ? null : "" }, finding.sentence);
-    link.addEventListener("click", () => {
-      unmark();
-      link.setAttribute("aria-pressed", true);
-      mark(new Set(finding.layers));
-      byId("panels").scrollIntoView({ block: "nearest" });
-    });
-    return make("li", { "data-kind": finding.kind }, link);
-  }));
+  byId("findings")
+    .querySelector("ol")
+    .replaceChildren(
+      ...data.findings.map((finding) => {
+        const link = make(
+          "button",
+          { type: "button", class: "finding", "aria-pressed": false, disabled: finding.layers.length ? null : "" },
+          finding.sentence,
+        );
+        link.addEventListener("click", () => {
+          unmark();
+          link.setAttribute("aria-pressed", true);
+          mark(new Set(finding.layers));
+          byId("panels").scrollIntoView({ block: "nearest" });
+        });
+        return make("li", { "data-kind": finding.kind }, link);
+      }),
+    );
 }
 
 function listNotes() {
-  if (data.notes.length) byId("notes").replaceChildren(make("h2", {}, "Notes"), make("ul", {}, ...data.notes.map((note) => make("li", {}, note))));
+  if (data.notes.length)
+    byId("notes").replaceChildren(
+      make("h2", {}, "Notes"),
+      make("ul", {}, ...data.notes.map((note) => make("li", {}, note))),
+    );
 }
 
 function listenToControls() {

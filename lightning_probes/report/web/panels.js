@@ -31,9 +31,20 @@ function blockButton(page, block) {
   const { height } = page;
   const count = block.to - block.from;
   const says = `${block.path}: ${count} layers, ${block.isClosed ? "show each" : "show as one"}`;
-  const button = make("button", { type: "button", class: "block", title: says, "aria-label": says, "aria-expanded": !block.isClosed });
+  const button = make("button", {
+    type: "button",
+    class: "block",
+    title: says,
+    "aria-label": says,
+    "aria-expanded": !block.isClosed,
+  });
   const tall = (block.bottom - block.top) * height;
-  place(button, { left: block.level * page.blockWidth, top: block.top * height, height: Math.max(2, tall - 1), width: page.blockWidth - 2 });
+  place(button, {
+    left: block.level * page.blockWidth,
+    top: block.top * height,
+    height: Math.max(2, tall - 1),
+    width: page.blockWidth - 2,
+  });
   if (block.isClosed) button.textContent = tall > 12 ? "+" : "";
   else if (tall > 24) button.append(make("span", {}, cut(block.label, Math.floor(tall / 6.2))));
   button.addEventListener("click", () => page.toggle(block.key));
@@ -48,7 +59,10 @@ function lineElement(page, line, i, levels) {
   place(element, { top: i * page.height, height: page.height });
   name.style.left = `${indent * page.blockWidth + 4}px`;
   element.classList.toggle("module", Boolean(line.isModule));
-  element.classList.toggle("best", line.layers.some((layer) => best.has(layer)));
+  element.classList.toggle(
+    "best",
+    line.layers.some((layer) => best.has(layer)),
+  );
   return element;
 }
 
@@ -64,12 +78,19 @@ function paintLines(page) {
   [...byId("lines").children].forEach((element, i) => {
     const [name, swatch] = element.children;
     const value = page.valueOf(lines[i], moment);
-    const width = Math.floor((room - parseFloat(name.style.left) - (page.isNarrow ? 48 : 70)) / (height < LEAST_NAMED + 2 ? 5.9 : 7));
-    name.textContent = isNamed(i, height, chosen) ? cut(height < LEAST_NAMED ? lines[i].tail : lines[i].label, width) : "";
+    const width = Math.floor(
+      (room - parseFloat(name.style.left) - (page.isNarrow ? 48 : 70)) / (height < LEAST_NAMED + 2 ? 5.9 : 7),
+    );
+    name.textContent = isNamed(i, height, chosen)
+      ? cut(height < LEAST_NAMED ? lines[i].tail : lines[i].label, width)
+      : "";
     swatch.textContent = height >= LEAST_NAMED + 2 ? inWords(value, view.isShare) : "";
     paintSwatch(swatch, value, scale, page.kindOf(lines[i], moment));
     element.setAttribute("aria-selected", i === chosen);
-    element.setAttribute("aria-label", `${lines[i].name}: ${value === null ? page.kindOf(lines[i], moment) : inWords(value, view.isShare)}`);
+    element.setAttribute(
+      "aria-label",
+      `${lines[i].name}: ${value === null ? page.kindOf(lines[i], moment) : inWords(value, view.isShare)}`,
+    );
     element.classList.toggle("dim", page.isDim(lines[i]));
   });
   byId("lines").setAttribute("aria-activedescendant", chosen < 0 ? "" : `line-${chosen}`);
@@ -89,7 +110,7 @@ function drawMap(page) {
   const canvas = body.querySelector("canvas");
   const width = body.clientWidth;
   const tall = lines.length * height;
-  const columns = page.columns = columnsOf(width, view.moments.length);
+  const columns = (page.columns = columnsOf(width, view.moments.length));
   body.style.height = `${tall}px`;
   const context = sized(canvas, width, tall);
   const hatch = hatchOn(context);
@@ -97,7 +118,12 @@ function drawMap(page) {
   lines.forEach((line, i) => {
     view.moments.forEach((_, moment) => {
       const value = page.valueOf(line, moment);
-      const cell = [columns[moment], i * height, columns[moment + 1] - columns[moment] - (columns[1] > 6 ? gap : 0), height - gap];
+      const cell = [
+        columns[moment],
+        i * height,
+        columns[moment + 1] - columns[moment] - (columns[1] > 6 ? gap : 0),
+        height - gap,
+      ];
       if (value === null && page.kindOf(line, moment) !== "set aside") return;
       context.fillStyle = value === null ? hatch : colourAt(scale.place(value));
       context.globalAlpha = page.isDim(line) ? 0.25 : 1;
@@ -106,7 +132,10 @@ function drawMap(page) {
     });
   });
   context.globalAlpha = 1;
-  canvas.setAttribute("aria-label", `${view.quantity} of ${lines.length} lines at ${view.moments.length} moments; the table has the numbers`);
+  canvas.setAttribute(
+    "aria-label",
+    `${view.quantity} of ${lines.length} lines at ${view.moments.length} moments; the table has the numbers`,
+  );
   drawTime(page, columns);
 }
 
@@ -157,17 +186,23 @@ function drawTime(page, columns) {
   const shown = [names.length - 1];
   const step = Math.max(1, Math.ceil(room / Math.max(0.01, columns[columns.length - 1] / names.length)));
   for (let i = 0; i < names.length - 1; i += step) if (middle(names.length - 1) - middle(i) >= room) shown.push(i);
-  byId("time").replaceChildren(...shown.map((i) => {
-    const tick = make("span", { class: "tick" }, cut(names[i], 10));
-    tick.style.left = `${middle(i)}px`;
-    return tick;
-  }), make("span", { id: "now-name" }));
+  byId("time").replaceChildren(
+    ...shown.map((i) => {
+      const tick = make("span", { class: "tick" }, cut(names[i], 10));
+      tick.style.left = `${middle(i)}px`;
+      return tick;
+    }),
+    make("span", { id: "now-name" }),
+  );
 }
 
 /** Move the mark of the moment. */
 function paintNow(page) {
   const { columns, moment, view } = page;
-  place(byId("now"), { left: columns[moment], width: Math.max(2, columns[moment + 1] - columns[moment] - (columns[1] > 6 ? 1 : 0)) });
+  place(byId("now"), {
+    left: columns[moment],
+    width: Math.max(2, columns[moment + 1] - columns[moment] - (columns[1] > 6 ? 1 : 0)),
+  });
   const name = byId("now-name");
   name.textContent = cut(view.moments[moment].name, 18);
   const half = 4 + 3.4 * name.textContent.length;
@@ -188,8 +223,14 @@ function drawDepth(page) {
   page.x = (value) => page.names + 6 + Math.max(-0.02, Math.min(1.02, scale.place(value))) * inner;
   const ticks = scale.ticks(inner);
   drawValues(page, ticks, inner);
-  const svg = makeSvg("svg", { width, height: tall, role: "img", "aria-label": "Curve by depth; the table has the numbers" });
-  for (const [value] of ticks) svg.append(makeSvg("line", { class: "grid", x1: page.x(value), x2: page.x(value), y1: 0, y2: tall }));
+  const svg = makeSvg("svg", {
+    width,
+    height: tall,
+    role: "img",
+    "aria-label": "Curve by depth; the table has the numbers",
+  });
+  for (const [value] of ticks)
+    svg.append(makeSvg("line", { class: "grid", x1: page.x(value), x2: page.x(value), y1: 0, y2: tall }));
   if (page.names) svg.append(...namesBeside(page));
   svg.append(...baselineIn(page, tall));
   const [start, band, curve] = ["start", "band", "curve"].map((name) => makeSvg("path", { class: name }));
@@ -211,17 +252,23 @@ function drawValues(page, ticks, inner) {
     pen.fillRect(i, 0, 1.5, 8);
   }
   bar.style.left = `${page.names + 6}px`;
-  byId("values").replaceChildren(bar, ...ticks.map(([value, label]) => {
-    const tick = make("span", { class: "tick" }, label);
-    tick.style.left = `${page.x(value)}px`;
-    return tick;
-  }));
+  byId("values").replaceChildren(
+    bar,
+    ...ticks.map(([value, label]) => {
+      const tick = make("span", { class: "tick" }, label);
+      tick.style.left = `${page.x(value)}px`;
+      return tick;
+    }),
+  );
 }
 
 function namesBeside(page) {
   const chosen = page.chosenLine();
-  return page.lines.flatMap((line, i) =>
-    isNamed(i, page.height, chosen) ? [makeSvg("text", { class: "beside", x: 0, y: (i + 0.5) * page.height }, cut(page.height < LEAST_NAMED ? line.tail : line.label, page.isNarrow ? 14 : 24))] : []);
+  return page.lines.flatMap((line, i) => {
+    if (!isNamed(i, page.height, chosen)) return [];
+    const name = cut(page.height < LEAST_NAMED ? line.tail : line.label, page.isNarrow ? 14 : 24);
+    return [makeSvg("text", { class: "beside", x: 0, y: (i + 0.5) * page.height }, name)];
+  });
 }
 
 function baselineIn(page, tall) {
@@ -237,7 +284,8 @@ function curveOf(page, moment) {
   let isOpen = false;
   page.lines.forEach((line, i) => {
     const value = page.valueOf(line, moment);
-    if (value !== null) path += `${isOpen ? "L" : "M"}${page.x(value).toFixed(1)} ${((i + 0.5) * page.height).toFixed(1)}`;
+    if (value !== null)
+      path += `${isOpen ? "L" : "M"}${page.x(value).toFixed(1)} ${((i + 0.5) * page.height).toFixed(1)}`;
     isOpen = value !== null;
   });
   return path;
@@ -249,17 +297,26 @@ function bandOf(page, moment) {
   if (!view.low) return "";
   const runs = [[]];
   lines.forEach((line, i) => {
-    // The mean of a module has no interval: its layers were scored on the same samples.
-    const ends = line.isModule || page.valueOf(line, moment) === null ? [null] : [view.low, view.high].map((matrix) => matrix[line.members[0]][moment]);
-    if (ends.includes(null)) runs.push([]);
-    else runs[runs.length - 1].push([i, ...ends.map(page.x)]);
+    const ends = intervalOf(view, line, moment);
+    if (ends) runs[runs.length - 1].push([i, ...ends.map(page.x)]);
+    else runs.push([]);
   });
-  return runs.filter((run) => run.length).map((run) => piece(run, height)).join("");
+  return runs
+    .filter((run) => run.length)
+    .map((run) => piece(run, height))
+    .join("");
 }
 
 function piece(run, height) {
   // A layer alone has a height of its own, where its neighbours would give it one.
-  const corners = run.length === 1 ? [[run[0][0] - 0.3, ...run[0].slice(1)], [run[0][0] + 0.3, ...run[0].slice(1)]] : run;
+  const [[first, ...ends]] = run;
+  const corners =
+    run.length === 1
+      ? [
+          [first - 0.3, ...ends],
+          [first + 0.3, ...ends],
+        ]
+      : run;
   const left = corners.map(([i, low]) => `${low.toFixed(1)} ${((i + 0.5) * height).toFixed(1)}`);
   const right = corners.map(([i, , high]) => `${high.toFixed(1)} ${((i + 0.5) * height).toFixed(1)}`).reverse();
   return `M${[...left, ...right].join("L")}Z`;
@@ -268,15 +325,22 @@ function piece(run, height) {
 function fillDots(page) {
   const { lines, height } = page;
   const radius = Math.max(1.6, Math.min(4.5, 0.2 * height));
-  page.curve.dots.replaceChildren(...lines.map((line) => {
-    if (line.layers.some((layer) => best.has(layer))) return makeSvg("path", { class: "star", d: starOf(Math.max(5, radius + 2)) });
-    return makeSvg("circle", { r: radius, class: height < 4 ? "none" : line.isModule ? "mean" : "dot" });
-  }));
+  page.curve.dots.replaceChildren(
+    ...lines.map((line) => {
+      if (line.layers.some((layer) => best.has(layer)))
+        return makeSvg("path", { class: "star", d: starOf(Math.max(5, radius + 2)) });
+      return makeSvg("circle", { r: radius, class: height < 4 ? "none" : line.isModule ? "mean" : "dot" });
+    }),
+  );
 }
 
 function starOf(size) {
   const corner = (i) => [i % 2 ? 0.45 * size : size, (Math.PI * i) / 5];
-  return `M${Array.from({ length: 10 }, (_, i) => corner(i)).map(([r, turn]) => `${(r * Math.sin(turn)).toFixed(2)} ${(-r * Math.cos(turn)).toFixed(2)}`).join("L")}Z`;
+  const points = Array.from({ length: 10 }, (_, i) => corner(i)).map(([r, turn]) => [
+    r * Math.sin(turn),
+    -r * Math.cos(turn),
+  ]);
+  return `M${points.map((point) => point.map((side) => side.toFixed(2)).join(" ")).join("L")}Z`;
 }
 
 /** Draw the curve of the moment. */
@@ -305,8 +369,13 @@ function drawLegend(page) {
   if (page.startMoment >= 0) parts.push(["key-start", "start"]);
   if (view.baseline) {
     const isOut = scale.place(view.baseline.value) > 1;
-    parts.push([isOut ? "" : "key-baseline", `${view.baseline.name} ${inWords(view.baseline.value, true)}${isOut ? " \u2192" : ""}`]);
+    parts.push([
+      isOut ? "" : "key-baseline",
+      `${view.baseline.name} ${inWords(view.baseline.value, true)}${isOut ? " \u2192" : ""}`,
+    ]);
   }
   if (best.size) parts.push(["", "\u2605 best"]);
-  byId("legend").replaceChildren(...parts.map(([key, words]) => make("span", {}, key ? make("i", { class: key }) : null, words)));
+  byId("legend").replaceChildren(
+    ...parts.map(([key, words]) => make("span", {}, key ? make("i", { class: key }) : null, words)),
+  );
 }

@@ -3,8 +3,17 @@
 // The stops of viridis (van der Walt and Smith), from many errors to none: even in lightness, and told apart with any
 // kind of colour vision. What a layer knows is light.
 const STOPS = [
-  [68, 1, 84], [72, 36, 117], [65, 68, 135], [53, 95, 141], [42, 120, 142], [33, 145, 140],
-  [34, 168, 132], [68, 191, 112], [122, 209, 81], [189, 223, 38], [253, 231, 37],
+  [68, 1, 84],
+  [72, 36, 117],
+  [65, 68, 135],
+  [53, 95, 141],
+  [42, 120, 142],
+  [33, 145, 140],
+  [34, 168, 132],
+  [68, 191, 112],
+  [122, 209, 81],
+  [189, 223, 38],
+  [253, 231, 37],
 ];
 
 // Between errors of 0 and 1 % a logarithmic axis is linear, so that an error of 0 has a place.
@@ -18,8 +27,9 @@ function colourAt(place) {
 
 /** Whether dark text is read better on the colour at a place. */
 function isLightAt(place) {
-  const [red, green, blue] = mixed(place);
-  return 0.299 * red + 0.587 * green + 0.114 * blue > 125;
+  const [red, green, blue] = mixed(place).map((channel) => (channel / 255) ** 2.2);
+  // Where black and white have the same contrast, by the definition of the WCAG: (L + .05)^2 = 1.05 * .05.
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179;
 }
 
 function mixed(place) {
@@ -45,7 +55,10 @@ function asksForLogarithm(sorted, isShare) {
  * The baseline has a place only if it is near: a majority class of 90 % must not squeeze errors of 3 to 8.
  */
 function scaleOf(view, isLogarithmic) {
-  const sorted = view.values.flat().filter((value) => value !== null).sort((a, b) => a - b);
+  const sorted = view.values
+    .flat()
+    .filter((value) => value !== null)
+    .sort((a, b) => a - b);
   const isLog = isLogarithmic ?? asksForLogarithm(sorted, view.isShare);
   const linear = view.isShare ? LINEAR_ERROR : Math.max(1e-12, sorted.find((value) => value > 0) ?? 1);
   const forward = isLog ? (value) => Math.asinh(value / (2 * linear)) : (value) => value;
@@ -63,7 +76,9 @@ function scaleOf(view, isLogarithmic) {
 
 /** The ends of the last moment's intervals, which are looked at most. */
 function lastBounds(view) {
-  return [view.low, view.high].flatMap((matrix) => (matrix ?? []).map((bounds) => bounds[bounds.length - 1])).filter((bound) => bound !== null);
+  return [view.low, view.high]
+    .flatMap((matrix) => (matrix ?? []).map((bounds) => bounds[bounds.length - 1]))
+    .filter((bound) => bound !== null);
 }
 
 function decades() {

@@ -9,12 +9,19 @@ const MOST_LEVELS = 4;
  */
 function blocksOf(names) {
   const blocks = [];
-  addBlocks(names.map((name) => name.split(".")), 0, names.length, 0, null, blocks);
+  addBlocks(
+    names.map((name) => name.split(".")),
+    0,
+    names.length,
+    0,
+    null,
+    blocks,
+  );
   return blocks;
 }
 
 function addBlocks(paths, from, to, depth, parent, blocks) {
-  for (let start = from; start < to; ) {
+  for (let start = from; start < to;) {
     const segment = paths[start][depth];
     let end = start + 1;
     while (end < to && segment !== undefined && paths[end][depth] === segment) end += 1;
@@ -48,9 +55,16 @@ function keyOf(block, layers) {
 
 /** The outermost blocks that divide the layers: one that holds nearly all of them, and others, is no division. */
 function divisionOf(blocks, number) {
-  const hasOthers = (block) => blocks.some((one) => one !== block && one.from >= block.from && one.to <= block.to);
-  const dividing = blocks.filter((block) => block.to - block.from < 0.9 * number || !hasOthers(block));
-  return dividing.filter((block) => !dividing.some((one) => one !== block && one.from <= block.from && one.to >= block.to));
+  const hasOthers = (block) => blocks.some((one) => holds(block, one));
+  return outermostOf(blocks.filter((block) => block.to - block.from < 0.9 * number || !hasOthers(block)));
+}
+
+function holds(block, other) {
+  return block !== other && block.from <= other.from && block.to >= other.to;
+}
+
+function outermostOf(blocks) {
+  return blocks.filter((block) => !blocks.some((other) => holds(other, block)));
 }
 
 /**
@@ -62,44 +76,61 @@ function divisionOf(blocks, number) {
 function linesOf(view, layers, collapsed) {
   const names = layers.map((layer) => data.layers[layer]);
   const blocks = blocksOf(names);
-  const closed = blocks.filter((block) => collapsed.has(keyOf(block, layers)));
-  const outermost = closed.filter((block) => !closed.some((one) => one !== block && one.from <= block.from && one.to >= block.to));
+  const outermost = outermostOf(blocks.filter((block) => collapsed.has(keyOf(block, layers))));
   const lines = [];
   const lineAt = [];
-  for (let i = 0; i < layers.length; ) {
+  for (let i = 0; i < layers.length;) {
     const block = outermost.find((one) => one.from === i);
     const end = block ? block.to : i + 1;
-    lines.push(block ? moduleLine(view, layers, block) : layerLine(view, layers[i], names[i], blocks, i));
+    lines.push(block ? moduleLine(view, layers, block) : layerLine(view, layers, names[i], blocks, i));
     for (; i < end; i += 1) lineAt.push(lines.length - 1);
   }
-  const isHidden = (block) => outermost.some((one) => one !== block && one.from <= block.from && one.to >= block.to);
-  const shown = blocks.filter((block) => !isHidden(block)).map((block) => ({
-    ...block,
-    key: keyOf(block, layers),
-    isClosed: outermost.includes(block),
-    top: lineAt[block.from],
-    bottom: lineAt[block.to - 1] + 1,
-  }));
+  const isHidden = (block) => outermost.some((other) => holds(other, block));
+  const shown = blocks
+    .filter((block) => !isHidden(block))
+    .map((block) => ({
+      ...block,
+      key: keyOf(block, layers),
+      isClosed: outermost.includes(block),
+      top: lineAt[block.from],
+      bottom: lineAt[block.to - 1] + 1,
+    }));
   return { lines, blocks: shown, division: divisionOf(blocks, layers.length).map((block) => keyOf(block, layers)) };
 }
 
-function layerLine(view, layer, name, blocks, i) {
+function layerLine(view, layers, name, blocks, i) {
+  const layer = layers[i];
   const around = blocks.filter((block) => block.from <= i && i < block.to);
   const inner = around[around.length - 1];
   const label = inner && name.startsWith(`${inner.path}.`) ? name.slice(inner.path.length + 1) : name.split(".").pop();
-  return { name, label: inner ? label : name, tail: tailOf(name, blocks), members: [view.at.get(layer)], layers: [layer], level: around.length };
+  return {
+    name,
+    label: inner ? label : name,
+    tail: tailOf(name, blocks, layers.length),
+    members: [view.at.get(layer)],
+    layers: [layer],
+    level: around.length,
+  };
 }
 
 /** A name without the module that holds nearly all layers: where few names have room, each says where it is. */
-function tailOf(name, blocks) {
-  const [most] = blocks;
-  return most && name.startsWith(`${most.path}.`) && most.to - most.from > 0.5 * blocks[blocks.length - 1].to ? name.slice(most.path.length + 1) : name;
+function tailOf(name, blocks, number) {
+  const most = blocks.find((block) => block.to - block.from > 0.5 * number);
+  return most && name.startsWith(`${most.path}.`) ? name.slice(most.path.length + 1) : name;
 }
 
 function moduleLine(view, layers, block) {
   const inside = layers.slice(block.from, block.to);
   const label = `${block.label} \u00b7 ${inside.length} layers`;
-  return { name: block.path, label, tail: label, members: inside.map((layer) => view.at.get(layer)), layers: inside, level: block.level + 1, isModule: true };
+  return {
+    name: block.path,
+    label,
+    tail: label,
+    members: inside.map((layer) => view.at.get(layer)),
+    layers: inside,
+    level: block.level + 1,
+    isModule: true,
+  };
 }
 
 /** Cut a name in its middle: its beginning tells modules apart, its end the parts of a module. */

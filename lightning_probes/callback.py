@@ -60,9 +60,9 @@ class LinearProbeCallback(Callback):
     With ``data`` nothing of training is kept or recorded: probes are fitted and scored on that set at each publication.
 
     :attr:`report` has all of it as well. At the end of ``fit``, however it ends, the report is saved as
-    ``probe_report.json`` (with the ``name`` before it) in the folder of the first logger that has one. A layer with NaN
-    or Inf in its features is set aside: its values are NaN from then on, and ``EarlyStopping`` on one of them ends the
-    run unless ``check_finite=False``.
+    ``probe_report.json`` (with the ``name`` before it) in the folder of the first logger that has one, and its page
+    beside it, as ``probe_report.html``. A layer with NaN or Inf in its features is set aside: its values are NaN from
+    then on, and ``EarlyStopping`` on one of them ends the run unless ``check_finite=False``.
 
     Args:
         layers: layers to probe: globs over ``named_modules()`` paths (``*`` within a segment, ``**`` across), or class

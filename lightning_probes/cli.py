@@ -45,6 +45,7 @@ class ProbeTrainer(Trainer):
         metrics: list[str] | None = None,
         weights_only: bool | None = None,
         output: str | None = None,
+        html: str | None = None,
     ) -> ProbeReport:
         """Measure the error of a linear probe on each layer of a model or of its checkpoints.
 
@@ -66,12 +67,13 @@ class ProbeTrainer(Trainer):
                 false loads others too. Those can run any code, so use it only if you trust them.
             output: JSON file for the report. The figure is saved beside it, with the suffix .png, and of
                 several targets one for each, with the suffix .TARGET.png.
+            html: HTML file for the report as a page, which any browser opens from disk.
 
         Returns:
             The report of :func:`~lightning_probes.probe`.
 
         Raises:
-            ValueError: ``output`` ends in ``.png``, so that the figure would overwrite the report.
+            ValueError: ``output`` ends in ``.png``, so that the figure would overwrite the report, or is also ``html``.
             Exception: whatever :func:`~lightning_probes.probe` raises.
         """
         file = None if output is None else Path(output)
@@ -82,6 +84,11 @@ class ProbeTrainer(Trainer):
             file.parent.mkdir(parents=True, exist_ok=True)
             if self.is_global_zero:
                 _warn_unless_it_can_draw()
+        page = None if html is None else Path(html)
+        if page is not None:
+            if file is not None and page.resolve() == file.resolve():
+                raise ValueError(f"html: {html!r} is where the report goes; name the page, like report.html")
+            page.parent.mkdir(parents=True, exist_ok=True)
         given = {"layers": layers, "exclude": exclude, "metrics": metrics}
         report = probe(
             model,
@@ -94,6 +101,8 @@ class ProbeTrainer(Trainer):
         )
         if file is not None and self.is_global_zero:
             _save(report, file)
+        if page is not None and self.is_global_zero:
+            _save_page(report, page)
         return report
 
 
@@ -110,7 +119,7 @@ class ProbeCLI(LightningCLI):
 
     .. code-block:: sh
 
-        python main.py probe --config config.yaml --ckpt_path 'runs/**/*.ckpt' --untrained --output report.json
+        python main.py probe --config config.yaml --ckpt_path 'runs/**/*.ckpt' --untrained --html report.html
 
     ``probe`` prints the table of the report. After Ctrl-C it prints and saves the networks probed so far and exits with
     code 130. A ``trainer_class`` of your own gets the method :meth:`ProbeTrainer.probe` unless it has a ``probe``.
@@ -302,3 +311,13 @@ def _save(report: ProbeReport, file: Path) -> None:
             rank_zero_warn(f"probe: no figure: {error}")
         else:
             rank_zero_info(f"probe: figure in {figure}")
+
+
+def _save_page(report: ProbeReport, file: Path) -> None:
+    """Save the report as a page."""
+    try:
+        report.save_html(file)
+    except Exception as error:  # A page that cannot be written must not keep the table from being printed.
+        rank_zero_warn(f"probe: no page: {error}")
+    else:
+        rank_zero_info(f"probe: page in {file}")

@@ -133,16 +133,16 @@ class Logs:
             self._charts.write(_experiments_of(trainer))
 
     def keep(self, report: ProbeReport, trainer: Any) -> Path | None:
-        """Save a report, from the first process, in the folder of the first logger that has one.
+        """Save a report and its page, from the first process, in the folder of the first logger that has one.
 
-        A report already in that folder is replaced. If the report cannot be saved, a warning says why.
+        A report already in that folder is replaced. If the report or its page cannot be saved, a warning says why.
 
         Args:
             report: the report; without rows it is not saved.
             trainer: the Lightning Trainer.
 
         Returns:
-            The file, or ``None`` if none was saved.
+            The file of the report, beside which its page has the suffix ``.html``; ``None`` if none was saved.
         """
         if not (report.rows and trainer.is_global_zero):
             return None
@@ -151,11 +151,16 @@ class Logs:
             if folder is None:
                 return None
             folder.mkdir(parents=True, exist_ok=True)
-            report.save(folder / f"{self.prefix}probe_report.json")
-            return folder / f"{self.prefix}probe_report.json"
+            file = folder / f"{self.prefix}probe_report.json"
+            report.save(file)
         except Exception as error:  # A property of a logger may raise anything, and a disk may be full.
             rank_zero_warn(f"LinearProbeCallback: the report is not saved: {type(error).__name__}: {error}")
             return None
+        try:
+            report.save_html(file.with_suffix(".html"))
+        except Exception as error:  # The report is saved, and can make the page again.
+            rank_zero_warn(f"LinearProbeCallback: the report has no page: {type(error).__name__}: {error}")
+        return file
 
     def _values(self, rows: Iterable[Row], several: Container[str]) -> dict[str, float]:
         """Return ``{logged name: value}`` of the metrics to log, and of the least error of the layers.

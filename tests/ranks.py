@@ -329,7 +329,7 @@ def kept() -> Found:
     # Each process has a folder of its own, so that both could write.
     with tempfile.TemporaryDirectory() as folder:
         one = fit(network(), LinearProbeCallback(), logger=CSVLogger(folder, name="", version=""))
-        return one | {"files": [path.name for path in Path(folder).rglob("*report*")]}
+        return one | {"files": sorted(path.name for path in Path(folder).rglob("*report*"))}
 
 
 def sharded() -> Found:

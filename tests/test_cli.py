@@ -257,6 +257,20 @@ def test_report_that_would_be_overwritten_by_its_figure_is_refused(folder: Path)
         run("probe", "--output=report.png")
 
 
+def test_page_goes_where_it_is_asked_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("probe", "--html=new/page.html", "--output=report.json")
+    report = ProbeReport.load("report.json")
+    report.save_html("again.html")
+    assert Path("new/page.html").read_text() == Path("again.html").read_text()
+    with pytest.raises(ValueError, match=r"html: './report\.json'"):
+        run("probe", "--html=./report.json", "--output=report.json")
+    Path("taken.html").mkdir()
+    capsys.readouterr()
+    with pytest.warns(UserWarning, match=r"no page: .*taken\.html"):
+        run("probe", "--html=taken.html")
+    assert "net.5" in layers(capsys.readouterr().out)
+
+
 def test_help_shows_every_argument_with_its_docstring(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         run("probe", "--help")

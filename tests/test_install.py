@@ -123,7 +123,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environmen
 def shown(environment: Environment) -> subprocess.CompletedProcess[str]:
     """The block, run to its end in what the line installs."""
     _, block = first_block()
-    return environment.program(MODEL_AND_LOADERS, block, 'probes.report.save("shown.json")')
+    return environment.program(
+        MODEL_AND_LOADERS, block, 'probes.report.save("shown.json")', 'probes.report.save_html("shown.html")'
+    )
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +138,14 @@ def without_extras(environment: Environment, shown: subprocess.CompletedProcess[
 def test_wheel_holds_the_package_and_its_licence_alone(environment: Environment) -> None:
     info = f"lightning_probes-{lightning_probes.__version__}.dist-info"
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lightning_probes").rglob("*.py")}
+    page = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lightning_probes" / "report" / "web").iterdir()}
     with zipfile.ZipFile(environment.wheel) as file:
         names = {name for name in file.namelist() if not name.endswith("/")}
         licence = file.read(f"{info}/licenses/LICENSE")
     assert {name for name in names if name.endswith(".py")} == package
+    assert {name for name in names if name.startswith("lightning_probes/")} == package | page | {
+        "lightning_probes/py.typed"
+    }
     assert {name for name in names if not name.startswith("lightning_probes/")} == {
         f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")
     }
@@ -153,6 +159,8 @@ def test_first_block_of_the_readme_prints_the_report_and_draws_it(
     report = ProbeReport.load(environment.folder / "shown.json")
     assert str(report) in shown.stdout
     assert {row["layer"] for row in report.rows} == {"input", "net.1", "net.2", "net.3"}
+    report.save_html(environment.folder / "again.html")
+    assert (environment.folder / "shown.html").read_text() == (environment.folder / "again.html").read_text()
     pixels = matplotlib.image.imread(environment.folder / "error_by_depth.png")[..., :3]
     assert min(pixels.shape[:2]) > 300
     # More colours than ink on paper, and not only a frame.

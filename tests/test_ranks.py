@@ -260,7 +260,7 @@ def test_several_processes_resume_with_the_curves_of_the_run_that_was_never_stop
 
 
 def test_the_first_process_alone_saves_the_report(two: dict[str, Found]) -> None:
-    assert [one["files"] for one in two["kept"]] == [["probe_report.json"], []]
+    assert [one["files"] for one in two["kept"]] == [["probe_report.html", "probe_report.json"], []]
 
 
 def test_sharded_weights_are_cross_fitted(tmp_path: Path) -> None:

@@ -25,7 +25,11 @@ def fit(folder: Path, logger: Any, *callbacks: Callback, **options: Any) -> Trai
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*report*"))
+    """The reports in a folder, each of which has its page beside it."""
+    found = sorted(path.relative_to(folder) for path in folder.rglob("*report*"))
+    reports = [path for path in found if path.suffix == ".json"]
+    assert found == sorted(path.with_suffix(suffix) for path in reports for suffix in (".html", ".json"))
+    return list(map(str, reports))
 
 
 class Elsewhere(Logger):
@@ -191,6 +195,14 @@ def logged_errors(file: Path) -> dict[tuple[int, str], float]:
             for name, value in line.items()
             if value and name.startswith("probe_error")
         }
+
+
+def test_a_page_that_cannot_be_written_loses_no_report_and_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "probe_report.html").mkdir()
+    probes = LinearProbeCallback()
+    with pytest.warns(UserWarning, match=r"the report has no page: .*Error: .*probe_report\.html"):
+        fit(tmp_path, CSVLogger(tmp_path, name="", version=""), probes)
+    assert ProbeReport.load(tmp_path / "probe_report.json") == probes.report
 
 
 def errors_by_logged_step(probes: LinearProbeCallback, **conditions: Any) -> dict[tuple[int, str], float]:

@@ -59,7 +59,7 @@ class Outcomes:
         return bool(self.samples) and self.samples == other.samples and bool((self.weights == other.weights).all())
 
     def packed(self) -> dict[str, Any]:
-        """Return plain types: losses, the constant's last, as text of a bit each if they are binary, else of two bytes."""
+        """Return plain types: losses, the constant's last, as text of a bit each if binary, else of two bytes each."""
         losses = self.losses if self.constant is None else torch.cat([self.losses, self.constant[None]])
         losses = _with_bits(losses) if self.is_binary else losses.half()
         return {

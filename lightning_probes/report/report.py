@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import base64
-import errno
 import html
 import json
 import math
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,9 +19,11 @@ from lightning_probes.figures.drawing import FigureKind, draw, kind_of
 from lightning_probes.network.layers import match_paths
 from lightning_probes.options import first_of, one_of, patterns
 from lightning_probes.probes.linear import LayerProbe, LayerProbes
+from lightning_probes.report.files import write_whole
 from lightning_probes.report.findings import Finding, find
 from lightning_probes.report.method import Method, method_of
 from lightning_probes.report.outcomes import Outcomes
+from lightning_probes.report.page import page_of
 from lightning_probes.report.paired import Comparison, best_layers, compare_losses, smallest_difference
 from lightning_probes.report.tables import (
     Table,
@@ -395,13 +394,33 @@ class ProbeReport:
             OSError: the file cannot be written; an earlier file of that name is unchanged.
         """
         text = json.dumps({"version": VERSION, **_without_nan(asdict(self))}, indent=1, allow_nan=False)
-        path = Path(os.path.realpath(path))  # os.replace would put a file in the place of a link.
-        if not path.parent.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-            written = Path(folder) / path.name
-            written.write_text(text + "\n", encoding="utf-8")
-            os.replace(written, path)
+        write_whole(path, text + "\n")
+
+    def save_html(self, path: str | Path) -> None:
+        """Save the report as a page: one HTML file that any browser opens from disk, and that asks for no other.
+
+        It shows the layers in the order of the calls, layers by moments, and the curve by depth at the moment that is
+        pointed at; of each layer all that :attr:`rows` say of it. A report without rows makes a page that says so.
+
+        Args:
+            path: the file, in a folder that exists; it is replaced only when all is written.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
+            OSError: the file cannot be written; an earlier file of that name is unchanged.
+        """
+        best: dict[tuple[str, int, str], list[str]] = {}
+        findings: list[Finding] = []
+        for one in self.outcomes:
+            curve = one["stage"], one["dataloader"], one["target"]
+            best[curve] = self._marked_best(*curve)
+        for target in self._shown():
+            of = f"{target}: " if target else ""
+            findings += [replace(one, sentence=of + one.sentence) for one in self.findings(target=target)]
+        page = page_of(
+            self.rows, tasks=self.tasks, baseline=self.baseline, notes=self.notes, findings=findings, best=best
+        )
+        write_whole(path, page)
 
     @classmethod
     def load(cls, path: str | Path) -> ProbeReport:
@@ -591,7 +610,7 @@ class ProbeReport:
         return axes if ax is not None else axes.figure  # type: ignore[return-value]
 
     def _marked_best(self, stage: str, dataloader: int, target: str) -> list[str]:
-        """Return the layers to mark: those of :meth:`best`, or the one with the least error if others cannot be told."""
+        """Return the layers to mark: those of :meth:`best`, or if these are not known the one with the least error."""
         point, last = list(self.curves(stage, "error", dataloader, target).items())[-1]
         if (outcomes := self._outcomes_at(stage, dataloader, target, point)) is not None:
             return best_layers(outcomes)

@@ -195,6 +195,11 @@ def test_a_comparison_is_a_sentence() -> None:
     assert "p < .001, mid-p McNemar on the same 10,000 samples; 280 are right in one of both only)." in said
     chance = str(compare_losses(*answers(41, 40, units=1_000), torch.ones(1_000), True))
     assert chance.endswith("the difference may be chance.")
+    equal = compare_losses(torch.ones(1), torch.ones(1), torch.ones(1), False, ("a", "b"))
+    assert str(equal) == (
+        "The errors of a and b are equal (95 % interval of the difference unknown; p = 1, bootstrap of |t| on the same "
+        "1 sample)."
+    )
 
 
 def test_intervals_of_answers_hold_the_difference() -> None:

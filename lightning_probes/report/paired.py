@@ -49,14 +49,16 @@ class Comparison:
     def __str__(self) -> str:
         """Return one sentence, in points: hundredths of error."""
         first, second = self.names
-        ends = f"{100 * self.low:+.2f} to {100 * self.high:+.2f}"
+        gap, way = 100 * abs(self.difference), "higher" if self.difference > 0 else "lower"
+        claim = f"The error of {first} is {gap:.2f} points {way} than that of {second}"
+        if not self.difference:
+            claim = f"The errors of {first} and {second} are equal"
+        ends = f"{100 * self.low:+.2f} to {100 * self.high:+.2f}" if math.isfinite(self.low) else "unknown"
         only = f"; {self.discordant:,} are right in one of both only" if self.discordant is not None else ""
-        verdict = "" if self.p <= ALPHA else "; the difference may be chance"
-        way = "higher than" if self.difference > 0 else "lower than" if self.difference < 0 else "different from"
+        verdict = "; the difference may be chance" if self.difference and self.p > ALPHA else ""
         return (
-            f"The error of {first} is {100 * abs(self.difference):.2f} points {way} that of {second} (95 % interval of "
-            f"the difference {ends}; {in_words(self.p)}, {self.test} on the same {self.units:,} samples{only})"
-            f"{verdict}."
+            f"{claim} (95 % interval of the difference {ends}; {in_words(self.p)}, {self.test} on the same "
+            f"{self.units:,} sample{'s' * (self.units != 1)}{only}){verdict}."
         )
 
 

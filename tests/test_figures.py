@@ -128,10 +128,8 @@ def test_names_are_told_apart_and_all_words_are_on_the_figure(which: str, kind: 
     ],
 )
 def test_every_report_is_drawn(kind: Any, error: Error, epochs: Sequence[int]) -> None:
-    for baseline in (0.9, math.nan):
-        figure = report_of(LAYERS["five"], error, epochs, baseline=baseline).plot(kind)
-        drawn(figure)
-        assert len(figure.png()) > 1000
+    figure = report_of(LAYERS["five"], error, epochs, baseline=math.nan if len(epochs) == 1 else 0.9).plot(kind)
+    assert len(figure.png()) > 1000
     assert ("no values" in [text.get_text() for text in figure.axes[0].texts]) == (
         kind != "map" and not any(math.isfinite(error(depth, 1)) for depth in (0.0, 0.25, 0.5, 0.75, 1.0))
     )
@@ -399,7 +397,7 @@ def test_words_are_read_on_light_and_dark_backgrounds(kind: Any, style: str) -> 
     axes = figure.axes[0]
     words = [*axes.get_xticklabels(), *axes.get_yticklabels(), axes.title, axes.xaxis.label, axes.yaxis.label]
     words += figure.texts + [text for legend in figure.legends for text in legend.get_texts()]
-    words += [] if kind == "map" else [text for text in axes.texts if text.get_text()[:1] in "↑↓"]
+    words += [] if kind == "map" else axes.texts
     assert min(contrast(to_rgba(text.get_color()), face) for text in words) >= 4.5
     lines = [line for line in axes.lines if str(line.get_label()).startswith(("epoch", "start", *LAYERS["five"]))]
     assert min((contrast(to_rgba(line.get_color()), face) for line in lines), default=9) >= 1.8

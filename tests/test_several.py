@@ -107,7 +107,7 @@ def test_names_join_keys_tables_and_figures(tmp_path: Path) -> None:
     shown = str(probes.report)
     assert [f"{name}, val" in shown for name in NAMES] == [True] * 3
     assert probes.report.table(target="numbers").startswith("probe 1 - R2 in %, numbers, val")
-    assert "numbers 1 - R2" in probes.report.plot(target="numbers").axes[0].get_title()
+    assert "numbers 1 - R2" in " ".join(probes.report.plot(target="numbers").axes[0].get_title().split())
     with pytest.raises(
         ValueError, match="target: expected one of 'digit', 'answers', 'numbers', found 'number'; did you mean"
     ):

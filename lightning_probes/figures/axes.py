@@ -168,7 +168,7 @@ def draw_references(axes: Axes, content: Content, references: References, ink: I
         if words:
             edge, side = (0.985, "top") if is_above else (0.015, "bottom")
             options: dict[str, Any] = {"transform": axes.transAxes, "va": side, "fontsize": 8, "color": ink.muted}
-            axes.text(0.01, edge, "   ".join(words), parse_math=False, zorder=4, **options)
+            axes.text(0.01, edge, "   ".join(words), parse_math=False, zorder=4, **options).set_in_layout(False)
     return lines
 
 

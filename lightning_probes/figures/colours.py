@@ -58,6 +58,12 @@ def in_order(number: int, ink: Ink) -> list[Colour]:
     return [viridis(first + (last - first) * (i / (number - 1) if number > 1 else 1.0)) for i in range(number)]
 
 
+def for_words(colour: Colour, ink: Ink) -> Colour:
+    """Return a colour for words that belong to a line of ``colour``: half way to the ink, so that they can be read."""
+    half = [(own + other) / 2 for own, other in zip(colour[:3], to_rgba(ink.text)[:3], strict=True)]
+    return half[0], half[1], half[2], 1.0
+
+
 def of_errors() -> Colormap:
     """Return the colours of a map of errors: the lower the error the lighter."""
     return matplotlib.colormaps["viridis_r"]

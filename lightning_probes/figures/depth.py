@@ -35,7 +35,8 @@ def by_depth(content: Content, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
-    names = labels(content.layers, _NAME_WIDTH, most=40)
+    most = 40 if ax is None else max(2, int(width_of(ax) / 0.2))
+    names = labels(content.layers, _NAME_WIDTH, most)
     groups = blocks(content.layers) if len(content.layers) >= _BANDS_FROM else []
     if ax is None:
         longest = max(map(len, names.texts.values()))

@@ -39,7 +39,8 @@ def as_map(content: Content, ax: Axes | None = None) -> Axes:
     Returns:
         The axes; the colour bar has axes of its own.
     """
-    names = labels(content.layers, _NAME_WIDTH, _MOST_NAMES)
+    most = _MOST_NAMES if ax is None else max(2, int(height_of(ax) / 0.15))
+    names = labels(content.layers, _NAME_WIDTH, most)
     layers, moments = len(content.layers), len(content.moments)
     if ax is None:
         longest = max(map(len, names.texts.values()))
@@ -118,9 +119,11 @@ def _bar(axes: Axes, image: Any, content: Content, scale: Scale, ink: Ink) -> No
 
 def _write(axes: Axes, cells: Any, norm: Normalize, colours: Colormap, content: Content) -> None:
     """Write each value into its cell, in the colour that is read on it."""
+    faces = colours(norm(np.clip(cells, norm.vmin, None)))
     for (row, column), value in np.ndenumerate(cells):
         if np.isfinite(value):
-            face = colours(norm(max(value, norm.vmin or value)))
-            text = f"{value:.1f}" if content.is_share else f"{value:.2g}"
-            colour = "white" if is_dark(face) else "black"
-            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour, zorder=4)
+            words = f"{value:.1f}" if content.is_share else f"{value:.2g}"
+            style: dict[str, Any] = {"fontsize": 7, "color": "white" if is_dark(faces[row, column]) else "black"}
+            text = axes.text(column, row, words, ha="center", va="center", zorder=4, **style)
+            # It is inside the axes, so that the layout need not measure it.
+            text.set_in_layout(False)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 
 from lightning_probes.figures.axes import draw_references, dress, height_of, name_moments, say_empty, scale_values
-from lightning_probes.figures.colours import in_order, ink_of
+from lightning_probes.figures.colours import for_words, in_order, ink_of
 from lightning_probes.figures.content import Content, spread
 from lightning_probes.figures.names import shorten
 from lightning_probes.figures.picture import new_picture
@@ -33,7 +33,8 @@ class Tag(NamedTuple):
         words: the words.
         at: moment of the line's last value.
         value: that value, as it is drawn.
-        colour: colour of the words.
+        colour: colour of the line.
+        ink: colour of the words.
         is_bold: whether the words are bold.
     """
 
@@ -41,6 +42,7 @@ class Tag(NamedTuple):
     at: float
     value: float
     colour: Any
+    ink: Any
     is_bold: bool
 
 
@@ -91,8 +93,17 @@ def over_time(content: Content, ax: Axes | None = None) -> Axes:
         value = number(at_end / content.scale, is_share=content.is_share)
         ended = " (set aside)" if ends[i] < len(at) - 1 else ""
         words = f"{short[content.layers[i]]}  {value}{ended}"
-        tags.append(Tag(words, at[ends[i]], at_end, colours[i], content.layers[i] in content.best[:1]))
-    tags += [Tag(label, at[-1], value, ink.muted, False) for label, value in drawn.items()]
+        tags.append(
+            Tag(
+                words,
+                at[ends[i]],
+                at_end,
+                colours[i],
+                for_words(colours[i], ink),
+                content.layers[i] in content.best[:1],
+            )
+        )
+    tags += [Tag(label, at[-1], value, ink.muted, ink.muted, False) for label, value in drawn.items()]
     _tag(axes, tags, _LINE_HEIGHT / height)
     key = f"\n{len(lines)} layers, the {'lighter' if ink.is_dark else 'darker'} the deeper; {len(named)} are named"
     name_moments(axes, content.moments, at, content.unit + how + key * (len(named) < sum(end >= 0 for end in ends)))
@@ -146,7 +157,17 @@ def _tag(axes: Axes, tags: Sequence[Tag], gap: float) -> None:
     ends = [[float(x) for x in to_share.transform((tag.at, tag.value))] for tag in tags]
     heights = apart([y for _, y in ends], gap, 0.01, 0.99)
     for tag, (x, y), height in zip(tags, ends, heights, strict=True):
-        style: dict[str, Any] = {"color": tag.colour, "transform": axes.transAxes, "clip_on": False}
-        axes.plot([x, 1.01, 1.03], [y, y if x > 0.99 else height, height], linewidth=0.6, alpha=0.7, zorder=2, **style)
+        style: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
+        axes.plot(
+            [x, 1.01, 1.03],
+            [y, y if x > 0.99 else height, height],
+            color=tag.colour,
+            linewidth=0.6,
+            alpha=0.7,
+            zorder=2,
+            **style,
+        )
         weight = "bold" if tag.is_bold else "normal"
-        axes.text(1.035, height, tag.words, va="center", fontsize=8, weight=weight, parse_math=False, **style)
+        axes.text(
+            1.035, height, tag.words, va="center", color=tag.ink, fontsize=8, weight=weight, parse_math=False, **style
+        )

@@ -11,7 +11,7 @@ function opened(view) {
 
 const views = data.views.map(opened);
 
-/** Whether some layers are, or have among them, the best of a view ("best"), or one not to be told from it ("alike"). */
+/** Whether one of some layers is the best of a view ("best"), or one that cannot be told from it ("alike"). */
 function rankOf(view, layers) {
   const places = layers.map((layer) => view.best.indexOf(layer)).filter((place) => place >= 0);
   return places.length ? (Math.min(...places) ? "alike" : "best") : "";

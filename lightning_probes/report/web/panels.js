@@ -374,7 +374,7 @@ function drawLegend(page) {
     ]);
   }
   if (view.best.length) parts.push(["", "\u2605 best"]);
-  if (view.best.length > 1) parts.push(["key-alike", "not told from it"]);
+  if (view.best.length > 1) parts.push(["key-alike", "may be best"]);
   byId("legend").replaceChildren(
     ...parts.map(([key, words]) => make("span", {}, key ? make("i", { class: key }) : null, words)),
   );

@@ -12,6 +12,11 @@ function opened(view) {
 const views = data.views.map(opened);
 const best = new Set(data.best);
 
+/** The layers to mark: findings and best layers are about the first view, and say nothing of other numbers. */
+function bestIn(view) {
+  return view === views[0] ? best : new Set();
+}
+
 /** What a cell without a value stands for: a layer that was set aside, or a moment at which it was not measured. */
 function isAbsent(view, layer, moment) {
   return view.missing.has(`${layer},${moment}`);

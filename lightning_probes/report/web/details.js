@@ -26,7 +26,7 @@ function factsOf(page, line, moment) {
     ["converged", { true: "yes", false: "no" }[told("converged")]],
     ["L2", told("l2") === undefined || told("l2") === null ? null : short(told("l2"))],
   ];
-  const isBest = best.has(line.layers[0]) ? [["best", "the best layer, or not to be told from it"]] : [];
+  const isBest = bestIn(page.view).has(line.layers[0]) ? [["best", "the best layer, or not to be told from it"]] : [];
   const why = kind === "set aside" ? reasonsFor(line.layers[0]).map((note) => ["why", note]) : [];
   return [
     ...facts,

@@ -61,7 +61,7 @@ function lineElement(page, line, i, levels) {
   element.classList.toggle("module", Boolean(line.isModule));
   element.classList.toggle(
     "best",
-    line.layers.some((layer) => best.has(layer)),
+    line.layers.some((layer) => bestIn(page.view).has(layer)),
   );
   return element;
 }
@@ -327,7 +327,7 @@ function fillDots(page) {
   const radius = Math.max(1.6, Math.min(4.5, 0.2 * height));
   page.curve.dots.replaceChildren(
     ...lines.map((line) => {
-      if (line.layers.some((layer) => best.has(layer)))
+      if (line.layers.some((layer) => bestIn(page.view).has(layer)))
         return makeSvg("path", { class: "star", d: starOf(Math.max(5, radius + 2)) });
       return makeSvg("circle", { r: radius, class: height < 4 ? "none" : line.isModule ? "mean" : "dot" });
     }),
@@ -374,7 +374,7 @@ function drawLegend(page) {
       `${view.baseline.name} ${inWords(view.baseline.value, true)}${isOut ? " \u2192" : ""}`,
     ]);
   }
-  if (best.size) parts.push(["", "\u2605 best"]);
+  if (bestIn(page.view).size) parts.push(["", "\u2605 best"]);
   byId("legend").replaceChildren(
     ...parts.map(([key, words]) => make("span", {}, key ? make("i", { class: key }) : null, words)),
   );

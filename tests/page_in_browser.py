@@ -281,7 +281,13 @@ def other_views(page: Page, report: ProbeReport, last: int) -> None:
     page.select_option("[data-key=stage]", "train")
     settle(page)
     assert "that the network was trained on" in page.inner_text("#warning")
-    page.select_option("[data-key=stage]", "val")
+    assert page.locator("#lines .best, #depth .star").count() == 0, "the best on validation are not those of training"
+    page.click(".finding")  # is of validation, and leads back there
+    settle(page)
+    assert page.input_value("[data-key=stage]") == "val"
+    assert page.locator("#lines .best").count() == page.locator("#depth .star").count() == 1
+    assert page.locator("#lines .alike").count() == 1
+    page.keyboard.press("Escape")
     page.select_option("[data-key=metric]", "lag")
     settle(page)
     assert "lag" in page.inner_text("#depth-title").lower()

@@ -85,4 +85,6 @@ def page_with(report: ProbeReport, findings: Sequence[Finding], best: Sequence[s
     """The page of a report, with findings and best layers that are given."""
     tasks, baseline, notes = report.tasks, report.baseline, report.notes
     marked = {("val", 0, ""): [layer for layer in best if report.select(layer=layer)]}
-    return page_of(report.rows, tasks=tasks, baseline=baseline, notes=notes, findings=findings, best=marked)
+    return page_of(
+        report.rows, tasks=tasks, baseline=baseline, notes=notes, findings={("val", 0, ""): findings}, best=marked
+    )

@@ -152,8 +152,8 @@ def test_findings_and_best_layers_point_at_their_layers() -> None:
     data = json.loads(Elements(text).scripts[0])
     assert data["views"][0]["best"] == [1, 0]
     assert data["findings"] == [
-        {"sentence": "Two are worse.", "kind": "bypass", "layers": [2, 3]},
-        {"sentence": "Nothing else.", "kind": "best", "layers": []},
+        {"sentence": "Two are worse.", "view": 0, "kind": "bypass", "layers": [2, 3]},
+        {"sentence": "Nothing else.", "view": 0, "kind": "best", "layers": []},
     ]
 
 

@@ -94,7 +94,7 @@ def _mark_best(axes: Axes, content: Content, values: Sequence[float], ink: Ink) 
     axes.plot(*at[first], markersize=10, label=f"best: {short[first]}, {value}", **style)
     if others:
         places = zip(*(at[layer] for layer in others), strict=True)
-        axes.plot(*map(list, places), markersize=7, markeredgewidth=0.7, label="not told from the best", **style)
+        axes.plot(*map(list, places), markersize=7, markeredgewidth=0.7, label="may be best too", **style)
 
 
 def _band(axes: Axes, groups: Sequence[Block], ink: Ink) -> None:

@@ -58,7 +58,7 @@ def page_of(
     tasks: Mapping[str, str],
     baseline: Mapping[str, float],
     notes: Sequence[str],
-    findings: Sequence[Finding] = (),
+    findings: Mapping[Curve, Sequence[Finding]] = MappingProxyType({}),
     best: Mapping[Curve, Sequence[str]] = MappingProxyType({}),
 ) -> str:
     """Return the page of a report as HTML.
@@ -68,7 +68,7 @@ def page_of(
         tasks: ``{target: kind of its task}``.
         baseline: ``{stage: error}``, of several targets ``{stage/target: error}``, of the best constant answer.
         notes: the notes of the report.
-        findings: what stands in words above the map, the most useful first.
+        findings: what stands in words above the map, of the errors of each curve, the most useful first.
         best: layers to mark in the errors of each curve: the best, then those that cannot be told from it.
     """
     data = data_of(rows, tasks=tasks, baseline=baseline, notes=notes, findings=findings, best=best)
@@ -89,7 +89,7 @@ def data_of(
     tasks: Mapping[str, str],
     baseline: Mapping[str, float],
     notes: Sequence[str],
-    findings: Sequence[Finding] = (),
+    findings: Mapping[Curve, Sequence[Finding]] = MappingProxyType({}),
     best: Mapping[Curve, Sequence[str]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return what the page shows, as plain lists and dicts: all layers, and a view for each metric of each stage.
@@ -101,6 +101,9 @@ def data_of(
     layers = sorted(depths, key=lambda layer: (depths[layer], layer))
     numbers = {layer: i for i, layer in enumerate(layers)}
     groups = _grouped(rows)
+    places = {
+        (stage, loader, target): i for i, (stage, loader, target, metric) in enumerate(groups) if metric == "error"
+    }
     facts: dict[tuple[Any, ...], int] = {}
     told: list[dict[str, Any]] = []
     views = []
@@ -134,11 +137,13 @@ def data_of(
         "facts": told,
         "findings": [
             {
-                "sentence": finding.sentence,
+                "sentence": f"{curve[2]}: {finding.sentence}" if curve[2] else finding.sentence,
+                "view": places[curve],
                 "kind": finding.kind.value,
                 "layers": [numbers[layer] for layer in finding.layers if layer in numbers],
             }
-            for finding in findings
+            for curve, said in findings.items()
+            for finding in said
         ],
         "notes": list(notes),
     }

@@ -410,13 +410,12 @@ class ProbeReport:
             OSError: the file cannot be written; an earlier file of that name is unchanged.
         """
         best: dict[tuple[str, int, str], list[str]] = {}
-        findings: list[Finding] = []
+        findings: dict[tuple[str, int, str], list[Finding]] = {}
         for one in self.outcomes:
             curve = one["stage"], one["dataloader"], one["target"]
             best[curve] = self._marked_best(*curve)
         for target in self._shown():
-            of = f"{target}: " if target else ""
-            findings += [replace(one, sentence=of + one.sentence) for one in self.findings(target=target)]
+            findings[(*self._resolve(None, None), target)] = self.findings(target=target)
         page = page_of(
             self.rows, tasks=self.tasks, baseline=self.baseline, notes=self.notes, findings=findings, best=best
         )

@@ -9,8 +9,8 @@ python tests/benchmarks/price.py visual                 # share of a run that wh
 Runs with and without probes take turns in one process, on one thread. Beside the price of a run with probes the table
 has that of its steps (`steps`: probes trained along, batches kept, validation scored), what running the kept batches
 again takes (`again`), and the rest of the time in which training pauses (`solve`), all in units of the run without. Of
-a run that asks something else of its probes, `beside` is its processor time relative to the same run with other probes,
-and the target is one of that. `visual` is the README's main job with a TensorBoard logger and findings: the share of its
+a run that asks something else of its probes, `beside` is its processor time relative to the same run with others, and
+the target is one of that. `visual` is the README's main job with a TensorBoard logger and findings: the share of its
 processor time in which figures are drawn, the report and its page are written and findings are looked for.
 """
 

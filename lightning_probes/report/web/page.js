@@ -369,6 +369,10 @@ function listFindings() {
           finding.sentence,
         );
         link.addEventListener("click", () => {
+          if (page.view !== views[finding.view]) {
+            setView(views[finding.view]);
+            sayChoices();
+          }
           unmark();
           link.setAttribute("aria-pressed", true);
           mark(new Set(finding.layers));

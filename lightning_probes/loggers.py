@@ -126,7 +126,8 @@ class Logs:
             for logger in trainer.loggers:
                 logger.log_metrics({**found, "epoch": 0}, step=0)
         if trainer.is_global_zero:
-            for row in filter(self._is_logged, [*start, *rows]):
+            # Charts of validation come first: the error on what probes were fitted on says less.
+            for row in sorted(filter(self._is_logged, [*start, *rows]), key=lambda row: row["stage"] == "train"):
                 if row["stage"] != "test":
                     series = series_of(row, _loader_of(row, several))
                     self._charts.add(series, row["layer"], row["depth"], self._name(row, several))

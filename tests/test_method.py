@@ -281,7 +281,7 @@ def test_report_without_any_value_is_shown(total: float) -> None:
 def test_axes_may_be_small() -> None:
     axes = Figure(figsize=(3, 3)).subplots(6, 6)[2, 3]
     reports_of_many_layers()["without validation"].plot(ax=axes)
-    assert len(axes.get_title().splitlines()) <= 7
+    assert len(axes.get_title().splitlines()) <= 8
 
 
 def test_layers_that_were_fitted_in_another_way_are_named() -> None:

@@ -38,9 +38,10 @@ def dress(axes: Axes, content: Content, ink: Ink, *, lift: float = 6.0, beside: 
         lift: distance of the title from the axes in points.
         beside: inches of their width that the axes will give to what stands beside them.
     """
-    # At 11 points about ten characters fit into an inch, and a reader takes a line of twenty.
-    around = max(20, int(11 * (width_of(axes) - beside)))
-    title = "\n".join([*wrap(content.title, around), *wrap(content.warning, around)])
+    # At 11 points about twelve characters fit into an inch, and a reader takes a line of twenty.
+    around = max(20, int(12 * (width_of(axes) - beside)))
+    parts = [content.title] if len(content.title) <= around else content.title.replace(": ", ":\n").split("\n")
+    title = "\n".join(line for part in [*parts, content.warning] for line in wrap(part, around))
     axes.set_title(title, fontsize=11, color=ink.text, pad=lift, parse_math=False)
     axes.tick_params(axis="both", which="both", colors=ink.muted, labelcolor=ink.text, labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)

@@ -40,7 +40,7 @@ def by_depth(content: Content, ax: Axes | None = None) -> Axes:
     groups = blocks(content.layers) if len(content.layers) >= _BANDS_FROM else []
     if ax is None:
         longest = max(map(len, names.texts.values()))
-        width = min(max(7.2, 2.6 + 0.42 * len(content.layers)), 14)
+        width = min(max(7.2, 2.6 + 0.3 * len(content.layers)), 11)
         axes = new_picture(width, 4.2 + 0.05 * longest, content.below).add_subplot()
     else:
         axes = ax
@@ -89,6 +89,7 @@ def _mark_best(axes: Axes, content: Content, values: Sequence[float], ink: Ink) 
     if not first:
         return
     style: dict[str, Any] = {"linestyle": "", "marker": "o", "markerfacecolor": "none", "color": ink.text, "zorder": 6}
+    style["clip_on"] = False
     _, short = shorten(content.layers, _LEGEND_WIDTH)
     value = number(at[first][1] / content.scale, is_share=content.is_share)
     axes.plot(*at[first], markersize=10, label=f"best: {short[first]}, {value}", **style)

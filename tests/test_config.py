@@ -154,6 +154,7 @@ fit_on_device: true
 every_n_epochs: 3
 strict: false
 log_metrics: [cross_entropy]
+findings: true
 """
 
 
@@ -178,7 +179,7 @@ def test_every_argument_can_be_written_in_yaml() -> None:
     assert probes._new_session().refit.budget == Budget(1000, 2_000_000, on_device=True)
     assert (probes._learning_rate, probes._schedule._every_n_epochs) == (0.01, 3)
     assert from_yaml({"every_n_epochs": "auto"})._schedule._every_n_epochs is None
-    assert probes._is_strict is False
+    assert (probes._is_strict, probes._has_findings) == (False, True)
     assert probes._logs.metrics == ["error", "cross_entropy"]
 
 

@@ -44,9 +44,10 @@ def check_means(report: ProbeReport) -> None:
             assert mean == pytest.approx(row["value"], rel=0 if one.is_binary else 2**-11, abs=1e-9)
         assert one.constant is not None
         if not saved["dataloader"]:
+            # No constant is better on these samples than the best for them, nor is that for others much worse.
             baseline = report.baseline[f"{saved['stage']}/{saved['target']}".rstrip("/")]
             mean = float((one.constant.double() * one.weights).sum() / one.weights.sum())
-            assert mean == pytest.approx(baseline, rel=0 if one.is_binary else 2**-11, abs=1e-9)
+            assert baseline * (1 - 2**-11) - 1e-9 <= mean <= baseline + 0.25
 
 
 @pytest.mark.parametrize("asked", ASKED)
@@ -79,6 +80,9 @@ def test_what_a_sample_got_is_whether_the_probe_by_hand_errs(tmp_path: Path) -> 
     x, y = data.tensors
     with torch.no_grad():
         network.eval()(x)
+    commonest = images(96).tensors[1].bincount().argmax()
+    assert last.constant is not None
+    assert ((y != commonest) == last.constant.bool()).all()
     for layer, losses in zip(last.layers, last.losses, strict=True):
         answers = probes.probe(layer)(seen[layer]).argmax(dim=1)
         assert ((answers != y) == losses.bool()).all(), layer

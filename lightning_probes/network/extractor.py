@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_probes.network.arrangement import PLAIN, Arrangement, LayerReduction, by_layout
 from lightning_probes.network.axes import FeatureAxes
-from lightning_probes.network.batches import pick, pick_index
+from lightning_probes.network.batches import pick, pick_index, tensors_in
 from lightning_probes.network.hooks import ActivationRecorder, Recording
 from lightning_probes.network.labels import LabelReader, find_question
 from lightning_probes.network.layers import Selection, match_layers, select_layers
@@ -442,12 +442,21 @@ class LayerExtractor:
         return None
 
     def _marks_of(self, batch: Any) -> Tensor | None:
-        """Return a number for each sample that only its input has; ``None`` without such a tensor."""
+        """Return a number for each sample that only its input has, or else what there is of it in the batch.
+
+        It is ``None`` without any such tensor.
+        """
+        samples = len(self._targets) // self._each if self._targets is not None else 0
         with suppress(Exception):  # As above.
-            value: Tensor = pick(batch, self._reading["input"], "input")  # type: ignore[arg-type]
-            samples = len(self._targets) // self._each if self._targets is not None else 0
-            rows = value.detach().reshape(samples, -1)
-            return hash_rows(rows if rows.dtype in (torch.float32, torch.float64) else rows.float())
+            where = self._reading["input"]
+            value = None if where is None else pick(batch, where, "input")
+            inputs = [value] if isinstance(value, Tensor) else tensors_in(batch)
+            marks = []
+            for tensor in inputs:
+                if tensor.dim() and len(tensor) % samples == 0:
+                    rows = tensor.detach().reshape(samples, -1)
+                    marks.append(hash_rows(rows if rows.dtype in (torch.float32, torch.float64) else rows.float()))
+            return torch.stack(marks).sum(dim=0) if marks else None
         return None
 
     def _picked_input(self, batch: Any) -> Any:

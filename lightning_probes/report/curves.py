@@ -392,18 +392,16 @@ class Curves:
             place = {"dataloader": dataloader, "epoch": epoch, "step": step, "logged_step": logged_step}
             new = rows_of(question, about, scores, stage, self.labels.of(read), **place)
             baselines = {}
-            if labelled:
+            if labelled and not dataloader:
                 each = question.split_sums(scores.target_sums)
                 baselines = {target: task.baseline(each[target]) for target, task in question.parts.items()}
-            report.enter(new, baselines if not dataloader else {})
+            report.enter(new, baselines)
             if stage != "train":
-                self._enter_outcomes((kind, (stage, dataloader)), report, new, baselines)
+                self._enter_outcomes((kind, (stage, dataloader)), report, new)
             rows += new
         return rows
 
-    def _enter_outcomes(
-        self, key: tuple[Kind, Curve], report: ProbeReport, rows: list[Row], baselines: Mapping[str, float]
-    ) -> None:
+    def _enter_outcomes(self, key: tuple[Kind, Curve], report: ProbeReport, rows: list[Row]) -> None:
         """Enter in ``report`` what each scored sample got, over all processes; if that fails, note it."""
         errors: dict[str, dict[str, tuple[float, list[float]]]] = {}
         question = self._network.question
@@ -412,7 +410,7 @@ class Curves:
                 target = row.get("target", "")
                 each = row["error_by_output"] if question.parts[target].errors > 1 else [row["value"]]
                 errors.setdefault(target, {})[row["layer"]] = row["value"], each
-        for target, outcomes in self.outcomes.conclude(key, question, errors, baselines, self._ranks).items():
+        for target, outcomes in self.outcomes.conclude(key, question, errors, self.target_sums, self._ranks).items():
             report.enter_outcomes(outcomes, *key[1], target, (rows[0]["epoch"], rows[0]["step"]))
         for note in self.outcomes.pop_notes():
             if note not in self.notes:

@@ -44,7 +44,8 @@ class Outcomes:
         weights: number of answers of each unit, ``(units,)`` in float32, none of them 0.
         is_binary: whether each unit has one answer, which is right (0) or wrong (1).
         samples: digest of the inputs of all units in their order; empty if it is not known what they were.
-        constant: losses of the best constant answer, ``(units,)``; ``None`` if they are not known.
+        constant: losses of the answer that is the best of all constant ones for the samples that probes were fitted on,
+            ``(units,)``; ``None`` if these are not known.
     """
 
     layers: tuple[str, ...]
@@ -195,7 +196,7 @@ class OutcomeCollector:
         self._notes += [note] * (note not in self._notes)
 
     def conclude(
-        self, key: Key, question: Question, errors: Mapping[str, Errors], baselines: Mapping[str, float], ranks: Ranks
+        self, key: Key, question: Question, errors: Mapping[str, Errors], target_sums: list[float], ranks: Ranks
     ) -> dict[str, Outcomes]:
         """Return the outcomes of each target over the samples of all processes; every process calls this.
 
@@ -205,7 +206,7 @@ class OutcomeCollector:
             key: as for :meth:`hand`.
             question: what the probes were asked.
             errors: errors of the layers of each target, those of layers that were set aside left out.
-            baselines: ``{target: error of the best constant answer}``.
+            target_sums: sums over the targets that probes were fitted on, for the best constant answer to them.
             ranks: the processes.
         """
         own = {}
@@ -227,16 +228,18 @@ class OutcomeCollector:
             task, counts = question.parts[target], units.weights > 0
             if not bool(counts.any()):
                 continue
-            constant = task.constant_losses(units.right, units.counted)
-            constant = constant.new_zeros(len(constant), len(counts)).index_add_(1, units.unit, constant)
-            constant = constant / units.weights.clamp(min=1)
             weights = units.weights[counts].float()
-            each = {layer: (losses[:, counts], *wanted[layer]) for layer, losses in whole.items()}
-            each[""] = constant[:, counts], baselines[target], [baselines[target]] * len(constant)
-            scaled = [x[0] if is_binary else _scaled(x, weights, error, apart) for x, error, apart in each.values()]
+            scaled = [
+                losses[0, counts] if is_binary else _scaled(losses[:, counts], weights, *wanted[layer])
+                for layer, losses in whole.items()
+            ]
+            constant = None
+            if target_sums:
+                rows = task.constant_losses(units.right, units.counted, question.split_sums(target_sums)[target])
+                sums = rows.new_zeros(len(counts)).index_add_(0, units.unit, rows)
+                constant = sums[counts] / weights
             digest = "" if units.marks is None else hashlib.sha256(_bytes_of(units.marks[counts])).hexdigest()
-            *losses, constant = scaled
-            found[target] = Outcomes(tuple(shared), torch.stack(losses), weights, is_binary, digest, constant)
+            found[target] = Outcomes(tuple(shared), torch.stack(scaled), weights, is_binary, digest, constant)
         return found
 
     def pop_notes(self) -> list[str]:

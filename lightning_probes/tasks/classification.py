@@ -218,10 +218,10 @@ class Classification(Task):
         """Return the class of each row, ``(rows,)``."""
         return labels.answers.flatten().to(torch.int32)
 
-    def constant_losses(self, right: Tensor, counted: Tensor) -> Tensor:
-        """Return 1 where the class is not the most frequent one, ``(1, rows)``."""
-        commonest = torch.bincount(right[counted], minlength=1).argmax()
-        return ((right != commonest) & counted).float()[None]
+    def constant_losses(self, right: Tensor, counted: Tensor, target_sums: list[float]) -> Tensor:
+        """Return 1 where the class is not the most frequent one, ``(rows,)``."""
+        commonest = max(range(len(target_sums)), key=target_sums.__getitem__)
+        return ((right != commonest) & counted).float()
 
     def interval(self, tally: list[float]) -> tuple[float, float]:
         if self.is_clustered:

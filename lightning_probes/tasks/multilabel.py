@@ -191,11 +191,14 @@ class Multilabel(TaskWithGaps):
         """Return 0 and 1, or -1 for a missing entry, ``(rows, outputs)``."""
         return torch.where(labels.answers > 0, labels.rows.T, -1.0).T.to(torch.int8)
 
-    def constant_losses(self, right: Tensor, counted: Tensor) -> Tensor:
-        """Return the share of the labels of which the commonest answer is wrong, ``(1, rows)``."""
-        entries, ones = right >= 0, right == 1
-        commonest = 2 * ones.sum(dim=0) > entries.sum(dim=0)
-        return ((ones != commonest) & entries).float().sum(dim=1)[None] / self.outputs
+    def constant_losses(self, right: Tensor, counted: Tensor, target_sums: list[float]) -> Tensor:
+        """Return the share of the labels of which the commonest answer is wrong, ``(rows,)``."""
+        ones, zeros = (torch.tensor(target_sums[i * self.outputs : (i + 1) * self.outputs]) for i in (0, 1))
+        has = (right >= 0).float()
+        entries = has.sum(dim=0)
+        wrong = ((right == 1) != (ones > zeros)).float() * has
+        # The error is the mean over labels, each over the samples that have an entry.
+        return (wrong / entries.clamp(min=1)).sum(dim=1) * counted.sum() / (entries > 0).sum().clamp(min=1)
 
     def interval(self, tally: list[float]) -> tuple[float, float]:
         """Return the interval of the share of wrong answers, moved to the error, from which missing entries part it."""

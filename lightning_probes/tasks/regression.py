@@ -234,10 +234,16 @@ class Regression(TaskWithGaps):
         """Return the scaled targets, NaN for a missing entry, ``(rows, outputs)``."""
         return torch.where(labels.answers.T > 0, labels.rows, math.nan).float()
 
-    def constant_losses(self, right: Tensor, counted: Tensor) -> Tensor:
-        """Return the squared distances from the mean, ``(errors, rows)``."""
-        distances = (right - right.nanmean(dim=0)).square().nan_to_num(nan=0.0).T
-        return distances if self.errors > 1 else distances.mean(dim=0, keepdim=True)
+    def constant_losses(self, right: Tensor, counted: Tensor, target_sums: list[float]) -> Tensor:
+        """Return squared distances over their mean from the mean of the rows, the mean over outputs, ``(rows,)``."""
+        entries, sums = (torch.tensor(target_sums[i * self.outputs : (i + 1) * self.outputs]) for i in (0, 1))
+        scored = (right - right.nanmean(dim=0)).square().nanmean(dim=0)
+        varies = scored > _CONSTANT
+        if not bool(varies.any()):
+            return counted.float()
+        distances = (right - sums / entries.clamp(min=1)).square().nan_to_num(nan=0.0)
+        each = distances / (scored * (~right.isnan()).sum(dim=0))
+        return each[:, varies].mean(dim=1).float() * counted.sum()
 
     @property
     def errors(self) -> int:

@@ -345,12 +345,13 @@ class Task(Question):
         """Return the targets of rows as :meth:`constant_losses` takes them, ``(rows, ...)``, in few bytes."""
 
     @abstractmethod
-    def constant_losses(self, right: Tensor, counted: Tensor) -> Tensor:
-        """Return what each row adds to the error of the best constant answer to all rows, as :meth:`losses` does.
+    def constant_losses(self, right: Tensor, counted: Tensor, target_sums: list[float]) -> Tensor:
+        """Return what each row adds to the error of a constant answer, ``(rows,)``, whose mean over rows is that error.
 
         Args:
-            right: the targets, as :meth:`right` returns them, of all rows.
+            right: the targets, as :meth:`right` returns them, of all rows that are scored.
             counted: which rows count, ``(rows,)``; one that does not adds 0.
+            target_sums: sums over the targets that the answer is the best for, as :meth:`target_sums` returns them.
         """
 
     @abstractmethod

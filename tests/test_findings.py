@@ -149,8 +149,8 @@ def test_layers_at_the_baseline_are_named() -> None:
     finding = one(Kind.BASELINE, found(errors))
     assert finding.layers == names(3, 6)
     assert finding.sentence == (
-        "Layers net.3 to net.6 know no more than the majority class (errors 89.7 to 91.0 %, baseline 90.0 %; less than "
-        "one point better, paired, p < .001)."
+        "Layers net.3 to net.6 know no more than the majority class (errors 89.7 to 91.0 %, baseline 90.0 %; not "
+        "better by one point, paired, p < .001)."
     )
     every = one(Kind.BASELINE, found([0.899, 0.90, 0.90]))
     assert every.sentence.startswith("No layer knows more than the majority class")

@@ -221,7 +221,7 @@ def _at_baseline(look: Look, alpha: float, taken: set[str]) -> list[Finding]:
         Finding(
             Kind.BASELINE,
             f"{who} more than the {look.words.baseline} ({look.in_errors(found)}, baseline "
-            f"{percents(look.baseline)}; less than one point better, {test}, {in_words(sure)}).",
+            f"{percents(look.baseline)}; not better by one point, {test}, {in_words(sure)}).",
             look.named(found),
             sure,
         )
@@ -354,8 +354,8 @@ def _adds_nothing(look: Look, alpha: float, taken: set[str]) -> list[Finding]:
         Finding(
             Kind.NOTHING,
             f"{_subject(look, range(before + 1, end + 1), 'adds', 'add')} nothing to {look.layers[before]} "
-            f"({percents(errors[before])} there, {percents(errors[end])} at the end of them; each less than one "
-            f"point better, {look.evidence.test}, {in_words(sure)}). Where a skip spans them they may be cut; where "
+            f"({percents(errors[before])} there, {percents(errors[end])} at the end of them; none better by one "
+            f"point, {look.evidence.test}, {in_words(sure)}). Where a skip spans them they may be cut; where "
             f"none does, a network can need layers from which its probes gain nothing.{more}",
             look.named(within),
             sure,

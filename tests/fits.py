@@ -13,8 +13,9 @@ from networks import Classifier, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_probes import LinearProbeCallback
+from lightning_probes import LinearProbeCallback, ProbeReport
 from lightning_probes.probes import fit
+from lightning_probes.report.outcomes import Outcomes
 
 
 def make_trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
@@ -60,6 +61,27 @@ def count_fits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     fit_samples = fit.fit_samples
     monkeypatch.setattr(fit, "fit_samples", counted)
     return done
+
+
+def check_means(report: ProbeReport) -> None:
+    """The errors of all layers are the means of what their samples got."""
+    assert report.outcomes
+    for saved in report.outcomes:
+        one = Outcomes.unpacked(saved)
+        place = {key: saved[key] for key in ("stage", "dataloader", "epoch", "step")}
+        target = {"target": saved["target"]} if saved["target"] else {}
+        rows = report.select(metric="error", **place, **target)
+        assert list(one.layers) == [row["layer"] for row in sorted(rows, key=lambda row: row["depth"])]
+        for row, losses in zip(sorted(rows, key=lambda row: row["depth"]), one.losses.double(), strict=True):
+            mean = float((losses * one.weights).sum() / one.weights.sum())
+            # Half a unit in the last of the eleven digits of float16.
+            assert mean == pytest.approx(row["value"], rel=0 if one.is_binary else 2**-11, abs=1e-9)
+        assert one.constant is not None
+        if not saved["dataloader"]:
+            # No constant is better on these samples than the best for them, nor is that for others much worse.
+            baseline = report.baseline[f"{saved['stage']}/{saved['target']}".rstrip("/")]
+            mean = float((one.constant.double() * one.weights).sum() / one.weights.sum())
+            assert baseline * (1 - 2**-11) - 1e-9 <= mean <= baseline + 0.25
 
 
 class Bare(Classifier):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from asked import ASKED
 from exact import Weights, check_gaps, features_by_hand, gaps
+from fits import check_means
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from networks import QUIET, Classifier, ResNet, ViT, loader, mlp
@@ -107,6 +108,7 @@ def test_whatever_is_asked_training_is_bit_identical_and_errors_are_those_of_the
     )
     assert {row["epoch"] for row in probes.report.rows} == {0, 1, 2}
     assert all(math.isfinite(row["value"]) for row in probes.report.rows)
+    check_means(probes.report)
     seed_everything(7, verbose=False)
     model, data = residual(), (loader(320, 32, seed=2), loader(200, 50, seed=1))
     trainers = [Trainer(**{**QUIET, "accelerator": accelerator}) for accelerator in (DEVICE, "cpu")]

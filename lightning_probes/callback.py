@@ -359,7 +359,7 @@ class LinearProbeCallback(Callback):
             self._logs.end(self.report, trainer)
         if self._is_fitting and (file := self._logs.keep(self.report, trainer)) is not None:
             self._progress.say(f"LinearProbeCallback: report in {file}")
-        if self._is_fitting and self._has_findings:
+        if self._is_fitting and self._has_findings and trainer.is_global_zero:
             self._say_findings()
         self._is_fitting = False
 

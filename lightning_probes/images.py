@@ -49,7 +49,7 @@ class Images:
             return
         step = rows[0]["step"] if rows[0]["logged_step"] is None else rows[0]["logged_step"]
         self._waiting = stages[0], step
-        if is_drawn(len(report.curves(stages[0]))):
+        if is_drawn(len({(row["epoch"], row["step"]) for row in report.rows if row["stage"] == stages[0]})):
             self.end(report, loggers)
 
     def end(self, report: ProbeReport, loggers: Iterable[Any]) -> None:
@@ -58,13 +58,19 @@ class Images:
         if self._waiting is None or not takers or importlib.util.find_spec("matplotlib") is None:
             return
         (stage, step), self._waiting = self._waiting, None
+        faults: list[Exception] = []
         for target in report.tasks:
             points = len(report.curves(stage, target=target))
             for kind in _KINDS[: min(points, 2)]:
                 picture = report.plot(kind, stage=stage, target=target)
                 picture.set_dpi(_DOTS_PER_INCH)
                 for take in takers:
-                    take(f"{self._prefix}probes/{kind}_{stage}" + f"/{target}" * bool(target), picture, step)
+                    try:
+                        take(f"{self._prefix}probes/{kind}_{stage}" + f"/{target}" * bool(target), picture, step)
+                    except Exception as error:  # The other loggers get theirs.
+                        faults.append(error)
+        if faults:
+            raise faults[0]
 
 
 def is_drawn(point: int) -> bool:

@@ -76,7 +76,7 @@ def test_table_marks_the_best_and_says_what_a_difference_means_on_the_same_sampl
 ) -> None:
     text = str(probes.report)
     assert max(map(len, text.splitlines())) <= 80
-    assert "* lowest error; no other comes near it" in text
+    assert "* lowest error; every other is higher" in text
     told = " ".join(text.split())
     assert "on the same 3,000 samples, the median over neighbours" in told
     assert "as if each had samples of its own" not in told

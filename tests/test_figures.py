@@ -352,12 +352,12 @@ def test_a_layer_that_is_set_aside_is_a_gap_with_a_mark_and_its_reason(kind: Any
         assert np.asarray(cross.get_xdata()).tolist() == [2]
         last = np.asarray(axes.lines[5].get_ydata(), dtype=float)
         assert np.flatnonzero(np.isnan(last)).tolist() == [2]
-        assert "set aside" in [text.get_text() for text in figure.legends[0].get_texts()]
+        assert "no value" in [text.get_text() for text in figure.legends[0].get_texts()]
     elif kind == "time":
         (cross,) = crosses
         assert np.ravel(cross.get_xdata()).tolist() == [2]
-        assert [text.get_text() for text in axes.texts if "set aside" in text.get_text()] == [
-            f"net.2  {100 * error(0.5, 2):.1f} % (set aside)"
+        assert [text.get_text() for text in axes.texts if "no value" in text.get_text()] == [
+            f"net.2  {100 * error(0.5, 2):.1f} % (no value since)"
         ]
     else:
         cells: Any = axes.images[0].get_array()

@@ -100,13 +100,94 @@ def test_start_and_last_point_are_of_the_same_samples_only_where_that_is_proven(
     assert start.is_of_samples_of(last) is proven
 
 
-@pytest.mark.parametrize("asked", ["classification", "multilabel", "several"])
+@pytest.mark.parametrize("asked", ["classification", "several"])
 def test_cross_fitted_samples_have_outcomes_too(asked: str, tmp_path: Path) -> None:
     probes = LinearProbeCallback(**ASKED[asked])
     make_trainer(tmp_path, probes).fit(Bare(), loader(96), [loader(60, seed=1), loader(50, seed=2)])
     assert {row["fitted_on"]["data"] for row in probes.report.rows} == {"val, cross-fitted"}
     assert len(probes.report.outcomes) == 2 * len(probes.report.tasks)
     check_means(probes.report)
+
+
+def test_a_layer_that_was_not_scored_on_all_samples_is_compared_with_none(tmp_path: Path) -> None:
+    class Skipping(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            assert isinstance(self.net, nn.Sequential)
+            layer = self.net[1]
+            self.net[1] = nn.Identity() if batch_idx else layer
+            super().validation_step(batch, batch_idx)
+            self.net[1] = layer
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    probes = LinearProbeCallback(input=None)
+    make_trainer(tmp_path, probes).fit(Skipping(net), loader(96), loader(60, 20, seed=1))
+    assert {row["samples"] for row in probes.report.select(stage="val", metric="error", epoch=2)} == {20, 60}
+    assert not kept(probes.report, epoch=2)
+    assert any("net.1 was not scored on all of them" in note for note in probes.report.notes)
+    with pytest.raises(ValueError, match="a note says why"):
+        probes.report.best()
+
+
+@pytest.mark.parametrize("name", ["_outcomes", "_halved", "_units_of"])
+def test_whatever_raises_costs_the_comparison_and_not_the_errors(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raising(*_: Any) -> Any:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(module, name, raising)
+    probes = LinearProbeCallback(**ASKED["multilabel"])
+    make_trainer(tmp_path, probes).fit(small(), loader(96), loader(60, seed=1))
+    assert any("RuntimeError: no" in note for note in probes.report.notes)
+    assert all(row["value"] < 1 for row in probes.report.select(stage="val", metric="error"))
+    found = probe(small(), loader(96), loader(60, seed=1), **ASKED["multilabel"])
+    assert not found.outcomes
+    assert all(row["value"] < 1 for row in found.select(stage="val", metric="error"))
+
+
+def gappy(batch: Any) -> torch.Tensor:
+    """Two questions, the second of which one sample in twelve has."""
+    labels = batch[1]
+    second = torch.where(batch[0][:, 0, 0, 0] > 1.4, (labels > 4).float(), torch.nan)
+    return torch.stack([(labels % 2).float(), second], dim=1)
+
+
+def test_each_label_weighs_the_same_however_few_samples_have_it(tmp_path: Path) -> None:
+    probes = LinearProbeCallback("net.1", input=None, task="multilabel", target=gappy)
+    network, data = small(), images(400, seed=1)
+    make_trainer(tmp_path, probes, max_epochs=1).fit(network, loader(400), DataLoader(data, batch_size=100))
+    last = Outcomes.unpacked(probes.report.outcomes[-1])
+    seen: dict[str, torch.Tensor] = {}
+    network.get_submodule("net.1").register_forward_hook(lambda _, __, output: seen.update(out=output))
+    with torch.no_grad():
+        network.eval()(data.tensors[0])
+    targets = gappy(data.tensors)
+    has = ~targets.isnan()
+    classifier: nn.Module = probes.probe("net.1")
+    wrong = ((classifier(seen["out"]) > 0) != (targets > 0.5)) & has
+    # What each sample adds to the mean over labels, each over the samples that have it.
+    by_hand = (wrong / has.sum(dim=0)).sum(dim=1) / 2 * 400
+    torch.testing.assert_close(last.losses[0], by_hand.float(), rtol=2**-10, atol=1e-6)
+    # Of the constant the same: each label's commonest answer among the samples fitted on.
+    fitted = gappy(images(400).tensors)
+    commonest = torch.stack([(part[~part.isnan()].mean() > 0.5).float() for part in fitted.T])
+    constant = ((targets != commonest) & has) / has.sum(dim=0)
+    assert last.constant is not None
+    torch.testing.assert_close(last.constant, (constant.sum(dim=1) / 2 * 400).float(), rtol=2**-10, atol=1e-6)
+
+
+def test_an_output_that_is_constant_is_in_no_comparison(tmp_path: Path) -> None:
+    def numbers(batch: Any) -> torch.Tensor:
+        return torch.stack([batch[1].float(), torch.full((len(batch[1]),), 3.0)], dim=1)
+
+    alone, beside = (
+        LinearProbeCallback(input=None, task="regression", target=target)
+        for target in (lambda batch: batch[1].float(), numbers)
+    )
+    for probes in (alone, beside):
+        make_trainer(tmp_path, probes, max_epochs=1).fit(small(), loader(96), loader(60, seed=1))
+    one, two = (Outcomes.unpacked(probes.report.outcomes[-1]) for probes in (alone, beside))
+    torch.testing.assert_close(one.losses, two.losses, rtol=2e-2, atol=2e-2)
 
 
 def test_what_takes_too_much_is_not_kept_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,19 +197,6 @@ def test_what_takes_too_much_is_not_kept_and_it_is_said(tmp_path: Path, monkeypa
     assert not probes.report.outcomes
     (note,) = (note for note in probes.report.notes if "same samples" in note)
     assert "takes more than" in note
-    assert all(row["value"] < 1 for row in probes.report.select(stage="val", metric="error"))
-
-
-def test_a_task_that_raises_costs_the_comparison_and_not_the_errors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def raising(*_: Any) -> Any:
-        raise RuntimeError("no")
-
-    monkeypatch.setattr(module, "_by_unit", raising)
-    probes = LinearProbeCallback()
-    make_trainer(tmp_path, probes).fit(small(), loader(96), loader(60, seed=1))
-    assert any("RuntimeError: no" in note for note in probes.report.notes)
     assert all(row["value"] < 1 for row in probes.report.select(stage="val", metric="error"))
 
 

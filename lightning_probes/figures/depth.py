@@ -84,7 +84,7 @@ def _draw_lines(axes: Axes, content: Content, ink: Ink) -> None:
     gaps = [i for i, value in enumerate(drawn[-1]) if math.isnan(value)]
     if gaps:
         style = {"marker": "x", "markersize": 6, "color": ink.text, "linestyle": "", "clip_on": False}
-        axes.plot(gaps, [0.0] * len(gaps), transform=axes.get_xaxis_transform(), label="set aside", zorder=5, **style)
+        axes.plot(gaps, [0.0] * len(gaps), transform=axes.get_xaxis_transform(), label="no value", zorder=5, **style)
     if len(gaps) == len(depths):
         say_empty(axes, ink)
 

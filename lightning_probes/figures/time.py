@@ -91,7 +91,7 @@ def over_time(content: Content, ax: Axes | None = None) -> Axes:
     for i in named:
         at_end = lines[i][ends[i]]
         value = number(at_end / content.scale, is_share=content.is_share)
-        ended = " (set aside)" if ends[i] < len(at) - 1 else ""
+        ended = " (no value since)" if ends[i] < len(at) - 1 else ""
         words = f"{short[content.layers[i]]}  {value}{ended}"
         tags.append(
             Tag(

@@ -25,7 +25,7 @@ from lightning_probes.network.provenance import Provenance
 from lightning_probes.network.tokens import TokenChoice
 from lightning_probes.network.torch_internals import compiled_parts
 from lightning_probes.options import Axes, Reading, RowLayout, Tokens, first_of, patterns
-from lightning_probes.probes.dataset import LayerBatch, hash_rows
+from lightning_probes.probes.dataset import LayerBatch, mark_rows
 from lightning_probes.tasks.task import Question
 
 INPUT = "input"
@@ -454,8 +454,7 @@ class LayerExtractor:
             marks = []
             for tensor in inputs:
                 if tensor.dim() and len(tensor) % samples == 0:
-                    rows = tensor.detach().reshape(samples, -1)
-                    marks.append(hash_rows(rows if rows.dtype in (torch.float32, torch.float64) else rows.float()))
+                    marks.append(mark_rows(tensor.detach().reshape(samples, -1)))
             return torch.stack(marks).sum(dim=0) if marks else None
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
@@ -23,6 +24,9 @@ _BLOCK = 2048
 
 _GOLDEN = -0x61C8864680B583EB
 """Multiply by this odd number, 2^64 over the golden ratio, to spread bits (Knuth, volume 3, section 6.4)."""
+
+_AT_ONCE = 2**18
+"""Bound the numbers that are multiplied at once to hash rows."""
 
 _LARGEST = 3e4
 """Bound the values kept in half precision, in deviations of the layer's first batch; float16 ends at 65 504."""
@@ -454,14 +458,38 @@ def hash_rows(x: Tensor) -> Tensor:
     if not x.is_floating_point():
         # Targets of zeros and ones are kept in a byte each, and others of the same kind are not.
         return torch.cat([hash_rows(rows.float()) for rows in x.split(4096)])  # type: ignore[no-untyped-call]
-    bits = x.contiguous().view(torch.int32)
-    generator = torch.Generator("cpu").manual_seed(8 * x.shape[1] + x.element_size())
-    ends = torch.iinfo(torch.long)
-    factors = torch.randint(ends.min, ends.max, (bits.shape[1] + 1,), generator=generator, device="cpu")
-    factors = (factors | 1).to(x.device)  # A product with an odd number loses no bit.
+    return _products(x.contiguous().view(torch.int32), 8 * x.shape[1] + x.element_size())
+
+
+def mark_rows(x: Tensor) -> Tensor:
+    """Return a number for each row of ``(rows, width)``, as :func:`hash_rows` does, at about an eighth of its price.
+
+    It depends on the sums of eight neighbours each: rows that differ have another number, unless their difference is in
+    the order of neighbours alone.
+    """
+    if x.is_floating_point():
+        x = (x if x.dtype in (torch.float32, torch.float64) else x.float()).contiguous().view(torch.int32)
+    elif x.dtype == torch.bool:
+        x = x.to(torch.uint8)
+    eighths = x.shape[1] // 8
+    sums = x[:, : 8 * eighths].reshape(len(x), eighths, 8).sum(dim=2, dtype=torch.long)
+    return _products(torch.cat([sums, x[:, 8 * eighths :].long()], dim=1), x.shape[1])
+
+
+def _products(numbers: Tensor, seed: int) -> Tensor:
+    """Return the sums of integers ``(rows, width)`` times factors that each seed and width has."""
+    factors = _factors(numbers.shape[1] + 1, seed, numbers.device)
     # Integers wrap around alike on every device. A few rows at a time stay in the cache.
-    some = bits.split(256)  # type: ignore[no-untyped-call]
+    some = numbers.split(max(1, _AT_ONCE // max(numbers.shape[1], 1)))  # type: ignore[no-untyped-call]
     return torch.cat([(rows.long() * factors[1:]).sum(dim=1) for rows in some]) + factors[0]
+
+
+@lru_cache(maxsize=16)
+def _factors(number: int, seed: int, device: torch.device) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    ends = torch.iinfo(torch.long)
+    factors = torch.randint(ends.min, ends.max, (number,), generator=generator, device="cpu")
+    return (factors | 1).to(device)  # A product with an odd number loses no bit.
 
 
 def _scattered(x: Tensor) -> Tensor:

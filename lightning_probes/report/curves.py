@@ -23,7 +23,7 @@ from lightning_probes.probes.remaining import REMAINING
 from lightning_probes.report.label_counts import LabelCounts
 from lightning_probes.report.layer_metrics import LayerMetrics
 from lightning_probes.report.method import CROSS_FITTED
-from lightning_probes.report.outcomes import OutcomeCollector, joined
+from lightning_probes.report.outcomes import OutcomeCollector, in_turn
 from lightning_probes.report.report import ProbeReport, Row
 from lightning_probes.tasks.task import Question
 
@@ -255,7 +255,7 @@ class Curves:
         """Score probes that are published on a batch of evaluation, and add that to a curve."""
         key, question = (kind, curve), probes.question
         outcomes = self.outcomes.hand(key, question, batch, self._ranks)
-        tally = probes.score(batch, joined(self.metrics.hand(key, question), outcomes))
+        tally = probes.score(batch, in_turn(self.metrics.hand(key, question), outcomes))
         self.add(kind, curve, tally, self._network.question.target_sums(batch.targets))
 
     def touch(self, kind: Kind, curve: Curve, layers: int) -> None:
@@ -408,7 +408,8 @@ class Curves:
         for row in sorted(rows, key=lambda row: row["depth"]):
             if row["metric"] == "error" and math.isfinite(row["value"]):
                 target = row.get("target", "")
-                each = row["error_by_output"] if question.parts[target].errors > 1 else [row["value"]]
+                apart = row.get("error_by_output") or row.get("error_by_label") or []
+                each = apart if len(apart) == question.parts[target].errors else [row["value"]]
                 errors.setdefault(target, {})[row["layer"]] = row["value"], each
         for target, outcomes in self.outcomes.conclude(key, question, errors, self.target_sums, self._ranks).items():
             report.enter_outcomes(outcomes, *key[1], target, (rows[0]["epoch"], rows[0]["step"]))

@@ -99,7 +99,8 @@ def find(
     each had samples of its own; so are moments. On the same samples errors rise and fall together, so that this finds
     too little, not too much.
 
-    Looks are many, so all tests share a probability of .05 of any false sentence: the kinds of findings split it, in a
+    Looks are many, so all tests share a probability of .05 of any false sentence (which layers may be the best is a
+    list of its own, see :func:`~lightning_probes.report.paired.best_layers`): the kinds of findings split it, in a
     table of this module, and layers share that of a kind by Holm's method; of kinds that go with depth, half of it is
     for layers tested in their order until one fails. Each p is corrected for all of this. At most 6 % of reports may
     have any false sentence, all kinds together; by ``tests/benchmarks/findings.py`` at most 1.3 % had, of 2 000 that
@@ -229,12 +230,17 @@ def _at_baseline(look: Look, alpha: float, taken: set[str]) -> list[Finding]:
 
 
 def _got_worse(look: Look, alpha: float, taken: set[str]) -> list[Finding]:
-    """Find layers whose error is higher, by a point, than when two thirds of training were done."""
+    """Find layers whose error is higher, by a point, than when two thirds of training were done.
+
+    The moment to compare with is the last one by then. It has to lie in the second half.
+    """
     moments = look.moments
     if len(moments) < 4:
         return []
     begin, end = moments[0].point[1], moments[-1].point[1]
     then = [moment for moment in moments if moment.point[1] <= begin + 2 / 3 * (end - begin)][-1]
+    if then.point[1] < begin + (end - begin) / 2:
+        return []
     last = look.last
     p = _shared(p_of(unpaired_z(last.errors - then.errors, last.deviations, then.deviations)))
     found = ((p <= alpha) & (last.errors - then.errors >= MARGIN)).nonzero().flatten().tolist()

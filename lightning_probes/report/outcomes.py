@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from lightning_probes.distributed import Ranks
+from lightning_probes.options import first_of
 from lightning_probes.probes.dataset import FeatureDataset, LayerBatch
 from lightning_probes.probes.fit import FittedProbes
 from lightning_probes.probes.heads import Hand
 from lightning_probes.tasks.task import Labels, Question, Task
 
 MOST_BYTES = 16 * 2**20
-"""Bound the bytes of the outcomes of a point, before they are written as text, which takes a third more."""
+"""Bound the bytes that are collected of a curve at a point, in all processes; right or wrong is a byte here."""
 
 _LARGEST = 6e4
 """Bound a loss that is kept in half precision, which ends at 65 504."""
@@ -62,7 +63,7 @@ class Outcomes:
     def packed(self) -> dict[str, Any]:
         """Return plain types: losses, the constant's last, as text of a bit each if binary, else of two bytes each."""
         losses = self.losses if self.constant is None else torch.cat([self.losses, self.constant[None]])
-        losses = _with_bits(losses) if self.is_binary else losses.half()
+        losses = _with_bits(losses) if self.is_binary else _halved(losses)
         return {
             "layers": list(self.layers),
             "units": len(self.weights),
@@ -110,7 +111,7 @@ class _Units(NamedTuple):
     def joined(cls, parts: Sequence[_Units]) -> _Units:
         """Return the units of all parts, one after another, on the host."""
         each = ([part.weights for part in parts], [part.right for part in parts], [part.counted for part in parts])
-        weights, right, counted = (torch.cat([tensor.cpu() for tensor in tensors]) for tensors in each)
+        weights, right, counted = (torch.cat(tensors).cpu() for tensors in each)
         firsts = accumulate((len(part.weights) for part in parts), initial=0)
         unit = torch.cat([part.unit.cpu() + first for part, first in zip(parts, firsts, strict=False)])
         marks = [part.marks.cpu() for part in parts if part.marks is not None]
@@ -133,7 +134,7 @@ class _Collected:
     def joined(self) -> tuple[_Units, dict[str, Tensor], bool]:
         """Return all units, ``{layer: losses}`` of the layers that ran in all batches, and whether these are bits."""
         whole = {layer: parts for layer, parts in self.losses.items() if len(parts) == len(self.units)}
-        losses = {layer: torch.cat([part.cpu() for part in parts], dim=1) for layer, parts in whole.items()}
+        losses = {layer: torch.cat(parts, dim=1).cpu() for layer, parts in whole.items()}
         return _Units.joined(self.units), losses, self.is_binary
 
 
@@ -143,8 +144,8 @@ class OutcomeCollector:
     def __init__(self) -> None:
         self._notes: list[str] = []
         self._collected: dict[Key, dict[str, _Collected]] = {}
-        self._refused: set[Key] = set()
-        self._bytes = 0
+        self._refused: dict[Key, str] = {}
+        self._bytes: dict[Key, int] = {}
 
     def hand(self, key: Key, question: Question, batch: LayerBatch, ranks: Ranks) -> Hand:
         """Return what takes the scores of the layers of a batch, run by run, and keeps their losses under ``key``."""
@@ -161,15 +162,18 @@ class OutcomeCollector:
                         collected.units.append(_units_of(task, part, batch))
                     losses, is_binary = _by_unit(task, own, part, batch)
                     collected.add(layers, losses, is_binary=is_binary)
-                    self._bytes += losses[:, 0].numel() * losses.element_size() // (8 if is_binary else 1)
+                    self._count(key, losses, ranks)
             except Exception as error:  # Comparisons must not cost a layer its errors.
                 self._refuse(key, _raised(error))
-            if self._bytes > MOST_BYTES // ranks.number:
-                self._refuse(key, f"what each sample got takes more than {MOST_BYTES // 2**20} MiB")
 
         return take
 
-    def enter_crossed(self, key: Key, found: FittedProbes, dataset: FeatureDataset) -> None:
+    def _count(self, key: Key, losses: Tensor, ranks: Ranks) -> None:
+        self._bytes[key] = self._bytes.get(key, 0) + losses.numel() * losses.element_size()
+        if self._bytes[key] > MOST_BYTES // ranks.number:
+            self._refuse(key, f"what each sample got takes more than {MOST_BYTES / 2**20:.0f} MiB")
+
+    def enter_crossed(self, key: Key, found: FittedProbes, dataset: FeatureDataset, ranks: Ranks) -> None:
         """Enter what the samples of a dataset got from probes that were cross-fitted on it."""
         question = found.probes.question
         try:
@@ -184,14 +188,21 @@ class OutcomeCollector:
                     losses, views = each[target], len(dataset.targets_of(layer)) / len(own)
                     means = dataset.by_sample(layer, losses) / (views * weights).clamp(min=1)
                     is_binary = task.has_binary_losses and views == 1 and bool((weights <= 1).all())
-                    one.add([layer], (means > 0.5 if is_binary else _halved(means))[None], is_binary=is_binary)
-            self._collected[key] = collected
+                    kept = (means > 0.5 if is_binary else _halved(means))[None]
+                    one.add([layer], kept, is_binary=is_binary)
+                    self._count(key, kept, ranks)
+            if key not in self._refused:
+                self._collected[key] = collected
         except Exception as error:  # As above.
             self._refuse(key, _raised(error))
 
     def _refuse(self, key: Key, reason: str) -> None:
-        self._refused.add(key)
+        self._refused[key] = reason
         self._collected.pop(key, None)
+        self._bytes.pop(key, None)
+        self._tell(reason)
+
+    def _tell(self, reason: str) -> None:
         note = f"layers are not compared on the same samples: {reason}"
         self._notes += [note] * (note not in self._notes)
 
@@ -200,7 +211,7 @@ class OutcomeCollector:
     ) -> dict[str, Outcomes]:
         """Return the outcomes of each target over the samples of all processes; every process calls this.
 
-        Only layers that ran in every batch of every process have outcomes.
+        There are none, and a note says why, if a layer with an error was not scored on all samples.
 
         Args:
             key: as for :meth:`hand`.
@@ -214,32 +225,19 @@ class OutcomeCollector:
             own = {target: one.joined() for target, one in self._collected.get(key, {}).items() if one.units}
         except Exception as error:  # The others wait.
             self._refuse(key, _raised(error))
-        every = ranks.gather((key in self._refused, own))
-        if any(is_refused for is_refused, _ in every):
+        every = ranks.gather((self._refused.get(key, ""), own))
+        if reason := next((reason for reason, _ in every if reason), ""):
+            self._tell(reason)
             return {}
-        found = {}
+        found: dict[str, Outcomes] = {}
         for target, wanted in errors.items():
             parts = [one[target] for _, one in every if target in one]
-            shared = [layer for layer in wanted if parts and all(layer in losses for _, losses, _ in parts)]
-            if not shared:
-                continue
-            is_binary, units = all(part for *_, part in parts), _Units.joined([part for part, *_ in parts])
-            whole = {layer: torch.cat([part[layer].float() for _, part, _ in parts], dim=1) for layer in shared}
-            task, counts = question.parts[target], units.weights > 0
-            if not bool(counts.any()):
-                continue
-            weights = units.weights[counts].float()
-            scaled = [
-                losses[0, counts] if is_binary else _scaled(losses[:, counts], weights, *wanted[layer])
-                for layer, losses in whole.items()
-            ]
-            constant = None
-            if target_sums:
-                rows = task.constant_losses(units.right, units.counted, question.split_sums(target_sums)[target])
-                sums = rows.new_zeros(len(counts)).index_add_(0, units.unit, rows)
-                constant = sums[counts] / weights
-            digest = "" if units.marks is None else hashlib.sha256(_bytes_of(units.marks[counts])).hexdigest()
-            found[target] = Outcomes(tuple(shared), torch.stack(scaled), weights, is_binary, digest, constant)
+            try:
+                # All processes have the same parts, so that they raise alike or not at all.
+                if parts and (known := _outcomes(question, target, parts, wanted, target_sums)) is not None:
+                    found[target] = known
+            except Exception as error:
+                self._tell(str(error) if isinstance(error, _IncomparableError) else _raised(error))
         return found
 
     def pop_notes(self) -> list[str]:
@@ -250,9 +248,45 @@ class OutcomeCollector:
     def clear(self, *kinds: Any) -> None:
         """Discard what was collected of some kinds of probes, or of all."""
         self._collected = {key: kept for key, kept in self._collected.items() if kinds and key[0] not in kinds}
-        self._refused = {key for key in self._refused if kinds and key[0] not in kinds}
-        if not self._collected:
-            self._bytes = 0
+        self._refused = {key: why for key, why in self._refused.items() if kinds and key[0] not in kinds}
+        self._bytes = {key: number for key, number in self._bytes.items() if kinds and key[0] not in kinds}
+
+
+class _IncomparableError(Exception):
+    """Signal that layers cannot be compared on the same samples; the message has the reason."""
+
+
+def _outcomes(
+    question: Question,
+    target: str,
+    parts: Sequence[tuple[_Units, dict[str, Tensor], bool]],
+    wanted: Errors,
+    target_sums: list[float],
+) -> Outcomes | None:
+    """Return the outcomes of a target, of what all processes have collected; ``None`` without a unit that counts.
+
+    Raises:
+        _IncomparableError: a layer was not scored on all units.
+        ValueError: as for :meth:`~lightning_probes.tasks.task.Task.counts`.
+    """
+    units, task = _Units.joined([part for part, *_ in parts]), question.parts[target]
+    counts, is_binary = units.weights > 0, all(part for *_, part in parts)
+    if not bool(counts.any()):
+        return None
+    if missing := [layer for layer in wanted if any(layer not in losses for _, losses, _ in parts)]:
+        raise _IncomparableError(f"{first_of(missing)} was not scored on all of them")
+    weights, each = units.weights[counts].float(), task.counts(units.right[units.counted])
+    scaled = []
+    for layer, (error, errors) in wanted.items():
+        losses = torch.cat([part[layer].float() for _, part, _ in parts], dim=1)[:, counts]
+        scaled.append(losses[0] if is_binary else _scaled(losses, weights, error, errors, each))
+    constant = None
+    if target_sums:
+        rows = task.constant_losses(units.right, units.counted, question.split_sums(target_sums)[target])
+        sums = rows.new_zeros(len(counts)).index_add_(0, units.unit, rows)
+        constant = sums[counts] / weights
+    digest = "" if units.marks is None else hashlib.sha256(_bytes_of(units.marks[counts])).hexdigest()
+    return Outcomes(tuple(wanted), torch.stack(scaled), weights, is_binary, digest, constant)
 
 
 def _raised(error: Exception) -> str:
@@ -279,15 +313,17 @@ def _by_unit(task: Task, scores: Tensor, labels: Labels, batch: LayerBatch) -> t
     return (found > 0.5 if is_binary else _halved(found)), is_binary
 
 
-def _scaled(losses: Tensor, weights: Tensor, error: float, errors: Sequence[float]) -> Tensor:
+def _scaled(losses: Tensor, weights: Tensor, error: float, errors: Sequence[float], counts: Tensor) -> Tensor:
     """Return losses ``(units,)`` whose mean is ``error``, of ``(errors, units)``, each of which goes by its own error.
 
-    What a loss adds to an error may be known up to a factor only, such as the spread of all targets.
+    What a loss adds to an error may be known up to a factor only, such as the spread of all targets. Only the errors
+    that ``counts`` says, ``(errors,)``, are in the mean.
     """
     shares = weights.double() / weights.sum(dtype=torch.float64)
     own, wanted = losses.double(), torch.tensor(errors, dtype=torch.float64)
     means = own @ shares
-    sums = (own * torch.where(wanted.isfinite() & (means > 0), wanted / means, 0.0)[:, None]).sum(dim=0)
+    is_known = counts & wanted.isfinite() & (means > 0)
+    sums = (own * torch.where(is_known, wanted / means, 0.0)[:, None]).sum(dim=0)
     mean = sums @ shares
     return (sums * (error / mean) if mean > 0 else sums).float()
 
@@ -296,7 +332,7 @@ def _halved(losses: Tensor) -> Tensor:
     return losses.clamp(max=_LARGEST).half()
 
 
-def joined(*hands: Hand | None) -> Hand | None:
+def in_turn(*hands: Hand | None) -> Hand | None:
     """Return what gives scores to all of some hands, one after the other; ``None`` if there is none."""
     known = [hand for hand in hands if hand is not None]
 

@@ -251,7 +251,14 @@ def _reasons(layers: Sequence[str], notes: Sequence[str]) -> dict[str, list[int]
     for i, layer in enumerate(layers):
         # A path may be the beginning or the end of another one, and a sentence may end after it.
         named = re.compile(rf"(?<![\w.]){re.escape(layer)}(?!\.?\w)")
-        if found := [j for j, note in enumerate(notes) if layer in note and named.search(note)]:
+        # A name of one segment may be a word like any other, but where it is quoted or in a list.
+        may_be_bare = "." in layer
+        found = [
+            j
+            for j, note in enumerate(notes)
+            if repr(layer) in note or ((may_be_bare or note.startswith("left out:")) and named.search(note))
+        ]
+        if found:
             reasons[str(i)] = found
     return reasons
 

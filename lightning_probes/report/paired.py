@@ -130,11 +130,13 @@ def smallest_difference(outcomes: Outcomes) -> float:
 
     It is the half-width of the 95 % interval of a difference of weighted ratios; NaN of a single layer.
     """
-    weights = outcomes.weights.double()
-    gaps = (outcomes.losses[1:] - outcomes.losses[:-1]).double() * weights
-    ratios = gaps.sum(dim=1, keepdim=True) / weights.sum()
-    deviations = (gaps - ratios * weights).square().sum(dim=1).sqrt() / weights.sum()
-    return NORMAL * float(deviations.quantile(0.5)) if len(deviations) else math.nan
+    pairs = outcomes.losses[1:], outcomes.losses[:-1], outcomes.weights[None]
+    if not len(pairs[0]):
+        return math.nan
+    answers = outcomes.weights.sum(dtype=torch.float64)
+    ratios = sum_over_units(lambda a, b, w: ((a - b) * w).sum(1), *pairs) / answers
+    squares = sum_over_units(lambda a, b, w: ((a - b - ratios[:, None]) * w).square().sum(1), *pairs)
+    return NORMAL * float((squares.sqrt() / answers).quantile(0.5))
 
 
 def mid_p(first_only: Tensor, second_only: Tensor) -> Tensor:
@@ -218,7 +220,7 @@ def _bootstrap(first: Tensor, second: Tensor, weights: Tensor) -> tuple[float, f
         moved, spread = moved_and_deviation(counts.float() @ sums.float())
         distances.append(moved.abs())
         studentised.append(moved.abs() / spread)
-    far = torch.cat(studentised).nan_to_num(nan=0.0)
+    far = torch.cat(studentised).nan_to_num(nan=0.0, posinf=math.inf)
     # Where few units differ some resamples have no spread at all; then distances are taken as they are.
     if not bool(far.quantile(0.97).isfinite()):
         far, deviation = torch.cat(distances), 1.0

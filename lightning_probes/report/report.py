@@ -108,7 +108,8 @@ class ProbeReport:
         outcomes: what each scored sample got from the probe of each layer, of the starting point and of the last point:
             one dict for each stage but ``train``, dataloader, target and point, whose ``losses`` are text, a bit for a
             sample of a classification and two bytes otherwise; see :class:`~lightning_probes.report.outcomes.Outcomes`.
-            They are what :meth:`compare` and :meth:`best` compare, and take at most 16 MiB in memory a point.
+            They are what :meth:`compare` and :meth:`best` compare. Where they would take more than 16 MiB, a byte for a
+            bit, there are none.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -411,8 +412,7 @@ class ProbeReport:
         """
         best: dict[tuple[str, int, str], list[str]] = {}
         findings: dict[tuple[str, int, str], list[Finding]] = {}
-        for one in self.outcomes:
-            curve = one["stage"], one["dataloader"], one["target"]
+        for curve in {(one["stage"], one["dataloader"], one["target"]) for one in self.outcomes}:
             best[curve] = self._marked_best(*curve)
         for target in self._shown():
             findings[(*self._resolve(None, None), target)] = self.findings(target=target)

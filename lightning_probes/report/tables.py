@@ -112,6 +112,7 @@ def error_table(
     ordered = sorted(last.values(), key=lambda row: row["depth"])
     layers = [row["layer"] for row in ordered]
     has_interval = has_interval and metric == "error"
+    best = best if len(layers) > 1 else []
     by_step = has_points_inside_epochs(curves)
     times = {point: _time(point, by_step, curve) for point, curve in curves.items()}
     path, names = shorten(layers, _NAME_WIDTH)
@@ -199,8 +200,8 @@ def _time(point: Point, by_step: bool, curve: Mapping[str, Mapping[str, Any]]) -
 
 def _of_same_samples(best: Sequence[str], gap: float, samples: int) -> list[str]:
     """Say which layers are marked, and how far apart two errors must be to mean something."""
-    others = f"; {_ALIKE}: not to be told from it" if len(best) > 1 else "; no other comes near it"
-    told = [f"{_BEST} lowest error{others} (95 %, of all layers at once)."] if best else []
+    others = f"{_ALIKE}: not to be told from it" if len(best) > 1 else "every other is higher"
+    told = [f"{_BEST} lowest error; {others} (95 %, of all layers at once)."] if best else []
     if math.isnan(gap):
         return told
     return [

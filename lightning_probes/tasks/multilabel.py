@@ -183,9 +183,15 @@ class Multilabel(TaskWithGaps):
         }
 
     def losses(self, scores: Tensor, labels: Labels) -> Tensor:
-        """Return the share of the labels that are answered wrong; a missing entry is no wrong answer."""
+        """Return 1 for a wrong answer, 0 for a right one and for a missing entry; of more than 16 labels their mean."""
         wrong = (scores > 0) != (labels.rows.T > 0.5)
-        return torch.einsum("lon,on->ln", wrong.to(labels.answers), labels.answers)[:, None] / self.outputs
+        return self.apart(wrong.to(labels.answers) * labels.answers)
+
+    def counts(self, right: Tensor) -> Tensor:
+        has = right >= 0
+        if self.errors != self.outputs and bool((has.any(dim=1, keepdim=True) & ~has).any()):
+            raise ValueError(f"entries are missing, of {self.outputs} labels whose errors are not kept apart")
+        return has.any(dim=0) if self.errors == self.outputs else super().counts(right)
 
     def right(self, labels: Labels) -> Tensor:
         """Return 0 and 1, or -1 for a missing entry, ``(rows, outputs)``."""

@@ -24,9 +24,6 @@ from lightning_probes.tasks.task import (
     lacking,
 )
 
-_APART = 16
-"""Bound the outputs whose losses are kept apart until the error of each is known."""
-
 _PAIRS = list(combinations_with_replacement(range(4), 2))
 _SUMS = 4 + len(_PAIRS)
 """Give the sums of a tally for each output: four, and those of their products."""
@@ -245,17 +242,22 @@ class Regression(TaskWithGaps):
         each = distances / (scored * (~right.isnan()).sum(dim=0))
         return each[:, varies].mean(dim=1).float() * counted.sum()
 
-    @property
-    def errors(self) -> int:
-        return self.outputs if self.outputs <= _APART else 1
-
     def losses(self, scores: Tensor, labels: Labels) -> Tensor:
         """Return squared distances, 0 for a missing entry; of more than 16 outputs their mean.
 
         They are scaled by the first batch, and so is the share of each of many outputs in their mean.
         """
-        distances = (scores - labels.rows.T).square_().mul_(labels.answers)
-        return distances if self.errors > 1 else distances.mean(dim=1, keepdim=True)
+        return self.apart((scores - labels.rows.T).square_().mul_(labels.answers))
+
+    def counts(self, right: Tensor) -> Tensor:
+        varies = (right - right.nanmean(dim=0)).square().nanmean(dim=0) > _CONSTANT
+        if self.errors == self.outputs:
+            return varies
+        if bool((right.isnan() & ~right.isnan().all(dim=1, keepdim=True)).any()) or not bool(varies.all()):
+            raise ValueError(
+                f"entries are missing or constant, of {self.outputs} outputs whose errors are not kept apart"
+            )
+        return super().counts(right)
 
     def interval(self, tally: list[float]) -> tuple[float, float]:
         """Return the 95 % interval of the error by the delta method.

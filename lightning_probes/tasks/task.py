@@ -17,6 +17,9 @@ from torch import Tensor
 IGNORED = -100
 """Label with this value a sample to leave out, as in :func:`torch.nn.functional.cross_entropy`."""
 
+_APART = 16
+"""Bound the outputs whose losses are kept apart until the error of each is known."""
+
 MOST_OUTPUTS = 10_000
 """Bound the scores that a probe may give to a sample where the width of the targets alone tells their number."""
 
@@ -329,6 +332,14 @@ class Task(Question):
         """Return of how many errors the error is the mean for which :meth:`losses` are apart: 1, or one an output."""
         return 1
 
+    def counts(self, right: Tensor) -> Tensor:
+        """Return which of the errors count in their mean, ``(errors,)``; ``right`` is as for :meth:`constant_losses`.
+
+        Raises:
+            ValueError: the losses of single outputs would have to be known, and are not.
+        """
+        return torch.ones(self.errors, dtype=torch.bool)
+
     @abstractmethod
     def losses(self, scores: Tensor, labels: Labels) -> Tensor:
         """Return what each row adds to the error, or to that of each output, ``(layers, errors, rows)``.
@@ -415,6 +426,14 @@ class TaskWithGaps(Task):
     """Define a task whose targets are numbers of which some may be missing, which are NaN."""
 
     left_out = math.nan
+
+    @property
+    def errors(self) -> int:
+        return self.outputs if self.outputs <= _APART else 1
+
+    def apart(self, losses: Tensor) -> Tensor:
+        """Return losses ``(..., outputs, rows)`` as they are, or of many outputs their mean."""
+        return losses if self.outputs <= _APART else losses.mean(dim=-2, keepdim=True)
 
     def is_counted(self, targets: Tensor) -> Tensor:
         return ~targets.isnan().all(dim=1)

@@ -509,7 +509,9 @@ class Refit:
                 sums = found.target_sums if self._is_all_crossed else torch.zeros_like(found.target_sums)
                 self._curves.add(Kind.PUBLISHED, ("val", dataloader), found.crossed_tally, sums)
                 if self._is_all_crossed:  # Else other layers were scored on other samples.
-                    self._curves.outcomes.enter_crossed((Kind.PUBLISHED, ("val", dataloader)), found, dataset)
+                    self._curves.outcomes.enter_crossed(
+                        (Kind.PUBLISHED, ("val", dataloader)), found, dataset, self._ranks
+                    )
                 # Of several loaders the first one gives the probes of the stage "train".
                 self.fitted = found if self.fitted is None else self.fitted.with_others(found)
 

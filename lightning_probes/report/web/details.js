@@ -26,7 +26,7 @@ function factsOf(page, line, moment) {
     ["converged", { true: "yes", false: "no" }[told("converged")]],
     ["L2", told("l2") === undefined || told("l2") === null ? null : short(told("l2"))],
   ];
-  const words = { best: "the lowest error", alike: "may be best: not to be told from the lowest error" };
+  const words = { best: "the lowest error at the end", alike: "may be: not told from the lowest error at the end" };
   const rank = rankOf(view, line.layers);
   const isBest = rank ? [["best", words[rank]]] : [];
   const why = kind === "set aside" ? reasonsFor(line.layers[0]).map((note) => ["why", note]) : [];

@@ -373,8 +373,8 @@ function drawLegend(page) {
       `${view.baseline.name} ${inWords(view.baseline.value, true)}${isOut ? " \u2192" : ""}`,
     ]);
   }
-  if (view.best.length) parts.push(["", "\u2605 best"]);
-  if (view.best.length > 1) parts.push(["key-alike", "may be best"]);
+  if (view.best.length) parts.push(["", "\u2605 best at the end"]);
+  if (view.best.length > 1) parts.push(["key-alike", "may be"]);
   byId("legend").replaceChildren(
     ...parts.map(([key, words]) => make("span", {}, key ? make("i", { class: key }) : null, words)),
   );

@@ -219,8 +219,9 @@ def _bootstrap(first: Tensor, second: Tensor, weights: Tensor) -> tuple[float, f
         counts = torch.bincount(drawn.flatten(), minlength=number * groups).view(number, groups)
         moved, spread = moved_and_deviation(counts.float() @ sums.float())
         distances.append(moved.abs())
-        studentised.append(moved.abs() / spread)
-    far = torch.cat(studentised).nan_to_num(nan=0.0, posinf=math.inf)
+        # What is left of no spread is a rounding.
+        studentised.append(torch.where(spread > 1e-3 * deviation, moved.abs() / spread, math.inf))
+    far = torch.cat(studentised)
     # Where few units differ some resamples have no spread at all; then distances are taken as they are.
     if not bool(far.quantile(0.97).isfinite()):
         far, deviation = torch.cat(distances), 1.0

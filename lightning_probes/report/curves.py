@@ -413,9 +413,8 @@ class Curves:
                 errors.setdefault(target, {})[row["layer"]] = row["value"], each
         for target, outcomes in self.outcomes.conclude(key, question, errors, self.target_sums, self._ranks).items():
             report.enter_outcomes(outcomes, *key[1], target, (rows[0]["epoch"], rows[0]["step"]))
-        for note in self.outcomes.pop_notes():
-            if note not in self.notes:
-                self._tell(note)
+        # These are no warnings: the errors are what they should be.
+        self.notes += [note for note in self.outcomes.pop_notes() if note not in self.notes]
 
     def _computed(self, key: tuple[Kind, Curve], about: Mapping[str, Row], now: tuple[int, int]) -> Mapping[str, Any]:
         """Compute the metrics that were asked for, over all processes; if that fails, set all layers aside."""

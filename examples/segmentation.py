@@ -178,7 +178,8 @@ def figure(report: ProbeReport, images: Tensor, classes: Tensor) -> Figure:
         axes.set_title(question, fontsize=11)
         depth = list(last_point(report, target)).index(BOTTLENECK)
         axes.axvline(depth, color="0.85", linewidth=8, zorder=0)
-        axes.text(depth, 1, "bottleneck, 4 x 4", rotation=90, ha="center", va="bottom", fontsize=8, color="0.3")
+        style: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "fontsize": 8, "color": "0.3"}
+        axes.text(depth, 0.02, "bottleneck, 4 x 4", rotation=90, ha="center", va="bottom", **style)
         if j == 0 and (legend := axes.get_legend()) is not None:
             legend.remove()  # The other one is the same, and has more room.
     return drawn

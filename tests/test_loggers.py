@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import random
+import re
 import struct
 import sys
 import warnings
@@ -19,9 +21,12 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from networks import QUIET, Classifier, images, mlp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_probes import LinearProbeCallback, ProbeReport
+from lightning_probes.charts import Charts
 from lightning_probes.images import is_drawn
 
 Curves = dict[str, list[tuple[int, Any]]]
@@ -162,6 +167,32 @@ def test_logger_holds_each_value_of_the_report_under_its_logged_step(
     # Values under another's name would be seen.
     curves = [tuple(points) for name, points in found.items() if "cross_entropy" in name]
     assert len({*curves}) == len(curves)
+
+
+# Charts
+
+
+@pytest.mark.parametrize(("layers", "sizes"), [(1, [1]), (8, [8]), (9, [4, 5]), (41, [7, 7, 6, 7, 7, 7])])
+def test_charts_have_at_most_eight_layers_in_order_of_depth_and_are_named_by_their_span(
+    layers: int, sizes: list[int], tmp_path: Path
+) -> None:
+    charts = Charts("")
+    for depth in random.Random(0).sample(range(layers), layers):
+        charts.add("error, val", f"encoder.{'x' * 40}.{depth}", depth, f"probe_error_val/encoder.{depth}")
+    with SummaryWriter(str(tmp_path)) as writer:
+        for _ in range(3):  # It is written once.
+            charts.write([writer, None, object()])
+    (event,) = EventAccumulator(str(tmp_path)).Reload().Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    lines = [re.findall(r"\d+", " ".join(chart.multiline.tag)) for chart in layout.category[0].chart]
+    assert [int(depth) for chart in lines for depth in chart] == list(range(layers))
+    assert sorted(map(len, lines)) == sorted(sizes)
+    for chart, depths in zip(layout.category[0].chart, lines, strict=True):
+        span = f"layers {depths[0]}-{depths[-1]} (" if len(depths) > 1 else f"layer {depths[0]} ("
+        assert chart.title.startswith(f"error, val: {span}")
+        assert len(chart.title) < 80
+        # No line of another chart: the tag of layer 1 is the beginning of that of layer 10.
+        assert all(pattern.endswith(f"{depth}$") for pattern, depth in zip(chart.multiline.tag, depths, strict=True))
 
 
 # Figures

@@ -19,6 +19,7 @@ from lightning_probes.figures.text import number
 _MOST_LINES = 8
 _NAME_WIDTH = 24
 _LEGEND_WIDTH = 16
+_MOST_MARKERS = 45
 _BANDS_FROM = 13
 """Group layers by block from this many on: fewer are told apart by their names."""
 
@@ -45,29 +46,10 @@ def by_depth(content: Content, ax: Axes | None = None) -> Axes:
     else:
         axes = ax
     ink = ink_of(axes)
-    rows = spread(range(len(content.moments)), _MOST_LINES)
-    drawn = [content.drawn(content.values[i]) for i in rows]
-    bounds = [content.drawn(bound) for bound in content.interval or ()]
-    references = scale_values(axes, content, list(chain(*drawn)), list(chain(*bounds)), ink)
-
-    depths = range(len(content.layers))
-    gaps = [i for i, value in enumerate(drawn[-1]) if math.isnan(value)]
-    marker = "o" if len(depths) <= 45 else None
-    for i, (row, values, colour) in enumerate(zip(rows, drawn, in_order(len(rows), ink), strict=True)):
-        is_last = i == len(rows) - 1
-        style: dict[str, Any] = {"linewidth": 2.2 if is_last else 1.4, "markersize": 5 if is_last else 3.5}
-        axes.plot(depths, values, marker=marker, color=colour, label=content.moments[row].name, zorder=3, **style)
-        if is_last and bounds:
-            low, high = bounds
-            axes.fill_between(depths, low, high, color=colour, alpha=0.2, linewidth=0, label="95 % interval")
-    draw_references(axes, content, references, ink)
-    _mark_best(axes, content, drawn[-1], ink)
-    if gaps:
-        style = {"marker": "x", "markersize": 6, "color": ink.text, "linestyle": "", "clip_on": False}
-        axes.plot(gaps, [0.0] * len(gaps), transform=axes.get_xaxis_transform(), label="set aside", zorder=5, **style)
-    if len(gaps) == len(depths):
-        say_empty(axes, ink)
-    axes.set_xlim(-0.5 if len(depths) < 10 else -1, len(depths) - (0.5 if len(depths) < 10 else 0))
+    _draw_lines(axes, content, ink)
+    number_of_layers = len(content.layers)
+    margin = 0.5 if number_of_layers < 10 else 1.0
+    axes.set_xlim(-margin, number_of_layers - 1 + margin)
     _band(axes, groups, ink)
     name_layers(axes.xaxis, names, "layer, in the order of the calls", is_tilted=True)
     axes.set_ylabel(content.labelled())
@@ -82,14 +64,39 @@ def by_depth(content: Content, ax: Axes | None = None) -> Axes:
     return axes
 
 
+def _draw_lines(axes: Axes, content: Content, ink: Ink) -> None:
+    """Draw a line for each moment that is shown, what to compare with, and the marks of the best layers and of gaps."""
+    rows = spread(range(len(content.moments)), _MOST_LINES)
+    drawn = [content.drawn(content.values[i]) for i in rows]
+    bounds = [content.drawn(bound) for bound in content.interval or ()]
+    references = scale_values(axes, content, list(chain(*drawn)), list(chain(*bounds)), ink)
+    depths = range(len(content.layers))
+    marker = "o" if len(depths) <= _MOST_MARKERS else None
+    for i, (row, values, colour) in enumerate(zip(rows, drawn, in_order(len(rows), ink), strict=True)):
+        is_last = i == len(rows) - 1
+        style: dict[str, Any] = {"linewidth": 2.2 if is_last else 1.4, "markersize": 5 if is_last else 3.5}
+        axes.plot(depths, values, marker=marker, color=colour, label=content.moments[row].name, zorder=3, **style)
+        if is_last and bounds:
+            low, high = bounds
+            axes.fill_between(depths, low, high, color=colour, alpha=0.2, linewidth=0, label="95 % interval")
+    draw_references(axes, content, references, ink)
+    _mark_best(axes, content, drawn[-1], ink)
+    gaps = [i for i, value in enumerate(drawn[-1]) if math.isnan(value)]
+    if gaps:
+        style = {"marker": "x", "markersize": 6, "color": ink.text, "linestyle": "", "clip_on": False}
+        axes.plot(gaps, [0.0] * len(gaps), transform=axes.get_xaxis_transform(), label="set aside", zorder=5, **style)
+    if len(gaps) == len(depths):
+        say_empty(axes, ink)
+
+
 def _mark_best(axes: Axes, content: Content, values: Sequence[float], ink: Ink) -> None:
     """Ring the best layer of the last moment, and by a smaller ring those that cannot be told from it."""
     at = {layer: (i, values[i]) for i, layer in enumerate(content.layers) if not math.isnan(values[i])}
     first, *others = [layer for layer in content.best if layer in at] or [""]
     if not first:
         return
-    style: dict[str, Any] = {"linestyle": "", "marker": "o", "markerfacecolor": "none", "color": ink.text, "zorder": 6}
-    style["clip_on"] = False
+    style: dict[str, Any] = {"linestyle": "", "marker": "o", "markerfacecolor": "none", "clip_on": False}
+    style |= {"color": ink.text, "zorder": 6}
     _, short = shorten(content.layers, _LEGEND_WIDTH)
     value = number(at[first][1] / content.scale, is_share=content.is_share)
     axes.plot(*at[first], markersize=10, label=f"best: {short[first]}, {value}", **style)

@@ -125,14 +125,14 @@ def photograph(report: ProbeReport, browser: str, output: Path) -> None:
         clip = {"x": 0, "y": 0, "width": WINDOW["width"], "height": panels["y"] + panels["height"] + 14}
         frames = []
         for moment in range(moments):
-            page.locator("#slider").fill(str(moment))
+            page.keyboard.press("ArrowRight" if moment else "Home")
             page.evaluate(PAINTED)
-            frames.append(page.screenshot(clip=clip))
+            frames.append(page.screenshot(clip=clip, full_page=True))
         if page.locator(".finding").count():
             page.locator(".finding").first.click()
             page.mouse.move(2, 2)
             page.evaluate(PAINTED)
-            frames.append(page.screenshot(clip=clip))
+            frames.append(page.screenshot(clip=clip, full_page=True))
         chromium.close()
     (output / "page.png").write_bytes(frames[-1])
     first, *others = (Image.open(io.BytesIO(frame)).convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames)
@@ -159,7 +159,7 @@ def main() -> None:
     bridged.plot("map").savefig(args.output / "bridge_map.png", dpi=100)
     browser = args.browser and shutil.which(args.browser)
     if browser is None or importlib.util.find_spec("playwright") is None:
-        print("No page.png and page.gif: they need Chromium (--browser) and playwright (pip install playwright)")
+        print("No page.png and page.gif: they need playwright (pip install playwright)\nand Chromium (--browser)")
     else:
         photograph(bridged, browser, args.output)
 

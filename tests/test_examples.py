@@ -7,8 +7,10 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 import matplotlib.image
 import pytest
 import torch
+from pages import bridge, names
+from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_probes import ProbeReport
@@ -103,6 +107,52 @@ def test_tensorboard_holds_a_curve_for_each_layer_and_stage(runs: list[tuple[Pat
     assert curves == expected
     assert set(map(len, curves.values())) == {2}
     assert len(curves) == 2 * 10
+
+
+# The pictures of the README
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Iterator[dict[str, Any]]:
+    """What the script that makes them defines."""
+    yield runpy.run_path(str(EXAMPLES / "pictures.py"))
+    torch.set_flush_denormal(False)
+
+
+def test_pictures_are_made_without_a_browser_but_for_the_page(
+    pictures: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smallest = ["--depth", "4", "--steps", "1", "--epochs", "1"]
+    monkeypatch.setattr(sys, "argv", ["pictures", *smallest, "--browser", "no-browser", "--output", str(tmp_path)])
+    pictures["main"]()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bridge_map.png", "decision.png"]
+    for file in tmp_path.iterdir():
+        pixels = matplotlib.image.imread(file)[..., :3]
+        assert min(pixels.shape[:2]) > 200
+        assert 0.01 < (pixels.min(axis=2) < 0.9).mean() < 0.9
+    printed = capsys.readouterr().out
+    assert "No page.png and page.gif: they need playwright" in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "scored on 1,500 others" in " ".join(printed.split())
+
+
+def test_the_digits_to_transfer_to_are_others_than_those_that_are_learned(pictures: dict[str, Any]) -> None:
+    known, new = (pictures["images"](classes, slice(None)) for classes in (range(5), range(5, 10)))
+    assert len(known) + len(new) == 5000
+    assert known.tensors[1].unique().tolist() == new.tensors[1].unique().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_page_is_photographed_at_each_moment_and_with_its_finding(pictures: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("playwright")
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here to show the page")
+    report = bridge(names(12), 3)
+    pictures["photograph"](report, browser, tmp_path)
+    with Image.open(tmp_path / "page.gif") as moving, Image.open(tmp_path / "page.png") as still:
+        assert len(list(ImageSequence.Iterator(moving))) == len(report.curves("val")) + bool(report.findings())
+        assert moving.size == still.size
+        assert still.size[0] == 1280
 
 
 # Labels of words and of pixels

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lightning_probes import ProbeReport
+from lightning_probes.report.findings import Kind
 
 pytestmark = pytest.mark.paper
 
@@ -47,6 +48,11 @@ def test_claims_that_hold_at_this_size(run: tuple[dict[str, Any], Path]) -> None
     # Training helps most where the network was worst: at its end.
     assert end[e2_convnet.LOGITS] < start[e2_convnet.LOGITS] - 0.2
     assert end[0] == pytest.approx(start[0], abs=0.01)
+
+
+def test_small_rises_are_not_called_a_bypass(run: tuple[dict[str, Any], Path]) -> None:
+    findings = ProbeReport.load(run[1] / "seed0.json").findings()
+    assert Kind.BYPASS not in {finding.kind for finding in findings}
 
 
 def test_weights_of_the_fully_connected_layers_decay_and_no_others() -> None:

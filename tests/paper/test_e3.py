@@ -17,6 +17,7 @@ from scipy.stats import binomtest, mode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_probes import ProbeReport
+from lightning_probes.report.findings import Kind
 
 pytestmark = pytest.mark.paper
 
@@ -52,6 +53,15 @@ def test_above_the_bridge_a_layer_is_well_below(run: tuple[dict[str, Any], Path]
         assert min(found[BRIDGE:]) < 0.35 < 0.6 < report.baseline["val"]
         # Fitted probes know something where those by hand know nothing, but less than above the bridge.
         assert min(found[38:BRIDGE]) > min(found[BRIDGE:]) + 0.1
+
+
+def test_findings_call_bypassed_what_the_bridge_spans_and_nothing_else(run: tuple[dict[str, Any], Path]) -> None:
+    report = ProbeReport.load(run[1] / "seed0-training.json")
+    (found,) = [finding for finding in report.findings() if finding.kind is Kind.BYPASS]
+    first, last = (int(layer.rpartition(".")[2]) for layer in (found.layers[0], found.layers[-1]))
+    assert found.layers == tuple(f"net.layers.{i}" for i in range(first, last + 1))
+    assert 0 < first < BRIDGE // 2
+    assert last == BRIDGE - 1
 
 
 def test_the_first_half_is_bypassed_and_the_bridge_carries() -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_probes import ProbeReport
+from lightning_probes.report.findings import Kind
 
 pytestmark = pytest.mark.paper
 
@@ -132,6 +133,12 @@ def test_claims_follow_from_the_report(run: tuple[dict[str, Any], Path]) -> None
         assert claim["ours"].endswith(f"({judged} judged)")
         assert "of 0;" not in claim["ours"]
     assert all(kind in gain["ours"] for kind in e8_skips.KINDS.values())
+
+
+@pytest.mark.parametrize("network", ["MLP-without", "convolutions-without"])
+def test_without_skips_nothing_is_called_a_bypass(run: tuple[dict[str, Any], Path], network: str) -> None:
+    findings = ProbeReport.load(run[1] / f"seed0-{network}.json").findings()
+    assert Kind.BYPASS not in {finding.kind for finding in findings}
 
 
 def test_layers_that_no_skip_spans_cannot_go_whatever_probes_say(run: tuple[dict[str, Any], Path]) -> None:

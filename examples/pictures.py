@@ -135,7 +135,9 @@ def photograph(report: ProbeReport, browser: str, output: Path) -> None:
             frames.append(page.screenshot(clip=clip, full_page=True))
         chromium.close()
     (output / "page.png").write_bytes(frames[-1])
-    first, *others = (Image.open(io.BytesIO(frame)).convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames)
+    # The other methods have few of the rare colours at the ends of the scale.
+    shown = (Image.open(io.BytesIO(frame)).convert("RGB") for frame in frames)
+    first, *others = (frame.quantize(method=Image.Quantize.MAXCOVERAGE) for frame in shown)
     durations = [700] * (len(frames) - 1) + [4000]
     first.save(output / "page.gif", save_all=True, append_images=others, duration=durations, loop=0, optimize=True)
 

@@ -105,7 +105,8 @@ PAIRED = pytest.mark.parametrize("is_paired", [True, False])
 def test_the_bridge_of_e3_is_named_and_nothing_else_as_such(is_paired: bool) -> None:
     finding = one(Kind.BYPASS, found(per_cent(E3), is_paired=is_paired))
     assert finding.layers == names(13, 63)
-    assert "Layers net.13 to net.63 know less than layers on both sides (errors 12.5 to 47.0 %" in finding.sentence
+    assert finding.sentence.startswith("Layers net.13 to net.63 look bypassed by a skip connection: they know less ")
+    assert "less than layers on both sides (errors 12.5 to 47.0 %" in finding.sentence
     assert "7.0 % at net.1 and 6.7 % at net.64" in finding.sentence
     assert "skip connection" in finding.sentence
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_probes.report.outcomes import Outcomes
 
-UNPAIRED = "unpaired, hence conservative"
+UNPAIRED = "as if on samples of their own"
 """Name a test of intervals: errors on the same samples are surer to differ than it says."""
 
 LEAST_UNITS = 20

@@ -177,10 +177,10 @@ def _bypassed(look: Look, alpha: float, taken: set[str]) -> list[Finding]:
     return [
         Finding(
             Kind.BYPASS,
-            f"{_subject(look, range(begin, after), 'knows', 'know')} less than layers on both sides ("
-            f"{look.in_errors(range(begin, after))}, but {percents(errors[before])} at {look.layers[before]} and "
-            f"{percents(errors[after])} at {look.layers[after]}; {look.evidence.test}, {in_words(sure)}): the mark of "
-            f"a skip connection that bypasses them.{more}",
+            f"{_subject(look, range(begin, after), 'looks', 'look')} bypassed by a skip connection: "
+            f"{'they know' if after - begin > 1 else 'it knows'} less than layers on both sides "
+            f"({look.in_errors(range(begin, after))}, but {percents(errors[before])} at {look.layers[before]} and "
+            f"{percents(errors[after])} at {look.layers[after]}; {look.evidence.test}, {in_words(sure)}).{more}",
             look.named(within),
             sure,
         )
@@ -275,8 +275,8 @@ def _best(look: Look, alpha: float, taken: set[str]) -> list[Finding]:
     alike = sorted(set(alike) - {best})
     is_beaten = float(p[last]) <= alpha and last not in alike
     name, lowest = look.layers[best], percents(errors[best])
-    if not is_beaten and (best == last or len(alike) > count / 2):
-        # That the last layer is the best goes without saying, and so that most are as good.
+    if not is_beaten and (best == last or len(alike) > count / 3):
+        # That the last layer is the best goes without saying, and so that many are as good.
         return []
     others = f"; not to be told from it: {look.spans(alike)}" if alike else ""
     if is_beaten:
@@ -287,10 +287,10 @@ def _best(look: Look, alpha: float, taken: set[str]) -> list[Finding]:
             f"{look.layers[last]} ({percents(errors[last])}; {look.evidence.test}, {in_words(sure)}){others}."
         )
         return [Finding(Kind.BEST, sentence, look.named([best]), sure)]
-    sentence = (
-        f"{name} has the lowest {look.error}, {lowest}, but is not surely better than the last layer, "
-        f"{look.layers[last]} ({percents(errors[last])}; {look.evidence.test}){others}."
-    )
+    end = f"{look.layers[last]} ({percents(errors[last])}; {look.evidence.test})"
+    # Between the level of this list and that of a finding nothing is claimed of the last layer.
+    than = f"but is not surely better than the last layer, {end}" if last in alike else f"the last layer is {end}"
+    sentence = f"{name} has the lowest {look.error}, {lowest}, {than}{others}."
     return [Finding(Kind.BEST, sentence, look.named([best]), None)]
 
 
@@ -322,7 +322,7 @@ def _early_exit(look: Look, alpha: float, taken: set[str]) -> list[Finding]:
             Kind.EXIT,
             f"After {look.layers[cut]} nothing more is gained: a linear layer there has {look.in_errors([cut])}; "
             f"{most}{final} (none is better by one point; {look.evidence.test}, {in_words(sure)}). The network could "
-            "stop there.",
+            "stop there, where the probe is all that is asked of it.",
             look.named(range(cut, last + 1)),
             sure,
         )

@@ -202,7 +202,7 @@ def _of_same_samples(best: Sequence[str], gap: float, samples: int) -> list[str]
     """Say which layers are marked, and how far apart two errors must be to mean something."""
     others = f"{_ALIKE}: not to be told from it" if len(best) > 1 else "every other is higher"
     told = [f"{_BEST} lowest error; {others} (95 %, of all layers at once)."] if best else []
-    if math.isnan(gap):
+    if not gap >= 5e-4:  # It is 0.0 points, or unknown.
         return told
     return [
         *told,

@@ -72,7 +72,7 @@ def test_each_report_is_a_table_and_each_figure_one_picture(which: str, request:
     # pyplot shows the figure of two panels when its cell ends, and nothing shows it again.
     pictures = [base64.b64decode(picture) for picture in shown(notebook, "image/png")]
     pictures += [base64.b64decode(found) for page in pages for found in re.findall(r'base64,([^"]*)"', page)]
-    assert len(pictures) == 5
+    assert len(pictures) == 6
     for i, picture in enumerate(pictures):
         path = request.getfixturevalue("tmp_path") / f"{i}.png"
         path.write_bytes(picture)

@@ -92,7 +92,8 @@ def scale_of(values: Sequence[float], *, bounds: Sequence[float] = (), may_be_lo
     above_zero = [value for value in known if value > 0]
     if may_be_logarithmic and above_zero and min(known) >= 0 and max(known) > _FACTOR * min(above_zero):
         # An interval that reaches down to 0 would take all of the axis.
-        least = min(value for value in around if value >= min(above_zero) / 2)
+        half = min(above_zero) / 2
+        least = min(value for value in around if value >= half)
         return Scale(min(known) if min(known) <= 0 else least, max(around), True, least)
     low, high = min(around), max(around)
     if high - low < 1e-9 * max(abs(low), abs(high), 1e-9):

@@ -200,17 +200,18 @@ def _at_baseline(look: Look, alpha: float, taken: set[str]) -> list[Finding]:
     """Find layers whose error is not below that of the best constant answer by the margin.
 
     To be above it, as probes are that were fitted to noise, is to know no more, too. The test is paired where the
-    answers of the constant are known, else by the intervals of the layers. It goes up from the last layer.
+    answers of the constant are known, whose error is then told, else by the intervals of the layers. It goes up from
+    the last layer.
     """
     # Where a point is a good part of the baseline itself, being within one says nothing.
     if not look.baseline >= 4 * MARGIN:
         return []
     if look.constant is not None and look.now is not None:
         z = row_evidence(look.now.losses, look.constant[None], look.now.weights, look.now.is_binary, -MARGIN)
-        test = "paired"
+        test, baseline = "paired", float(look.constant.double() @ look.now.weights.double() / look.now.weights.sum())
     else:
         z = (look.errors - look.baseline + MARGIN) / look.last.deviations
-        test = "by the layers' intervals"
+        test, baseline = "by the layers' intervals", look.baseline
     p = _shared(p_of(z).flip(0), in_order=True).flip(0)
     found = (p <= alpha).nonzero().flatten().tolist()
     if not found:
@@ -222,7 +223,7 @@ def _at_baseline(look: Look, alpha: float, taken: set[str]) -> list[Finding]:
         Finding(
             Kind.BASELINE,
             f"{who} more than the {look.words.baseline} ({look.in_errors(found)}, baseline "
-            f"{percents(look.baseline)}; not better by one point, {test}, {in_words(sure)}).",
+            f"{percents(baseline)}; not better by one point, {test}, {in_words(sure)}).",
             look.named(found),
             sure,
         )

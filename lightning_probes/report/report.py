@@ -368,7 +368,7 @@ class ProbeReport:
         return f"ProbeReport({layers}, {points}{lowest}{f' ({method.warning})' * bool(method.warning)}, {notes})"
 
     def _repr_html_(self) -> str:
-        """Return the table and, if matplotlib is installed, the figures, as HTML for a notebook.
+        """Return findings, table and, if matplotlib is installed, figures, as HTML for a notebook.
 
         The figures are errors by depth and, of several points, the map of layers and points.
         """
@@ -382,7 +382,9 @@ class ProbeReport:
             drawn = f"<p>No figure: {html.escape(str(error))}</p>"
         *tables, last = self._tables()
         shown = "".join([*(replace(table, notes=[]).html() for table in tables), last.html()])
-        return f"<div>{shown}{drawn}</div>"
+        told = {target: [str(finding) for finding in self.findings(target=target)] for target in self._shown()}
+        found = "".join(notes_as_html(said, f"Findings of {x}:" if x else "Findings:") for x, said in told.items())
+        return f"<div>{found}{shown}{drawn}</div>"
 
     def save(self, path: str | Path) -> None:
         """Save the report as JSON, in which NaN and infinity are null. The file is replaced only when all is written.

@@ -163,10 +163,10 @@ def notes_as_text(notes: Sequence[str], heading: str = "Notes:") -> list[str]:
     return [heading, *lines] if lines else []
 
 
-def notes_as_html(notes: Sequence[str]) -> str:
-    """Return the notes as an HTML list; empty without notes."""
+def notes_as_html(notes: Sequence[str], heading: str = "Notes:") -> str:
+    """Return a heading and the notes, as an HTML list; empty without notes."""
     items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-    return f"<p>Notes:</p><ul>{items}</ul>" if items else ""
+    return f"<p>{html.escape(heading)}</p><ul>{items}</ul>" if items else ""
 
 
 def has_points_inside_epochs(curves: Mapping[Point, Any]) -> bool:

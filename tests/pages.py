@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_probes import ProbeReport
 from lightning_probes.report.findings import Finding, Kind
-from lightning_probes.report.page import page_of
+from lightning_probes.report.page import data_of, page_of
 from lightning_probes.tasks.intervals import wilson_interval
 
 SAMPLES = 10_000
@@ -85,6 +85,7 @@ def page_with(report: ProbeReport, findings: Sequence[Finding], best: Sequence[s
     """The page of a report, with findings and best layers that are given."""
     tasks, baseline, notes = report.tasks, report.baseline, report.notes
     marked = {("val", 0, ""): [layer for layer in best if report.select(layer=layer)]}
-    return page_of(
+    data = data_of(
         report.rows, tasks=tasks, baseline=baseline, notes=notes, findings={("val", 0, ""): findings}, best=marked
     )
+    return page_of(data)

@@ -70,8 +70,8 @@ def found(*moments: Sequence[float], is_paired: bool = True, baseline: float = 0
     """What is found of errors at some moments."""
     known: dict[str, Any] = {"baseline": baseline, "words": words_of("classification"), **other}
     if is_paired:
-        constant = outcomes([baseline]).losses[0]
-        known = {"now": outcomes(moments[-1]), "start": outcomes(moments[0]), "constant": constant, **known}
+        now = replace(outcomes(moments[-1]), constant=outcomes([baseline]).losses[0])
+        known = {"now": now, "start": outcomes(moments[0]), **known}
     known.setdefault("curves", curves(*moments))
     all_of_them = find(**known)
     depth = {layer: i for i, layer in enumerate(known["curves"][list(known["curves"])[-1]])}
@@ -350,7 +350,7 @@ def test_what_is_known_of_too_few_samples_or_other_layers_is_not_used() -> None:
     broken = outcomes(errors)
     broken.losses[1, 3] = math.inf
     assert found(errors, now=broken, start=None) == unpaired
-    assert found(errors, now=outcomes(errors, units=10), start=None, constant=None) == []
+    assert found(errors, now=outcomes(errors, units=10), start=None) == []
 
 
 @pytest.mark.parametrize("kind", ["regression", "multilabel"])
@@ -361,12 +361,12 @@ def test_numbers_and_labels_have_their_own_words(kind: str) -> None:
     noise = torch.rand(UNITS, generator=generator) + 0.5
     losses = means[:, None] * noise / noise.mean()
     weights = torch.ones(UNITS)
-    now = Outcomes(names(0, 6), losses, weights, False)
+    now = Outcomes(names(0, 6), losses, weights, False, constant=baseline * noise / noise.mean())
     known = curves(means.tolist())
     for layer in known[0, 0].values():
         layer |= {"low": layer["value"] - 0.001, "high": layer["value"] + 0.001}  # type: ignore[operator]
-    for outcomes, constant in ((now, baseline * noise / noise.mean()), (None, None)):
-        findings = find(known, words=words, baseline=baseline, now=outcomes, constant=constant)
+    for outcomes in (now, None):
+        findings = find(known, words=words, baseline=baseline, now=outcomes)
         at_baseline = one(Kind.BASELINE, findings)
         assert at_baseline.layers == names(1, 2)
         measure = {"regression": "1 - R2 100.0 to 130.0 %", "multilabel": "errors 30.0 to 39.0 %"}[kind]

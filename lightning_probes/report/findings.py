@@ -87,7 +87,6 @@ def find(
     baseline: float | None = None,
     now: Outcomes | None = None,
     start: Outcomes | None = None,
-    constant: Tensor | None = None,
     notes: Sequence[str] = (),
 ) -> list[Finding]:
     """Find out what is worth saying of the errors of one stage, at most seven sentences, the most useful first.
@@ -115,12 +114,11 @@ def find(
         baseline: error of the best constant answer; the labels are taken as they are, so that it is no estimate.
         now: what each sample got at the last moment.
         start: what the same samples got, in the same order, before training.
-        constant: what the best constant answer gets from the same samples, ``(units,)``; needs ``now``.
         notes: notes of the report, for the reason why a layer has no value.
     """
     if not curves:
         return []
-    look = Look(curves, words, baseline, now, start, constant, notes)
+    look = Look(curves, words, baseline, now, start, notes)
     found: list[Finding] = []
     if look.can_test:
         taken: set[str] = set()
@@ -206,9 +204,9 @@ def _at_baseline(look: Look, alpha: float, taken: set[str]) -> list[Finding]:
     # Where a point is a good part of the baseline itself, being within one says nothing.
     if not look.baseline >= 4 * MARGIN:
         return []
-    if look.constant is not None and look.now is not None:
-        z = row_evidence(look.now.losses, look.constant[None], look.now.weights, look.now.is_binary, -MARGIN)
-        test, baseline = "paired", float(look.constant.double() @ look.now.weights.double() / look.now.weights.sum())
+    if look.now is not None and (constant := look.now.constant) is not None:
+        z = row_evidence(look.now.losses, constant[None], look.now.weights, look.now.is_binary, -MARGIN)
+        test, baseline = "paired", float(constant.double() @ look.now.weights.double() / look.now.weights.sum())
     else:
         z = (look.errors - look.baseline + MARGIN) / look.last.deviations
         test, baseline = "by the layers' intervals", look.baseline

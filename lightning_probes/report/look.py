@@ -42,7 +42,6 @@ class Look:
         baseline: float | None,
         now: Outcomes | None,
         start: Outcomes | None,
-        constant: Tensor | None,
         notes: Sequence[str],
     ) -> None:
         self.words, self.notes = words, notes
@@ -53,7 +52,6 @@ class Look:
         self.layers = [row["layer"] for row in valued]
         self.now = _of_layers(now, self.layers)
         self.start = _of_layers(start, self.layers) if self.now is not None else None
-        self.constant = constant if self.now is not None else None
         self._curves, self._valued = curves, valued
 
     @property

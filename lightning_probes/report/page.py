@@ -18,8 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lightning_probes.report.findings import Finding
-from lightning_probes.report.method import method_of
-from lightning_probes.report.tables import Point, has_points_inside_epochs, point_name
+from lightning_probes.report.tables import Point, has_points_inside_epochs, method_of_curves, point_name
 from lightning_probes.tasks.kinds import metrics_of, words_of
 
 Row = Mapping[str, Any]
@@ -52,26 +51,8 @@ _DIGITS = 5
 """Round numbers to this many significant digits."""
 
 
-def page_of(
-    rows: Sequence[Row],
-    *,
-    tasks: Mapping[str, str],
-    baseline: Mapping[str, float],
-    notes: Sequence[str],
-    findings: Mapping[Curve, Sequence[Finding]] = MappingProxyType({}),
-    best: Mapping[Curve, Sequence[str]] = MappingProxyType({}),
-) -> str:
-    """Return the page of a report as HTML.
-
-    Args:
-        rows: rows as in :class:`~lightning_probes.ProbeReport`; without any the page says that there are none.
-        tasks: ``{target: kind of its task}``.
-        baseline: ``{stage: error}``, of several targets ``{stage/target: error}``, of the best constant answer.
-        notes: the notes of the report.
-        findings: what stands in words above the map, of the errors of each curve, the most useful first.
-        best: layers to mark in the errors of each curve: the best, then those that cannot be told from it.
-    """
-    data = data_of(rows, tasks=tasks, baseline=baseline, notes=notes, findings=findings, best=best)
+def page_of(data: Mapping[str, Any]) -> str:
+    """Return the page of a report as HTML, of what :func:`data_of` returned."""
     script = "\n".join(_file(name) for name in SCRIPTS)
     style = _file("page.css")
     parts = {
@@ -95,7 +76,15 @@ def data_of(
     """Return what the page shows, as plain lists and dicts: all layers, and a view for each metric of each stage.
 
     A view has its numbers by layer and moment; ``None`` in the place of a value is a NaN, and ``absent`` lists
-    ``[layer, moment]`` where there is no row. The arguments are those of :func:`page_of`.
+    ``[layer, moment]`` where there is no row.
+
+    Args:
+        rows: rows as in :class:`~lightning_probes.ProbeReport`; without any the page says that there are none.
+        tasks: ``{target: kind of its task}``.
+        baseline: ``{stage: error}``, of several targets ``{stage/target: error}``, of the best constant answer.
+        notes: the notes of the report.
+        findings: what stands in words above the map, of the errors of each curve, the most useful first.
+        best: layers to mark in the errors of each curve: the best, then those that cannot be told from it.
     """
     depths = {row["layer"]: row["depth"] for row in rows}
     layers = sorted(depths, key=lambda layer: (depths[layer], layer))
@@ -239,9 +228,7 @@ def _baseline(
 
 
 def _method(curves: Mapping[Point, Mapping[str, Row]], stage: str) -> dict[str, Any]:
-    by_step = has_points_inside_epochs(curves)
-    points = {point_name(point, by_step, curve): list(curve.values()) for point, curve in curves.items()}
-    method = method_of(points, stage)
+    method = method_of_curves(curves, stage)
     return {"warning": method.warning, "sentences": method.sentences}
 
 

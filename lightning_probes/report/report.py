@@ -21,14 +21,14 @@ from lightning_probes.options import first_of, one_of, patterns
 from lightning_probes.probes.linear import LayerProbe, LayerProbes
 from lightning_probes.report.files import write_whole
 from lightning_probes.report.findings import Finding, find
-from lightning_probes.report.method import Method, method_of
 from lightning_probes.report.outcomes import Outcomes
-from lightning_probes.report.page import page_of
+from lightning_probes.report.page import data_of, page_of
 from lightning_probes.report.paired import Comparison, best_layers, compare_losses, smallest_difference
 from lightning_probes.report.tables import (
     Table,
     error_table,
     has_points_inside_epochs,
+    method_of_curves,
     notes_as_html,
     notes_as_text,
     point_name,
@@ -210,13 +210,11 @@ class ProbeReport:
                 sample got was not kept; the message says why.
         """
         outcomes = self._outcomes_to_compare(stage, dataloader, target)
-        names = (first, second)
-        places = [
-            outcomes.layers.index(one_of(argument, layer, outcomes.layers))
-            for argument, layer in zip(("first", "second"), names, strict=True)
-        ]
-        one, other = (outcomes.losses[place] for place in places)
-        return compare_losses(one, other, outcomes.weights, outcomes.is_binary, names)
+        one, other = (
+            outcomes.losses[outcomes.layers.index(one_of(argument, layer, outcomes.layers))]
+            for argument, layer in (("first", first), ("second", second))
+        )
+        return compare_losses(one, other, outcomes.weights, outcomes.is_binary, (first, second))
 
     def best(self, stage: str | None = None, dataloader: int | None = None, target: str | None = None) -> list[str]:
         """Return the layer with the lowest error at the last point, then, by error, those that cannot be told from it.
@@ -244,7 +242,7 @@ class ProbeReport:
         stage, dataloader = self._resolve(stage, dataloader)
         target = self._target(target)
         curves = self.curves(stage, "error", dataloader, target)
-        last = list(curves)[-1] if curves else (0, 0)
+        last = _last_point(curves)
         now, start = (self._outcomes_at(stage, dataloader, target, point) for point in (last, (0, 0)))
         if now is None or start is None or last == (0, 0) or not now.is_of_samples_of(start):
             start = None
@@ -254,7 +252,6 @@ class ProbeReport:
             baseline=self.baseline.get(_of_target(stage, target)) if not dataloader else None,
             now=now,
             start=start,
-            constant=None if now is None else now.constant,
             notes=self.notes,
         )
 
@@ -278,7 +275,7 @@ class ProbeReport:
         stage, dataloader = self._resolve(stage, dataloader)
         target = self._target(target)
         curves = self.curves(stage, "error", dataloader, target)
-        last = list(curves)[-1] if curves else (0, 0)
+        last = _last_point(curves)
         if (found := self._outcomes_at(stage, dataloader, target, last)) is not None:
             return found
         why = "it was saved by an earlier release, or a note says why" if curves else f"it has no {stage} errors"
@@ -359,7 +356,7 @@ class ProbeReport:
             return "ProbeReport(no rows yet)"
         stage = self._stage()
         curves = self.curves(stage)
-        method = self._method(curves, stage)
+        method = method_of_curves(curves, stage)
         known = [row for row in list(curves.values())[-1].values() if not math.isnan(row["value"])]
         best = min(known, key=lambda row: row["value"], default=None)
         lowest = f", lowest {stage} error {100 * best['value']:.1f} % at {best['layer']}" if best is not None else ""
@@ -418,10 +415,10 @@ class ProbeReport:
             best[curve] = self._marked_best(*curve)
         for target in self._shown():
             findings[(*self._resolve(None, None), target)] = self.findings(target=target)
-        page = page_of(
+        data = data_of(
             self.rows, tasks=self.tasks, baseline=self.baseline, notes=self.notes, findings=findings, best=best
         )
-        write_whole(path, page)
+        write_whole(path, page_of(data))
 
     @classmethod
     def load(cls, path: str | Path) -> ProbeReport:
@@ -586,7 +583,7 @@ class ProbeReport:
         baseline = {} if constant is None else {words_of(self.tasks[target]).baseline: constant}
         known = metrics_of(self.tasks[target])
         quantity = known.get(metric, metric)
-        method = self._method(curves, stage)
+        method = method_of_curves(curves, stage)
         asked = {"depth": "What each layer knows", "time": "When each layer learns", "map": "Where and when"}[kind]
         of_loader = f", dataloader {dataloader}" if dataloader else ""
         axes = draw(
@@ -645,25 +642,19 @@ class ProbeReport:
             there = ", ".join(f"{stage} {metric} (dataloader {index})" for stage, metric, index in found) or "nothing"
             of = f" of {target!r}" if target else ""
             raise ValueError(f"the report has no {stage} {metric}{of} (dataloader {dataloader}); it has {there}")
-        is_compared = metric == "error"
-        outcomes = self._outcomes_at(stage, dataloader, target, list(curves)[-1]) if is_compared else None
+        outcomes = self._outcomes_at(stage, dataloader, target, list(curves)[-1]) if metric == "error" else None
         return error_table(
             curves,
             metric=metric,
             task=self.tasks[target],
             where=f"{target}, " * bool(target) + (f"{stage}, dataloader {dataloader}" if dataloader else stage),
-            method=self._method(curves, stage),
+            method=method_of_curves(curves, stage),
             baseline=self.baseline.get(_of_target(stage, target)) if metric == "error" else None,
             has_interval=stage != "train",
             best=best_layers(outcomes) if outcomes is not None else [],
             gap=None if outcomes is None else (smallest_difference(outcomes), len(outcomes.weights)),
             notes=self.notes,
         )
-
-    def _method(self, curves: Mapping[tuple[int, int], Mapping[str, Row]], stage: str) -> Method:
-        by_step = has_points_inside_epochs(curves)
-        points = {point_name(point, by_step, curve): list(curve.values()) for point, curve in curves.items()}
-        return method_of(points, stage)
 
     def _resolve(self, stage: str | None, dataloader: int | None) -> tuple[str, int]:
         """Return stage and dataloader; in the place of ``None`` the first stage with rows, and its first loader."""
@@ -679,6 +670,11 @@ class ProbeReport:
     def _stage(self) -> str:
         found = {row["stage"] for row in self.rows}
         return next((stage for stage in _STAGES if stage in found), "val")
+
+
+def _last_point(curves: Mapping[tuple[int, int], Any]) -> tuple[int, int]:
+    """Return the last point of curves, or without any that of the network as it was found."""
+    return list(curves)[-1] if curves else (0, 0)
 
 
 def _value(curve: Mapping[str, Row], layer: str) -> float:

@@ -12,7 +12,7 @@ from lightning_probes.figures.content import spread
 from lightning_probes.figures.names import shorten
 from lightning_probes.figures.text import wrap
 from lightning_probes.options import first_of
-from lightning_probes.report.method import Method
+from lightning_probes.report.method import Method, method_of
 from lightning_probes.tasks.kinds import metrics_of, words_of
 
 Point = tuple[int, int]
@@ -188,6 +188,13 @@ def point_name(point: Point, by_step: bool, curve: Mapping[str, Mapping[str, Any
     """
     name = _time(point, by_step, curve)
     return f"{'step' if by_step else 'epoch'} {name}" if name.isdigit() else name
+
+
+def method_of_curves(curves: Mapping[Point, Mapping[str, Mapping[str, Any]]], stage: str) -> Method:
+    """Describe how curves ``{(epoch, step): {layer: row}}`` of a stage were measured, naming their points."""
+    by_step = has_points_inside_epochs(curves)
+    points = {point_name(point, by_step, curve): list(curve.values()) for point, curve in curves.items()}
+    return method_of(points, stage)
 
 
 def _time(point: Point, by_step: bool, curve: Mapping[str, Mapping[str, Any]]) -> str:

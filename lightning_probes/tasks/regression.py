@@ -234,7 +234,7 @@ class Regression(TaskWithGaps):
     def constant_losses(self, right: Tensor, counted: Tensor, target_sums: list[float]) -> Tensor:
         """Return squared distances over their mean from the mean of the rows, the mean over outputs, ``(rows,)``."""
         entries, sums = (torch.tensor(target_sums[i * self.outputs : (i + 1) * self.outputs]) for i in (0, 1))
-        scored = (right - right.nanmean(dim=0)).square().nanmean(dim=0)
+        scored = _variances(right)
         varies = scored > _CONSTANT
         if not bool(varies.any()):
             return counted.float()
@@ -250,7 +250,7 @@ class Regression(TaskWithGaps):
         return self.apart((scores - labels.rows.T).square_().mul_(labels.answers))
 
     def counts(self, right: Tensor) -> Tensor:
-        varies = (right - right.nanmean(dim=0)).square().nanmean(dim=0) > _CONSTANT
+        varies = _variances(right) > _CONSTANT
         if self.errors == self.outputs:
             return varies
         if bool((right.isnan() & ~right.isnan().all(dim=1, keepdim=True)).any()) or not bool(varies.all()):
@@ -331,6 +331,11 @@ def _units(centre: tuple[float, ...], scale: tuple[float, ...], device: torch.de
     """Return centre and scale on a device, where they are put once: a copy in each step would wait for it."""
     both = torch.tensor([centre, scale], dtype=accumulator(device)).to(device)
     return both[0], both[1]
+
+
+def _variances(targets: Tensor) -> Tensor:
+    """Return the variance of each output over the targets ``(rows, outputs)`` that have it, ``(outputs,)``."""
+    return (targets - targets.nanmean(dim=0)).square().nanmean(dim=0)
 
 
 def _variance(entries: float, total: float, squares: float) -> float:

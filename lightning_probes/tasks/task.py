@@ -433,7 +433,7 @@ class TaskWithGaps(Task):
 
     def apart(self, losses: Tensor) -> Tensor:
         """Return losses ``(..., outputs, rows)`` as they are, or of many outputs their mean."""
-        return losses if self.outputs <= _APART else losses.mean(dim=-2, keepdim=True)
+        return losses if self.errors == self.outputs else losses.mean(dim=-2, keepdim=True)
 
     def is_counted(self, targets: Tensor) -> Tensor:
         return ~targets.isnan().all(dim=1)

@@ -14,6 +14,7 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -121,12 +122,12 @@ def world_of(
     answers = torch.randint(1, 6, (samples,), generator=generator).float()
     weights = torch.ones(samples) if is_binary else answers
     names = tuple(f"layer {i}" for i in range(layers))
-    start, now = (Outcomes(names, losses[i], weights, is_binary) for i in (0, MOMENTS - 1))
+    start, now = (Outcomes(names, losses[i], weights, is_binary, constant=losses[-1, 0]) for i in (0, MOMENTS - 1))
     curves = {
         (i, 10 * i): {name: row(j, losses[i, j], weights, is_binary) for j, name in enumerate(names)}
         for i in range(MOMENTS)
     }
-    return {"curves": curves, "now": now, "start": start, "constant": losses[-1, 0], "baseline": world.baseline}
+    return {"curves": curves, "now": now, "start": start, "baseline": world.baseline}
 
 
 def false_findings(
@@ -138,8 +139,12 @@ def false_findings(
     counts: dict[str, Counter[str]] = {"paired": Counter(), "no constant": Counter(), "unpaired": Counter()}
     for _ in range(simulations):
         known = world_of(world, samples, layers, share, is_binary, generator)
-        for name, less in (("paired", ()), ("no constant", ("constant",)), ("unpaired", ("now", "start", "constant"))):
-            given = {key: value for key, value in known.items() if key not in less}
+        less = {
+            "paired": known,
+            "no constant": known | {"now": replace(known["now"], constant=None)},
+            "unpaired": known | {"now": None, "start": None},
+        }
+        for name, given in less.items():
             false = {finding.kind.value for finding in find(words=words, **given) if world.is_false(finding)}
             counts[name].update([*false, *(["any"] if false else [])])
     return counts

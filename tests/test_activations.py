@@ -139,6 +139,22 @@ def test_every_pooled_grid_has_the_right_values(channels: int, size: list[int], 
     torch.testing.assert_close(reduce(x, most, axes="channels"), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [(9,), (9, 11), (6, 5, 4), (70, 70)])
+def test_pooling_has_the_same_precision_wherever_it_happens(size: tuple[int, ...]) -> None:
+    """Products, which pool some maps, are rounded under autocast; what inference makes cannot be trained with."""
+    x = torch.randn(3, 4, *size, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        seen = reduce(x, 40, axes="channels")
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
+    found = [seen, reduce(x, 40, axes="channels"), reduce(x.contiguous(memory_format=layout), 40, axes="channels")]
+    side = max(s for s in range(1, 40) if 4 * prod(min(s, n) for n in size) <= 40)
+    for features in found:
+        assert not features.requires_grad
+        torch.testing.assert_close(
+            features.double(), pooled(x.detach(), tuple(min(side, n) for n in size)), rtol=0, atol=1e-6
+        )
+
+
 @given(channels=st.integers(1, 6), size=st.lists(st.integers(1, 7), min_size=1, max_size=3), most=st.integers(1, 200))
 @settings(deadline=None)
 def test_a_map_with_channels_last_has_the_features_of_one_with_channels_first(

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "lightning_probes"
 CONTRIBUTING = " ".join((ROOT / ".github" / "CONTRIBUTING.md").read_text().split())
 
 FLOORS = [
-    {"options", "distributed"},
+    {"options", "distributed", "precision"},
     {"tasks"},
     {"probes"},
     {"network"},
@@ -90,7 +90,7 @@ def test_imports_have_no_circle() -> None:
 def test_probes_know_no_network_and_no_lightning() -> None:
     for module in filter(lambda module: module.startswith("probes."), MODULES):
         for reached in {module, *reached_from(module)}:
-            assert reached.split(".")[0] in ("probes", "tasks", "distributed"), (module, reached)
+            assert reached.split(".")[0] in ("probes", "tasks", "distributed", "precision"), (module, reached)
             assert not imported_by(reached)[1] & {"lightning", "pytorch_lightning"}, (module, reached)
 
 

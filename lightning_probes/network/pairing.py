@@ -6,6 +6,7 @@ One that no replaced sample contradicts holds.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -83,9 +84,11 @@ class Observation:
             if sample is not None:
                 self.changes[sample] = None
             return
-        change = (y - x).abs().nan_to_num_(nan=0.0, posinf=1.0)
-        # A difference of what was not finite before is not finite: only whether values differ tells there.
-        change = torch.where(x.isfinite() & y.isfinite(), change, (x != y) & ~(x.isnan() & y.isnan()))
+        change = (y - x).abs()
+        if not math.isfinite(float(change.sum())):
+            # Where values are not finite, only whether they differ tells.
+            is_finite = x.isfinite() & y.isfinite()
+            change = torch.where(is_finite, change.nan_to_num(posinf=1.0), (x != y) & ~(x.isnan() & y.isnan()))
         if sample is None:
             self.noise = float(change.max()) if change.numel() else 0.0
             return

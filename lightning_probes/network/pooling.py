@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,8 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_probes.options import Axes, Reduction, Tokens
+from lightning_probes.precision import in_full_precision
 
 _POOLS: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+
+_CELLS, _PLACES = 64, 64**2
+"""Average maps of no more places to no more cells by a product on the CPU: three to ten times as fast."""
 
 
 def assumed_axes(dimensions: int) -> Axes:
@@ -224,8 +229,7 @@ def reduce(
         size = tuple(activation.shape[2:])
         grid = _grid(activation.shape[1], size, max_features)
         if grid != size:
-            pooled: Tensor = _POOLS[len(size)](activation, grid)
-            return _into(out, pooled.flatten(1).to(dtype))
+            return _into(out, _averaged(activation, grid).flatten(1).to(dtype))
     # A copy is taken because a later in-place operation of the network would change the features.
     return _copied(out, activation.flatten(1) if activation.dim() > 1 else activation.unsqueeze(1), dtype)
 
@@ -350,6 +354,33 @@ def _copied(out: Tensor | None, features: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _into(out: Tensor | None, features: Tensor) -> Tensor:
     return out.copy_(features) if out is not None and out.shape == features.shape else features
+
+
+def _averaged(activation: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Average ``(samples, channels, ...)`` over the cells of a grid, which overlap where they do not divide the map."""
+    size = tuple(activation.shape[2:])
+    # Elsewhere, and for channels that lie last, the library's own kernel is as fast.
+    is_plain = type(activation) is Tensor and activation.device.type == "cpu" and activation.is_contiguous()
+    is_small = math.prod(grid) <= _CELLS and math.prod(size) <= _PLACES
+    is_precise = activation.dtype in (torch.float32, torch.float64)
+    if is_plain and is_small and is_precise and not torch.compiler.is_compiling():
+        with in_full_precision(activation.device):
+            return activation.flatten(2) @ _shares(size, grid, activation.dtype)
+    pooled: Tensor = _POOLS[len(size)](activation, grid)
+    return pooled
+
+
+@lru_cache(maxsize=256)
+def _shares(size: tuple[int, ...], grid: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return the share that each place of a map has in each cell of a grid, ``(places, cells)``."""
+    found = torch.ones(1, 1, dtype=dtype, device="cpu")
+    for places, cells in zip(size, grid, strict=True):
+        own = found.new_zeros(places, cells)
+        for i in range(cells):
+            begin, stop = i * places // cells, -(-(i + 1) * places // cells)
+            own[begin:stop, i] = 1 / (stop - begin)
+        found = torch.kron(found, own)
+    return found
 
 
 def _grid(channels: int, size: tuple[int, ...], max_features: int) -> tuple[int, ...]:

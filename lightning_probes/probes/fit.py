@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from lightning_probes.distributed import Ranks, Total, alone
+from lightning_probes.precision import accumulator, in_full_precision
 from lightning_probes.probes.dataset import FeatureDataset, LayerSamples, draw_folds
 from lightning_probes.probes.heads import StackedProbes, side_by_side
 from lightning_probes.probes.remaining import REMAINING, remaining
 from lightning_probes.probes.rows import Parts, Rows, statistics
-from lightning_probes.probes.solver import TOLERANCE, Solution, Strength, in_full_precision, solve, tally_on
+from lightning_probes.probes.solver import TOLERANCE, Solution, Strength, solve, tally_on
 from lightning_probes.probes.standardise import standardise_
 from lightning_probes.probes.strength import Folds
-from lightning_probes.tasks.task import Question, Task, accumulator
+from lightning_probes.tasks.task import Question, Task
 
 BY_TARGET = "by_target"
 """Name what is known of each of several tasks, among what is known of a layer's probe."""

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_probes.precision import accumulator
 from lightning_probes.probes.heads import StackedProbes
 from lightning_probes.probes.standardise import inverse_deviation
-from lightning_probes.tasks.task import Task, accumulator
+from lightning_probes.tasks.task import Task
 
 _ROUNDING = 1e-3
 """Keep a probe in float64 where the rounding of float32 could change its scores by more than this."""

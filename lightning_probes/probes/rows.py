@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_probes.distributed import Total, alone
+from lightning_probes.precision import floating
 from lightning_probes.probes.standardise import merged_statistics, moved_statistics, standardise_
 
 _COLUMNS = 256
@@ -17,11 +18,6 @@ _COLUMNS = 256
 
 _ROWS = 4096
 """Bound the samples that are read at once for a Gram matrix."""
-
-
-def floating(x: Tensor) -> Tensor:
-    """Return ``x`` in float32, unless it is in float64 already."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class Parts:
@@ -98,8 +94,12 @@ class Rows:
         """
 
         def read(i: int) -> Tensor:
-            x = parts[i].to(mean, copy=True)
-            return Rows.of(standardise_(x[None], mean[None, None], variance[None, None])[0]).parts[0]
+            x = parts[i]
+            rows = mean.new_empty(len(x), len(mean) + 1)
+            rows[:, :-1] = x
+            rows[:, -1] = 1
+            standardise_(rows[None, :, :-1], mean[None, None], variance[None, None])
+            return rows
 
         return cls(Parts(parts.lengths, read), len(mean) + 1, mean.dtype, total)
 

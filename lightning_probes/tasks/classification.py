@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_probes.precision import accumulator
 from lightning_probes.tasks.hints import (
     hint_of_floats,
     hint_of_integers,
@@ -27,7 +28,6 @@ from lightning_probes.tasks.task import (
     UnknownOutputsError,
     UnusableLabelsError,
     Words,
-    accumulator,
     by_sample,
 )
 

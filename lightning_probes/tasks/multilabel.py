@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_probes.precision import accumulator
 from lightning_probes.tasks.intervals import CLUSTERED, cluster_sums, clustered_interval
 from lightning_probes.tasks.task import (
     IGNORED,
@@ -19,7 +20,6 @@ from lightning_probes.tasks.task import (
     TaskWithGaps,
     UnusableLabelsError,
     Words,
-    accumulator,
     by_sample,
     lacking,
 )

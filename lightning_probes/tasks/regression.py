@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_probes.precision import accumulator
 from lightning_probes.tasks.intervals import NORMAL
 from lightning_probes.tasks.task import (
     MOST_OUTPUTS,
@@ -19,7 +20,6 @@ from lightning_probes.tasks.task import (
     TaskWithGaps,
     UnusableLabelsError,
     Words,
-    accumulator,
     by_sample,
     lacking,
 )

@@ -14,6 +14,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_probes.precision import accumulator
+
 IGNORED = -100
 """Label with this value a sample to leave out, as in :func:`torch.nn.functional.cross_entropy`."""
 
@@ -446,11 +448,6 @@ class TaskWithGaps(Task):
 
     def samples_in(self, target_sums: list[float]) -> float:
         return target_sums[-1] if target_sums else 0.0
-
-
-def accumulator(device: torch.device | str) -> torch.dtype:
-    """Return the precision of sums over many samples: float64, or float32 on a device without it."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def lacking(entries: list[float], samples: float) -> str:

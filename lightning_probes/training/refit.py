@@ -26,6 +26,7 @@ from lightning_probes.network.pairing import MIXED_BY_STEP, TRAINING
 from lightning_probes.network.provenance import Provenance
 from lightning_probes.network.torch_internals import compiled_parts, is_shared_out
 from lightning_probes.options import first_of
+from lightning_probes.precision import accumulator
 from lightning_probes.probes.dataset import FeatureDataset, LayerBatch, MemoryStore
 from lightning_probes.probes.fit import FittedProbes, fit_layers, strength_of
 from lightning_probes.probes.heads import StackedProbes
@@ -37,7 +38,6 @@ from lightning_probes.replay.replayer import copy_of_weights
 from lightning_probes.replay.reservoir import Budget, Reservoir
 from lightning_probes.report.curves import Curve, Curves, Kind
 from lightning_probes.report.method import CROSS_FITTED
-from lightning_probes.tasks.task import accumulator
 from lightning_probes.training.estimate import seconds_to_fit
 
 Faults = dict[str, Exception]

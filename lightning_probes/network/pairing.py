@@ -84,7 +84,7 @@ class Observation:
             if sample is not None:
                 self.changes[sample] = None
             return
-        change = (y - x).abs()
+        change = (y - x).abs() if x.is_floating_point() else (x != y).float()
         if not math.isfinite(float(change.sum())):
             # Where values are not finite, only whether they differ tells.
             is_finite = x.isfinite() & y.isfinite()
@@ -92,9 +92,9 @@ class Observation:
         if sample is None:
             self.noise = float(change.max()) if change.numel() else 0.0
             return
-        along = [change.movedim(dim, 0).flatten(1).amax(dim=1) for dim in range(min(change.dim(), 2)) if change.numel()]
-        if change.dim() == 1:
-            along = [change]
+        along = [change] if change.dim() == 1 else []
+        if change.dim() > 1 and change.numel():
+            along = [change.movedim(dim, 0).flatten(1).amax(dim=1) for dim in range(2)]
         self.changes[sample] = tuple(part.cpu().double() for part in along)
 
 

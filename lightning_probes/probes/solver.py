@@ -583,7 +583,7 @@ class _Pairs:
         return (q.reshape(-1, self._shape[1]) @ self._preconditioner).view_as(q)
 
     def _scale_for(self, moved: Tensor, turned: Tensor) -> Tensor:
-        """Return what the preconditioners are multiplied by, from a step and the change of the gradient along it.
+        """Return what the preconditioner is multiplied by, from a step and the change of the gradient along it.
 
         With the scale of Shanno and Phua (1978) 97 of 100 steps are taken as they come, as against 55 without.
         """

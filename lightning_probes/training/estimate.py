@@ -13,7 +13,7 @@ _EVALUATIONS = 95
 """Give the gradients that bringing one probe to its optimum took on average, the choice of a strength included: those
 of a convolutional network took 93, those of an MLP 97."""
 
-_INVERSES = 5
+_INVERSES = 3
 """Give the inverses of a matrix of features x features, each of which takes about 2 width^3 operations."""
 
 _SHARE = 0.35
